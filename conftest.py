@@ -1,0 +1,18 @@
+"""What every test and doctest sees: strict dtype promotion, no silent rank promotion, jnp in doctests."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _names_for_doctests(doctest_namespace):
+    doctest_namespace["jax"] = jax
+    doctest_namespace["jnp"] = jnp

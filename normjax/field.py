@@ -1,0 +1,271 @@
+"""The field language: a short string that says which elements are averaged together.
+
+A *layout* names the axes of an array, `"n ... c"`; `...` stands for every axis left unnamed. A *field* is a
+product of atoms over those names:
+
+    c         the whole axis                      c:5      a sliding window of 5 centred on the element
+    c/32      its block, of 32 equal ones         @n       a mapped axis of examples (vmap, shard_map, pmap)
+    ...:5     the same on every unnamed axis      c@model  an axis whose shards lie along a mapped axis
+
+Strings are parsed once into frozen values, `Field` and `Span`, and *bound* to a layout and a shape when an array is
+at hand. This file knows no arrays; every refusal is a `FieldError` that names what it found and what it accepts.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+EXAMPLES = "n"  # the axis of examples has this name in every layout
+REST = "..."
+
+_ATOM = re.compile(
+    r"(?:(?P<axis>\.\.\.|[A-Za-z_]\w*)(?::(?P<window>[1-9]\d*)|/(?P<blocks>[1-9]\d*))?)?(?:@(?P<mapped>[A-Za-z_]\w*))?"
+)
+_LAYOUT_NAME = re.compile(r"\.\.\.|[A-Za-z_]\w*")
+
+
+class FieldError(ValueError):
+    """A field, a layout and an array that do not fit together."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One atom of a field: what is averaged along one axis.
+
+    Attributes:
+      axis: a name of the layout, `"..."` for every unnamed axis, or None for an axis that is only mapped (`@n`).
+      window: width of a sliding window, or None.
+      blocks: number of equal blocks, or None. Neither window nor blocks: the whole axis.
+      mapped: name of the mapped axis along which the shards of `axis` (or the examples) lie, or None.
+      groups: index groups of the mapped axis to combine separately, as in `jax.lax.psum`; has no string form.
+
+    >>> str(Span("c", blocks=32)), str(Span("h", window=5, mapped="rows")), str(Span(None, mapped="n"))
+    ('c/32', 'h:5@rows', '@n')
+    """
+
+    axis: str | None
+    window: int | None = None
+    blocks: int | None = None
+    mapped: str | None = None
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self):
+        if self.axis is None and self.mapped is None:
+            raise FieldError("a span needs an axis, a mapped axis, or both")
+        if self.window is not None and self.blocks is not None:
+            raise FieldError(f"a span is a window or blocks of axis {self.axis!r}, not both")
+        if self.axis is None and (self.window or self.blocks):
+            raise FieldError(f"mapped axis '@{self.mapped}' is averaged whole: no window, no blocks")
+        for name, size in (("window", self.window), ("blocks", self.blocks)):
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise FieldError(f"{name} of axis {self.axis!r} must be an integer of at least 1, found {size!r}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the span covers its axis from end to end."""
+        return self.window is None and self.blocks is None
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether the span averages over different examples: an atom `n` or `@n`."""
+        return self.axis is None or self.axis == EXAMPLES
+
+    def __str__(self) -> str:
+        size = f":{self.window}" if self.window else f"/{self.blocks}" if self.blocks else ""
+        return f"{self.axis or ''}{size}" + (f"@{self.mapped}" if self.mapped else "")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A product of spans: the set of elements around each element that are averaged together.
+
+    >>> Field.parse("...:5 c")
+    Field.parse('...:5 c')
+    >>> Field.parse("n c/4").spans
+    (Span(axis='n', window=None, blocks=None, mapped=None, groups=None), \
+Span(axis='c', window=None, blocks=4, mapped=None, groups=None))
+    """
+
+    spans: tuple[Span, ...]
+
+    def __post_init__(self):
+        seen = set()
+        for span in self.spans:
+            for name in (span.axis, span.mapped and "@" + span.mapped):
+                if name is not None and name in seen:
+                    raise FieldError(f'field "{self}" names {name!r} twice' + _caret(str(self), name, last=True))
+            seen |= {span.axis, span.mapped and "@" + span.mapped}
+
+    @classmethod
+    def parse(cls, text: "str | Field") -> "Field":
+        """Reads a field; a Field passes through.
+
+        Raises:
+          FieldError: an atom cannot be read, or an axis stands twice.
+
+        >>> Field.parse("h:5 w:-5 c")
+        Traceback (most recent call last):
+        ...
+        normjax.field.FieldError: cannot read this as axis, axis:window or axis/groups
+            h:5 w:-5 c
+                ^^^^
+        """
+        return text if isinstance(text, Field) else _parse(text)
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether statistics over this field depend on other examples, so that inference needs stored ones."""
+        return any(span.mixes_examples for span in self.spans)
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """Names of the mapped axes that the field averages over."""
+        return tuple(span.mapped for span in self.spans if span.mapped)
+
+    def local(self) -> "Field | None":
+        """The part that one shard or one mapped example sees; None if nothing is left."""
+        spans = tuple(Span(s.axis, s.window, s.blocks) for s in self.spans if s.axis is not None)
+        return Field(spans) if spans else None
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.spans))
+
+    def __repr__(self) -> str:
+        if not self.spans or any(span.groups for span in self.spans):
+            return f"Field({self.spans!r})"
+        return f"Field.parse({str(self)!r})"
+
+
+@functools.cache
+def _parse(text: str) -> Field:
+    if not isinstance(text, str):
+        raise FieldError(f"a field is a string or a Field, found {type(text).__name__}")
+    if not text.strip():
+        raise FieldError("an empty field averages nothing; use None to skip the step")
+    spans = []
+    for atom in re.finditer(r"\S+", text):
+        match = _ATOM.fullmatch(atom.group())
+        if match is None:
+            marker = " " * (4 + atom.start()) + "^" * len(atom.group())
+            raise FieldError(f"cannot read this as axis, axis:window or axis/groups\n    {text}\n{marker}")
+        window, blocks = (int(match[k]) if match[k] else None for k in ("window", "blocks"))
+        spans.append(Span(match["axis"], window, blocks, match["mapped"]))
+    return Field(tuple(spans))
+
+
+def _caret(text: str, name: str, last: bool = False) -> str:
+    """Two lines: the text, and a mark under the atom that speaks of `name`."""
+    atoms = [m for m in re.finditer(r"\S+", text) if name in re.split(r"[:/]|(?=@)", m.group())]
+    if not atoms:
+        return ""
+    atom = atoms[-1 if last else 0]
+    return f"\n    {text}\n" + " " * (4 + atom.start()) + "^" * len(atom.group())
+
+
+@functools.cache
+def axes(layout: str, ndim: int) -> dict[str, tuple[int, ...]]:
+    """Which axes of an array of `ndim` axes each name of the layout stands for.
+
+    Raises:
+      FieldError: the layout cannot be read, or does not fit `ndim`.
+
+    >>> axes("n ... c", 4)
+    {'n': (0,), '...': (1, 2), 'c': (3,)}
+    """
+    names = layout.split() if isinstance(layout, str) else None
+    if not names or not all(_LAYOUT_NAME.fullmatch(name) for name in names):
+        raise FieldError(f'a layout names axes, as "n ... c" does; found {layout!r}')
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise FieldError(f"layout \"{layout}\" names '{name}' twice" + _caret(layout, name, last=True))
+    rest = ndim - len(names) + 1 if REST in names else None
+    if (rest is None and ndim != len(names)) or (rest is not None and rest < 0):
+        count = len(names) if rest is None else f"at least {len(names) - 1}"
+        noun = "axis" if count in (1, "at least 1") else "axes"
+        raise FieldError(f'layout "{layout}" names {count} {noun}, but the array has {ndim}')
+    found, start = {}, 0
+    for name in names:
+        stop = start + (rest if name == REST and rest is not None else 1)
+        found[name] = tuple(range(start, stop))
+        start = stop
+    return found
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A field bound to an array: its spans by number of axis. Made by `bind`.
+
+    Attributes:
+      field: the field.
+      shape: shape of the array (of one shard or one mapped example, where axes are mapped).
+      spans: (axis number, or None for an axis that is only mapped; the span) for each axis that is averaged.
+    """
+
+    field: Field
+    shape: tuple[int, ...]
+    spans: tuple[tuple[int | None, Span], ...]
+
+    def by(self, kind: str) -> Iterator[tuple[int, Span]]:
+        """The (axis, span) pairs of one kind: "whole", "blocks" or "window"."""
+        for axis, span in self.spans:
+            if axis is not None and (span.whole if kind == "whole" else getattr(span, kind)):
+                yield axis, span
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Axes that are averaged from end to end, on this shard."""
+        return tuple(axis for axis, _ in self.by("whole"))
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the field is made of whole axes and blocks alone: equal fields are then the same set."""
+        return not any(True for _ in self.by("window"))
+
+    @property
+    def collectives(self) -> tuple[tuple[str, tuple[tuple[int, ...], ...] | None], ...]:
+        """(mapped axis, index groups) of every span that is averaged whole over a mapped axis."""
+        return tuple(dict.fromkeys((s.mapped, s.groups) for _, s in self.spans if s.mapped and s.whole))
+
+    def reach(self) -> int:
+        """The largest number of elements of this array that the field holds around one of them."""
+        size = 1
+        for axis, span in self.spans:
+            if axis is not None:
+                length = self.shape[axis]
+                size *= min(span.window, length) if span.window else length // (span.blocks or 1)
+        return size
+
+
+@functools.cache
+def bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
+    """Fits a field to an array.
+
+    `...` that matches no axis is dropped where another atom remains.
+
+    Raises:
+      FieldError: the field names an axis that the layout lacks, blocks do not divide, or nothing is left.
+
+    >>> [(axis, str(span)) for axis, span in bind(Field.parse("...:3 c"), "n ... c", (2, 8, 8, 4)).spans]
+    [(1, '...:3'), (2, '...:3'), (3, 'c')]
+    """
+    where = axes(layout, len(shape))
+    spans: list[tuple[int | None, Span]] = []
+    for span in field.spans:
+        if span.axis is None:
+            spans.append((None, span))
+            continue
+        if span.axis not in where and span.axis != REST:
+            raise FieldError(
+                f'field "{field}" averages over \'{span.axis}\', which layout "{layout}" does not name'
+                + _caret(str(field), span.axis)
+            )
+        for axis in where.get(span.axis, ()):
+            if span.blocks and shape[axis] % span.blocks:
+                raise FieldError(
+                    f"cannot split axis '{span.axis}' of length {shape[axis]} into {span.blocks} equal groups"
+                )
+            spans.append((axis, span))
+    if field.spans and not spans:
+        raise FieldError(f'field "{field}" matches no axis of an array of shape {shape}, layout "{layout}"')
+    return Bound(field, tuple(shape), tuple(spans))

@@ -1,0 +1,499 @@
+"""The theory: one equation, and every classical normalizer as a row of one table. Read this file first.
+
+Around every element of an array x lie two fields, A (summation) and B (suppression); E_F is the average over field F.
+
+    v = x - E_A[x]                          centre
+    m = E_B[|v| ** order]                   the moment
+    d = (eps + gain * m) ** power           denominator; with a floor field F:  d = max(d, E_F[d])
+    y = v / d                               divide  (keep_mean: y = x / d, v unchanged)
+    out = scale * y + bias                  affine
+
+A `Normalizer` is the two fields and the few numbers. A field is a string over the names of the axes (`field.py`):
+in `"n ... c"`, n is the axis of examples, c the channels, `...` every axis between them. So batch norm averages over
+`"n ..."`, layer norm over `"... c"`, and divisive norm over `"...:5 c"`: a sliding 5 x 5 window of space, all channels.
+
+How E_F is evaluated is the business of `moments.py`; parameters and running statistics that of `linen.py` and `nnx.py`.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.field import Field, FieldError, axes, bind
+from normjax.moments import Plan, Weights, top
+
+
+@dataclass(frozen=True, repr=False)
+class Normalizer:
+    """Two fields and a few numbers. Static: hashable, and never traced.
+
+    Attributes:
+      mean: the summation field A, or None to skip the centring. Strings are parsed.
+      var: the suppression field B, or None to skip the division.
+      eps: added to the moment; sigma squared in Ren et al. 2017. [units of x ** order]
+      gain: factor of the moment.
+      power: exponent of the denominator. y has no units where order * power = 1.
+      order: p takes the mean of |v| ** p; `inf` the maximum over B; `top(k)` the mean of the k largest |v|. The last
+        two give m directly, to be used with power 1.
+      floor: a field F; the denominator is raised to at least its average over F.
+      border: past the edge, windows see nothing ("truncate", the definition of Ren et al. 2017) or zeros ("zero").
+      window: "box" or "gaussian" (standard deviation width / 4, cut at the width).
+      lean: the side of the extra element of an even window, "after" or "before".
+      keep_mean: divide x rather than v.
+
+    >>> Normalizer("...:5 c", "...:5 c", eps=1.0)
+    Normalizer('...:5 c', '...:5 c', eps=1.0)
+    >>> eval(repr(TABLE["contrast"])) == TABLE["contrast"]
+    True
+    """
+
+    mean: Field | str | None
+    var: Field | str | None
+    _: KW_ONLY
+    eps: float = 1e-5
+    gain: float = 1.0
+    power: float = 0.5
+    order: float | top = 2
+    floor: Field | str | None = None
+    border: str = "truncate"
+    window: str = "box"
+    lean: str = "after"
+    keep_mean: bool = False
+
+    def __post_init__(self):
+        for name in ("mean", "var", "floor"):
+            field = getattr(self, name)
+            object.__setattr__(self, name, None if field is None else Field.parse(field))
+        moments.choose("border", self.border, moments.BORDERS)
+        moments.choose("window", self.window, moments.WINDOWS)
+        moments.choose("lean", self.lean, moments.LEANS)
+        for name, low in (("eps", 0), ("gain", 0), ("power", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value < math.inf:
+                raise ValueError(f"{name} is a finite number of at least {low}; found {value!r}")
+        order = self.order.k if isinstance(self.order, top) else self.order
+        if not isinstance(order, int | float) or not order > 0:
+            raise ValueError(f"order is a positive number, inf or top(k); found {self.order!r}")
+
+    def __repr__(self) -> str:
+        shown = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Field) and repr(value).startswith("Field.parse"):
+                value = str(value)
+            text = "float('inf')" if value == math.inf else repr(value)
+            if not f.kw_only:
+                shown.append(text)
+            elif getattr(self, f.name) != f.default:
+                shown.append(f"{f.name}={text}")
+        return f"Normalizer({', '.join(shown)})"
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The fields that are not None: A, B and the floor."""
+        return tuple(f for f in (self.mean, self.var, self.floor) if isinstance(f, Field))
+
+    def local(self) -> "Normalizer":
+        """The normalizer without its mapped axes: what it does to one shard alone."""
+
+        def strip(field: Any) -> Field | None:
+            return None if field is None else field.local() or Field(())
+
+        return dataclasses.replace(self, mean=strip(self.mean), var=strip(self.var), floor=strip(self.floor))
+
+
+# fmt: off
+TABLE: Mapping[str, Normalizer] = MappingProxyType({
+    # Ioffe & Szegedy 2015
+    "batch":         Normalizer("n ...", "n ..."),
+    # Ba, Kiros & Hinton 2016: the whole layer
+    "layer":         Normalizer("... c", "... c"),
+    # layer norm as transformers use it: each token by itself; Li et al. 2019, position norm
+    "token":         Normalizer("c", "c"),
+    # Ulyanov et al. 2016
+    "instance":      Normalizer("...", "..."),
+    # Wu & He 2018
+    "group":         Normalizer("... c/32", "... c/32"),
+    # Zhang & Sennrich 2019
+    "rms":           Normalizer(None, "c"),
+    # Ren et al. 2017; in a recurrent network "c:60"
+    "divisive":      Normalizer("...:5 c", "...:5 c", eps=1.0),
+    # Krizhevsky et al. 2012: k = 2, alpha = 1e-4 a channel of 5, beta = 3/4; y has the units of x ** -1/2
+    "response":      Normalizer(None, "c:5", eps=2.0, gain=5e-4, power=0.75, border="zero"),
+    # Jarrett et al. 2009: subtractive, then divisive, with the image's mean spread as the floor
+    "contrast":      Normalizer("...:9 c", "...:9 c", floor="...", window="gaussian"),
+    # Singh & Krishnan 2020 (a thresholded linear unit follows)
+    "filter":        Normalizer(None, "..."),
+    # Hoffer et al. 2017: batch norm of eighths of the batch
+    "ghost":         Normalizer("n/8 ...", "n/8 ..."),
+    # Hoffer et al. 2018: the gain makes it the standard deviation of Gaussian data
+    "l1_batch":      Normalizer("n ...", "n ...", gain=math.sqrt(math.pi / 2), power=1.0, order=1),
+    # Daneshmand et al. 2020: divides, and keeps the mean
+    "variance":      Normalizer("n ...", "n ...", keep_mean=True),
+    # Salimans & Kingma 2016
+    "mean_only":     Normalizer("n ...", None),
+    # Ortiz et al. 2020
+    "local_context": Normalizer("...:9 c/8", "...:9 c/8"),
+})
+# fmt: on
+
+
+def row(normalizer: Normalizer | str) -> Normalizer:
+    """The normalizer itself, or the row of TABLE with this name.
+
+    >>> row("token")
+    Normalizer('c', 'c')
+    >>> row("divisve")
+    Traceback (most recent call last):
+    ...
+    ValueError: no normalizer is called 'divisve'; did you mean 'divisive'? TABLE has batch, layer, token, instance, \
+group, rms, divisive, response, contrast, filter, ghost, l1_batch, variance, mean_only, local_context
+    """
+    if isinstance(normalizer, Normalizer):
+        return normalizer
+    if not isinstance(normalizer, str):
+        raise TypeError(f"a normalizer is a Normalizer or a name in TABLE, found {type(normalizer).__name__}")
+    if normalizer in TABLE:
+        return TABLE[normalizer]
+    close = difflib.get_close_matches(normalizer, TABLE, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"no normalizer is called {normalizer!r}; {hint}TABLE has {', '.join(TABLE)}")
+
+
+class Stats(NamedTuple):
+    """The moments that normalized an array, each broadcasting against it, None where its field is None.
+
+    Attributes:
+      mean: E_A[x]. [u]
+      var: the moment m = E_B[|v| ** order], before eps, gain and power. [u ** order]
+      mean_weight: number of elements (sum of weights) behind each mean; None where the mean was given.
+      var_weight: the same for var.
+    """
+
+    mean: ArrayLike | None = None
+    var: ArrayLike | None = None
+    mean_weight: ArrayLike | None = None
+    var_weight: ArrayLike | None = None
+
+
+class Normalized(NamedTuple):
+    """What `normalize` returns.
+
+    Attributes:
+      y: the normalized array, in the dtype of x.
+      centered: v = x - E_A[x], float32 or wider, 0 where masked; the L1 penalty takes its mean absolute value.
+      stats: the moments used.
+    """
+
+    y: jax.Array
+    centered: jax.Array
+    stats: Stats
+
+
+def normalize(
+    x: ArrayLike,
+    normalizer: Normalizer | str,
+    layout: str = "n ... c",
+    *,
+    stats: Stats | None = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+) -> Normalized:
+    """Normalizes x: centres each element over A, divides it by the spread over B.
+
+    Numerical decisions: statistics accumulate in float32 or wider, windows too. The moment is taken of the centred v
+    (two passes), so it cannot be negative or cancel. Where the denominator is zero (eps = 0, constant input), y and its
+    gradient are zero. Masked elements are selected away before any arithmetic, so a NaN there reaches nothing.
+
+    Args:
+      x: array of a real or complex floating dtype, axes as named by `layout`. [units u]
+      normalizer: a Normalizer, or the name of a row of TABLE.
+      layout: name of each axis of x; `...` matches any number of axes.
+      stats: moments to use instead of those of x (inference); one that is None is computed from x, around the given
+        mean. Each has the rank of x and broadcasts against it.
+      scale: factor of y: a scalar; one number a channel (axis c of the layout), `[c]`; one for each example and
+        channel, `[n, c]`; or an array of the rank of x that broadcasts against it.
+      bias: added to scale * y; the same shapes.
+      mask: boolean mask or non-negative weights that broadcast against x. At weight zero, x is left out of every
+        statistic and y is 0, so that the output is the bias.
+      eps: replaces the row's number, for a learned sigma: a scalar or an array that broadcasts. [units u ** order]
+
+    Returns:
+      `(y, centered, stats)`; y has the dtype of x.
+
+    Raises:
+      FieldError: field, layout, shapes or mapped axes do not fit, or A holds a single element.
+      TypeError: x holds integers.
+      ValueError: no row has this name.
+
+    Source: Ren et al. 2017, equations 4 to 6; the other rows as named in TABLE.
+
+    >>> x = jnp.array([[1.0, 3.0], [5.0, 7.0]])
+    >>> normalize(x, Normalizer("c", "c", eps=0.0)).y.tolist()
+    [[-1.0, 1.0], [-1.0, 1.0]]
+    >>> normalize(x, "batch").stats.mean.tolist()                   # each channel over the examples
+    [[3.0, 5.0]]
+    >>> normalize(x, Normalizer("n", None), bias=jnp.array([0.0, 1.0])).y.tolist()
+    [[-2.0, -1.0], [2.0, 3.0]]
+    >>> image = jnp.ones((2, 32, 32, 3), jnp.bfloat16)
+    >>> normalize(image, Normalizer("...:7 c", "...:5 c", eps=0.25)).y.dtype
+    dtype(bfloat16)
+    """
+    normalizer = row(normalizer)
+    x = moments.as_floating(x, "normalize")
+    try:
+        if mask is None and (stats is None or stats.mean is None):
+            _refuse_single_element(normalizer, layout, x.shape)
+        return equation(x, normalizer, layout, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps)
+    except FieldError as error:
+        error.add_note(f'while normalizing shape {x.shape}, layout "{layout}", with {normalizer}')
+        raise
+
+
+def _refuse_single_element(normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> None:
+    """Raises FieldError where centring would leave nothing but zeros."""
+    field = normalizer.mean
+    if field is None or 0 in shape:
+        return
+    assert isinstance(field, Field)
+    where = axes(layout, len(shape))
+    if any(s.axis is None or where.get(s.axis) or s.axis != "..." for s in field.spans):
+        bound = bind(field, layout, shape)
+        size = bound.reach() * math.prod(moments.members(span) for _, span in bound.spans)
+        padded = normalizer.border == "zero" and any(s.window and s.window > 1 for _, s in bound.spans)
+        if size > 1 or padded:
+            return
+    raise FieldError(f'field "{field}" holds a single element of an array of shape {shape}, so centring leaves zero')
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """All that is static about one evaluation of the equation; `a`, `b`, `floor` are the bound fields."""
+
+    normalizer: Normalizer
+    a: Plan | None
+    b: Plan | None
+    floor: Plan | None
+    dtype: Any
+
+
+def equation(
+    x: jax.Array,
+    normalizer: Normalizer,
+    layout: str = "n ... c",
+    *,
+    stats: Stats | None = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    dtype: Any = None,
+) -> Normalized:
+    """The equation itself, without the refusals of `normalize`: for layers that accept what Flax accepts.
+
+    Args as for `normalize`; `dtype` is that of y, by default the dtype of x.
+
+    >>> equation(jnp.ones((3, 1)), Normalizer("c", "c")).y.tolist()
+    [[0.0], [0.0], [0.0]]
+    """
+    n = normalizer
+
+    def plan(field: Any) -> Plan | None:
+        return None if field is None else Plan(bind(field, layout, x.shape), n.border, n.window, n.lean)
+
+    recipe = _Recipe(n, plan(n.mean), plan(n.var), plan(n.floor), jnp.dtype(dtype or x.dtype))
+    work = moments.wide(x.dtype)
+    real = jnp.finfo(work).dtype
+    weights = moments.weigh(mask, x.astype(work))
+    scale = None if scale is None else _beside(scale, x, layout, "scale", work)
+    bias = None if bias is None else _beside(bias, x, layout, "bias", work)
+    eps = jnp.asarray(n.eps if eps is None else eps, real)
+    if eps.ndim not in (0, x.ndim):
+        raise FieldError(f"eps is a scalar or has the rank of x: found shapes {eps.shape} and {x.shape}")
+    mean, var = (stats.mean, stats.var) if stats else (None, None)
+    mean = None if mean is None or n.mean is None else _fit(mean, x, "mean", work)
+    var = None if var is None or n.var is None else _fit(var, x, "var", real)
+    if mean is None and var is None and _has_rule(recipe, x, weights):
+        y, v, mean, var = _ruled(recipe, x, weights, eps, scale, bias)
+        given = (False, False)
+    else:
+        given = (mean is not None, var is not None)
+        y, v, mean, var = _plain(recipe, x, weights, eps, scale, bias, mean, var)
+    counted = [_weight(p, weights, work) if p and not was else None
+               for p, was in zip((recipe.a, recipe.b), given, strict=True)]  # fmt: skip
+    return Normalized(y, v, Stats(mean, var, *counted))
+
+
+def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None):
+    """The equation as it stands; JAX differentiates it."""
+    n = recipe.normalizer
+    x = moments.silence(x.astype(moments.wide(x.dtype)), weights)
+    if recipe.a is not None and mean is None:
+        mean = moments.average(x, recipe.a, weights)[0]
+    v = x if mean is None else moments.silence(x - mean, weights)
+    y = x if n.keep_mean else v
+    if recipe.b is not None:
+        if var is None:
+            var = _moment(v, n, recipe.b, weights)
+        y = y * _reciprocal(eps + n.gain * var, recipe, weights, x.shape)
+    return _affine(y, scale, bias).astype(recipe.dtype), v, mean, var
+
+
+def _affine(y, scale, bias):
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
+
+
+def _square(v):
+    return lax.square(v) if not jnp.iscomplexobj(v) else lax.square(v.real) + lax.square(v.imag)
+
+
+def _moment(v, n: Normalizer, plan: Plan, weights: Weights | None):
+    """M = E_B[|v| ** order]."""
+    if n.order == 2:
+        return moments.average(_square(v), plan, weights)[0]
+    a = jnp.abs(v)
+    if isinstance(n.order, top):
+        return moments.mean_of_largest(a, n.order.k, plan, weights)
+    if n.order == math.inf:
+        return moments.largest(a, plan)
+    if n.order != 1:
+        # |v| ** p has no finite slope at 0 for p < 1, and JAX's power has none for a traced 0 either.
+        a = jnp.where(a > 0, jnp.where(a > 0, a, 1) ** n.order, 0)
+    return moments.average(a, plan, weights)[0]
+
+
+def _reciprocal(q, recipe: _Recipe, weights: Weights | None, shape: tuple[int, ...]):
+    """1 / d, for q = eps + gain * m; zero where d is zero."""
+    n = recipe.normalizer
+    if recipe.floor is None:
+        return _power(q, n.power)
+    d = jnp.where(q > 0, jnp.where(q > 0, q, 1) ** n.power, 0)
+    named = {axis for axis, _ in recipe.floor.bound.spans}
+    over = jnp.broadcast_to(d, [shape[i] if i in named else size for i, size in enumerate(d.shape)])
+    d = jnp.maximum(d, moments.average(moments.silence(over, weights), recipe.floor, weights)[0])
+    return _power(d, 1.0)
+
+
+def _power(q, power: float):
+    """Q ** -power, zero where q is zero; square roots where they do, since a general power is slow."""
+    positive = q > 0
+    q = jnp.where(positive | jnp.isnan(q), q, 1)
+    if power == 0.5:
+        r = lax.rsqrt(q)
+    elif power == 0.75:
+        root = lax.rsqrt(q)
+        r = root * lax.sqrt(root)
+    elif power == 1:
+        r = 1 / q
+    else:
+        r = q**-power
+    return jnp.where(positive | jnp.isnan(q), r, 0)
+
+
+# The derivative rule. For order 2, with dx -> dy linear:
+#
+#     dv = dx - E_A[dx]         dm = 2 E_B[v dv]        dq = gain dm + deps        dy = dv / d - power y dq / q
+#
+# Its checkpointed tangent makes JAX keep x and the small statistics, where plain differentiation keeps several arrays
+# of the size of x. Rows with windows keep plain differentiation, which is faster there.
+
+
+def _has_rule(recipe: _Recipe, x: jax.Array, weights: Weights | None) -> bool:
+    n = recipe.normalizer
+    return (
+        n.order == 2
+        and recipe.b is not None
+        and recipe.floor is None
+        and recipe.b.bound.pooled
+        and (recipe.a is None or recipe.a.bound.pooled)
+        and weights is None
+        and not jnp.iscomplexobj(x)
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _ruled(recipe: _Recipe, x, weights, eps, scale, bias):
+    return _plain(recipe, x, weights, eps, scale, bias)
+
+
+@_ruled.defjvp
+def _ruled_jvp(recipe: _Recipe, primals, tangents):
+    x, weights, eps, scale, bias = primals
+    out = _ruled(recipe, x, weights, eps, scale, bias)
+    _, _, mean, var = out
+    n, a, b = recipe.normalizer, recipe.a, recipe.b
+    assert b is not None
+
+    def tangent(x, mean, var, eps, scale, dx, deps, dscale, dbias):
+        x, dx = x.astype(var.dtype), dx.astype(var.dtype)
+        dmean = None if a is None else moments.average(dx, a)[0]
+        v = x if mean is None else x - mean
+        dv = dx if dmean is None else dx - dmean
+        # Over equal pooled fields E_B[v] = 0, so dx does for dv and one reduction less is chained.
+        dm = 2 * moments.average(v * (dx if a == b else dv), b)[0]
+        q, dq = eps + n.gain * var, n.gain * dm + deps
+        r = _power(q, n.power)
+        y, dy = (x, dx) if n.keep_mean else (v, dv)
+        y = y * r
+        dy = dy * r - n.power * y * (dq * _power(q, 1.0))
+        dout = dy if scale is None else dy * scale
+        if dscale is not None:
+            dout = dout + y * dscale
+        if dbias is not None:
+            dout = dout + dbias
+        return jnp.broadcast_to(dout, x.shape).astype(recipe.dtype), dv, dmean, dm
+
+    dx, _, deps, dscale, dbias = tangents
+    keep_x = jax.checkpoint(tangent, prevent_cse=False)
+    return out, keep_x(x, mean, var, eps, scale, dx, deps, dscale, dbias)
+
+
+def _weight(plan: Plan, weights: Weights | None, dtype: Any):
+    """The sum of weights behind each average."""
+    if weights is None:
+        return moments.counts(plan, dtype)
+    ones = jnp.ones(plan.bound.shape, weights.value.dtype)
+    return moments.average(ones, plan, weights)[1]
+
+
+def _fit(given: ArrayLike, x: jax.Array, name: str, dtype: Any) -> jax.Array:
+    """A statistic of the rank of x, in the dtype of the work."""
+    given = jnp.asarray(given)
+    fits = given.ndim == x.ndim and all(g in (1, s) for g, s in zip(given.shape, x.shape, strict=True))
+    if given.ndim and not fits:
+        raise FieldError(f"a given {name} has the rank of x and broadcasts against it: found shapes "
+                         f"{given.shape} and {x.shape}")  # fmt: skip
+    return given.astype(dtype)
+
+
+def _beside(p: ArrayLike, x: jax.Array, layout: str, name: str, dtype: Any) -> jax.Array:
+    """A scale or bias, laid along the axes of x that its rank speaks of."""
+    p = jnp.asarray(p).astype(dtype)
+    if p.ndim in (0, x.ndim):
+        spread = p.shape
+    else:
+        where = axes(layout, x.ndim)
+        along = {1: ("c",), 2: ("n", "c")}.get(p.ndim, ())
+        if not along or not all(axis in where for axis in along):
+            raise FieldError(f'{name} of shape {p.shape} is not a scalar, [c], [n, c] or of the rank of x, for layout '
+                             f'"{layout}" and shape {x.shape}')  # fmt: skip
+        sizes = {where[axis][0]: size for axis, size in zip(along, p.shape, strict=True)}
+        spread = tuple(sizes.get(i, 1) for i in range(x.ndim))
+        p = p.reshape(spread) if list(sizes) == sorted(sizes) else p.T.reshape(spread)
+    if any(s not in (1, t) for s, t in zip(spread, x.shape, strict=False)):
+        raise FieldError(f"{name} of shape {p.shape} does not broadcast against shape {x.shape}")
+    return p
