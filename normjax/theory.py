@@ -181,10 +181,10 @@ class Stats(NamedTuple):
       var_weight: the same for var.
     """
 
-    mean: ArrayLike | None = None
-    var: ArrayLike | None = None
-    mean_weight: ArrayLike | None = None
-    var_weight: ArrayLike | None = None
+    mean: Any = None
+    var: Any = None
+    mean_weight: Any = None
+    var_weight: Any = None
 
 
 class Normalized(NamedTuple):
