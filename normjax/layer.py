@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normjax import moments
-from normjax.field import Field, FieldError, Span, axes
+from normjax.field import EXAMPLES, Field, FieldError, Span, axes
 from normjax.penalty import l1_penalty
 from normjax.running import Running, as_stats, observe, update
 from normjax.theory import Normalizer, Stats, equation, normalize
@@ -23,11 +23,11 @@ NOTHING = Running()  # no stored statistics
 
 
 class Applied(NamedTuple):
-    """The output of a layer, the statistics to store, those of the batch, and v."""
+    """The output of a layer, the statistics to store, those of the batch (where they can be merged), and v."""
 
     y: jax.Array
     running: Running
-    batch: Stats
+    batch: Stats | None
     centered: jax.Array
 
 
@@ -58,9 +58,17 @@ def apply(
     else:
         out = equation(x, normalizer, layout, stats=stats, dtype=dtype, **affine)
     if use_running or running is NOTHING or all(stored is None for stored in running):
-        return Applied(out.y, running, Stats(), out.centered)
+        return Applied(out.y, running, None, out.centered)
     batch = observe(out.stats, normalizer, layout, x.shape)
-    return Applied(out.y, update(running, batch, momentum), batch, out.centered)
+    stored = update(running, batch, momentum)
+    return Applied(out.y, stored, batch if mergeable(normalizer) else None, out.centered)
+
+
+def mergeable(normalizer: Normalizer) -> bool:
+    """Whether the statistics of two batches give those of both: order 2, one field (or no mean), no blocks of examples."""
+    same = normalizer.mean in (None, normalizer.var) or normalizer.var is None
+    blocks = any(s.blocks for field in normalizer.fields for s in field.spans if s.axis == EXAMPLES)
+    return normalizer.order == 2 and same and not blocks
 
 
 def layer_penalty(centered: jax.Array, alpha: float, normalizer: Normalizer, mask: Any, axis_name: Any) -> jax.Array:

@@ -143,15 +143,15 @@ def _apply_norm(
     return out.y
 
 
-def _store(module: nn.Module, stored: Sequence[Any], out: layer.Applied, average: bool, momentum: float) -> None:
-    """Writes the new running statistics, and sows the batch's own where `moments` is mutable (never at init)."""
-    if average or module.is_initializing() or not any(stored):
+def _store(module: nn.Module, stored: Sequence[Any], out: layer.Applied, use_running: bool, momentum: float) -> None:
+    """Writes the new running statistics, and sows the batch's own where `moments` is mutable; never at init."""
+    if use_running or module.is_initializing() or not any(stored):
         return
     for variable, value in zip(stored, out.running, strict=True):
         if variable is not None:
             variable.value = value
-    last = {"reduce_fn": lambda _, new: new, "init_fn": lambda: None}
-    module.sow("moments", "batch", (out.batch, jnp.asarray(momentum, jnp.float32)), **last)
+    if out.batch is not None:
+        module.sow("moments", "batch", (out.batch, jnp.asarray(momentum, jnp.float32)))
 
 
 def _apply_flax(module: Any, x: ArrayLike, read: Any, mask: Any) -> jax.Array:

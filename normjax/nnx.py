@@ -68,9 +68,8 @@ def _store(module: Any, out: layer.Applied) -> None:
     for name, value in out.running._asdict().items():
         if value is not None:
             getattr(module, name)[...] = value
-    if hasattr(module, "__captures__"):
-        entry = (out.batch, jnp.asarray(module.momentum, jnp.float32))
-        module.sow(Moments, "batch", entry, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    if hasattr(module, "__captures__") and out.batch is not None:
+        module.sow(Moments, "batch", (out.batch, jnp.asarray(module.momentum, jnp.float32)))
 
 
 class Norm(nnx.Module):
@@ -166,13 +165,14 @@ class Norm(nnx.Module):
         """Normalizes x; arguments as for `normjax.linen.Norm`. A scale or bias given here replaces the learned one."""
         x, n = as_floating(x, "Norm"), self.normalizer
         stored = Running(_value(self.mean), _value(self.var))
-        use_running = stored != Running() and _flag(use_running_average, self.use_running_average, "Norm")
+        stores = any(value is not None for value in stored)
+        use_running = stores and _flag(use_running_average, self.use_running_average, "Norm")
         out = layer.apply(
             x, n, self.layout, stored, use_running=use_running, momentum=self.momentum, refuse=True, dtype=self.dtype,
             scale=_value(self.scale) if scale is None else scale, bias=_value(self.bias) if bias is None else bias,
             mask=mask, eps=None if self.sigma is None else jnp.square(self.sigma[...]),
         )  # fmt: skip
-        if not use_running and stored != Running():
+        if stores and not use_running:
             _store(self, out)
         if self.l1 and hasattr(self, "__captures__"):
             value = layer.layer_penalty(out.centered, self.l1, n, mask, self.l1_axis_name)
