@@ -233,7 +233,7 @@ class Bound:
         for axis, span in self.spans:
             if axis is not None:
                 length = self.shape[axis]
-                size *= min(span.window, length) if span.window else length // (span.blocks or 1)
+                size *= min(span.window, length) if span.window else max(length // (span.blocks or 1), min(length, 1))
         return size
 
 
@@ -261,7 +261,7 @@ def bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
                 + _caret(str(field), span.axis)
             )
         for axis in where.get(span.axis, ()):
-            if span.blocks and shape[axis] % span.blocks:
+            if span.blocks and not span.mapped and shape[axis] % span.blocks:
                 raise FieldError(
                     f"cannot split axis '{span.axis}' of length {shape[axis]} into {span.blocks} equal groups"
                 )

@@ -190,7 +190,8 @@ def average(x: jax.Array, plan: Plan, weights: Weights | None = None) -> tuple[j
     """
     if weights is None:
         count = counts(plan, x.dtype)
-        return total(x, plan) / (np if isinstance(count, np.ndarray) else jnp).where(count > 0, count, 1), count
+        safe = (np if isinstance(count, np.ndarray) else jnp).where(count > 0, count, 1)
+        return total(x, plan) / safe.astype(x.dtype), count
     named = {axis for axis, _ in plan.bound.spans}
     w = weights.value
     w = jnp.broadcast_to(w, [x.shape[i] if i in named else n for i, n in enumerate(w.shape)])
@@ -199,8 +200,8 @@ def average(x: jax.Array, plan: Plan, weights: Weights | None = None) -> tuple[j
     if plan.border == "zero" and not plan.bound.pooled:
         # A masked element counts as a zero, like one past the edge: average what is pooled, then box it.
         filled = weight > 0
-        pooled_mean = jnp.where(filled, top_sum / jnp.where(filled, weight, 1), 0)
-        return total(pooled_mean, windows) / counts(windows, x.dtype), total(weight, windows)
+        pooled_mean = jnp.where(filled, top_sum / jnp.where(filled, weight, 1).astype(x.dtype), 0)
+        return total(pooled_mean, windows) / counts(windows, x.dtype).astype(x.dtype), total(weight, windows)
     top_sum, weight = total(top_sum, windows), total(weight, windows)
     filled = weight > 0
     return jnp.where(filled, top_sum / jnp.where(filled, weight, 1).astype(x.dtype), 0), weight

@@ -348,7 +348,7 @@ def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None):
     if recipe.b is not None:
         if var is None:
             var = _moment(v, n, recipe.b, weights)
-        y = y * _reciprocal(eps + n.gain * var, recipe, weights, x.shape)
+        y = y * _reciprocal(eps + n.gain * var, recipe, weights, x.shape).astype(y.dtype)
     return _affine(y, scale, bias).astype(recipe.dtype), v, mean, var
 
 
@@ -381,7 +381,7 @@ def _reciprocal(q, recipe: _Recipe, weights: Weights | None, shape: tuple[int, .
     n = recipe.normalizer
     if recipe.floor is None:
         return _power(q, n.power)
-    d = jnp.where(q > 0, jnp.where(q > 0, q, 1) ** n.power, 0)
+    d = q * _power(q, 1 - n.power) if n.power < 1 else jnp.where(q > 0, jnp.where(q > 0, q, 1) ** n.power, 0)
     named = {axis for axis, _ in recipe.floor.bound.spans}
     over = jnp.broadcast_to(d, [shape[i] if i in named else size for i, size in enumerate(d.shape)])
     d = jnp.maximum(d, moments.average(moments.silence(over, weights), recipe.floor, weights)[0])

@@ -195,7 +195,7 @@ def nnx_step(
     _choose(statistics)
 
     def run(params: Any, stats: Any, batch: Batch, key: Any):
-        model = _view(nnx.merge(structure, params, stats), train=True, average=statistics == "frozen")
+        model = _view(nnx.merge(structure, params, stats, copy=True), train=True, average=statistics == "frozen")
         captured: Any = nnx.capture(lambda m: loss(m, batch, True), Penalty, Moments)(model)
         (value, metrics), penalties, moments = captured
         penalty = total_penalty(nnx.to_pure_dict(penalties), penalty_weights)
@@ -236,7 +236,7 @@ def nnx_eval(structure: nnx.GraphDef, loss: Loss) -> Callable[[State, Batch], Me
     """
 
     def evaluate(state: State, batch: Batch) -> Metrics:
-        model = _view(nnx.merge(structure, state.params, state.stats), train=False, average=True)
+        model = _view(nnx.merge(structure, state.params, state.stats, copy=True), train=False, average=True)
         value, metrics = loss(model, batch, False)
         return {"loss": value, **metrics}
 

@@ -87,7 +87,11 @@ def normalize(x, n, layout="n ... c", mask=None, eps=None):
     v = x if mean is None else np.where(valid, x - mean, 0)
     if n.var is None:
         return (x if n.keep_mean else v), v, mean, None
-    m = average(np.abs(v) ** n.order, n.var)
+    if n.order == math.inf:
+        axes = tuple(i for i, name in enumerate(where(layout, x.ndim)) if name in str(n.var).split())
+        m = np.broadcast_to(np.abs(v).max(axes, keepdims=True), x.shape)
+    else:
+        m = average(np.abs(v) ** n.order, n.var)
     d = ((n.eps if eps is None else eps) + n.gain * m) ** n.power
     if n.floor is not None:
         d = np.maximum(d, average(np.where(valid, d, 0), n.floor))

@@ -1,0 +1,31 @@
+"""The tables that drive the tests: every row of TABLE with a layout and a shape that it fits, and a few more."""
+
+import dataclasses
+
+import numpy as np
+
+from normjax import TABLE, Normalizer
+
+EXTRA = {
+    "order_3": Normalizer("... c", "... c", order=3, power=1 / 3),
+    "max_batch": Normalizer("n ...", "n ...", order=float("inf"), power=1.0),
+    "zero_border": Normalizer("...:5 c", "...:7 c", eps=1.0, gain=49 / 25, border="zero"),
+    "even_before": Normalizer("c:4", "c:6", lean="before"),
+    "gaussian_channels": Normalizer("c:5", "c:7", window="gaussian", border="zero"),
+    "extended": Normalizer("n ...", "c"),
+    "box_contrast": Normalizer("...:3 c", "...:3 c", floor="... c"),
+    "keep_mean_token": Normalizer("c", "c", keep_mean=True),
+}
+ROWS = {**TABLE, **EXTRA}
+CHANNELS = {"group": 64}
+DIFFERENTIABLE = [name for name in ROWS if name not in ("max_batch",)]
+
+
+def example(name, seed=0, dtype=np.float32):
+    """An input that the row fits: 8 examples of 6 x 5 positions."""
+    shape = (8, 6, 5, CHANNELS.get(name, 16))
+    return (np.random.default_rng(seed).normal(0.3, 1.5, shape)).astype(dtype)
+
+
+def with_eps(normalizer, eps):
+    return dataclasses.replace(normalizer, eps=eps)

@@ -1,0 +1,190 @@
+"""Every refusal says what was found and what is accepted; the whole text is asserted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from normjax import TABLE, Field, FieldError, Normalizer, Span, expect, explain, normalize, top
+from normjax import linen as nl
+from normjax import nnx as nx
+from normjax.penalty import l1_penalty
+from normjax.running import Running, Stats, as_stats, merge, shapes
+
+IMAGE = jnp.ones((8, 12, 10, 64))
+DENSE = jnp.ones((8, 64))
+
+CASES = {
+    "unreadable atom": (
+        lambda: Field.parse("h:5 w:-5 c"),
+        "cannot read this as axis, axis:window or axis/groups\n    h:5 w:-5 c\n        ^^^^",
+    ),
+    "empty field": (lambda: Field.parse(" "), "an empty field averages nothing; use None to skip the step"),
+    "not a field": (lambda: Field.parse(3), "a field is a string or a Field, found int"),
+    "axis twice": (
+        lambda: Field.parse("c n c:5"),
+        "field \"c n c:5\" names 'c' twice\n    c n c:5\n        ^^^",
+    ),
+    "unknown axis": (
+        lambda: expect(DENSE, "h w"),
+        "field \"h w\" averages over 'h', which layout \"n ... c\" does not name\n    h w\n    ^",
+    ),
+    "groups that do not divide": (
+        lambda: expect(IMAGE, "c/7"),
+        "cannot split axis 'c' of length 64 into 7 equal groups",
+    ),
+    "wrong rank": (lambda: expect(IMAGE, "c", "n c"), 'layout "n c" names 2 axes, but the array has 4'),
+    "too small a rank": (
+        lambda: expect(jnp.ones(3), "c"),
+        'layout "n ... c" names at least 2 axes, but the array has 1',
+    ),
+    "axis twice in the layout": (
+        lambda: expect(IMAGE, "c", "n c ... c"),
+        "layout \"n c ... c\" names 'c' twice\n    n c ... c\n            ^",
+    ),
+    "unreadable layout": (lambda: expect(DENSE, "c", "n, c"), "a layout names axes, as \"n ... c\" does; found 'n, c'"),
+    "nothing matched": (
+        lambda: expect(DENSE, "..."),
+        'field "..." matches no axis of an array of shape (8, 64), layout "n ... c"',
+    ),
+    "single element, no axis": (
+        lambda: normalize(DENSE, "instance"),
+        'field "..." holds a single element of an array of shape (8, 64), so centring leaves zero',
+    ),
+    "single element, one example": (
+        lambda: normalize(DENSE[:1], "batch"),
+        'field "n ..." holds a single element of an array of shape (1, 64), so centring leaves zero',
+    ),
+    "single element, blocks of one": (
+        lambda: normalize(DENSE, Normalizer("c/64", "c")),
+        'field "c/64" holds a single element of an array of shape (8, 64), so centring leaves zero',
+    ),
+    "integers": (
+        lambda: normalize(jnp.ones((2, 3), jnp.int32), "token"),
+        "normalize takes floating-point arrays, found int32; cast first: x.astype(jnp.float32)",
+    ),
+    "unbound mapped axis": (
+        lambda: normalize(DENSE, Normalizer("@data", "@data")),
+        "mapped axis '@data' is not bound here; call this inside jax.vmap(..., axis_name=\"data\"), or inside "
+        'jax.shard_map or jax.pmap over a mesh axis "data"',
+    ),
+    "misspelt row": (
+        lambda: normalize(DENSE, "divisve"),
+        f"no normalizer is called 'divisve'; did you mean 'divisive'? TABLE has {', '.join(TABLE)}",
+    ),
+    "not a normalizer": (
+        lambda: normalize(DENSE, 3),
+        "a normalizer is a Normalizer or a name in TABLE, found int",
+    ),
+    "mask": (
+        lambda: normalize(DENSE, "token", mask=jnp.ones(3)),
+        "a mask must broadcast against the array: found shapes (3,) and (8, 64)",
+    ),
+    "scale": (
+        lambda: normalize(DENSE, "token", scale=jnp.ones(3)),
+        "scale of shape (1, 3) does not broadcast against shape (8, 64)",
+    ),
+    "bias rank": (
+        lambda: normalize(IMAGE, "token", bias=jnp.ones((12, 10, 64))),
+        'bias of shape (12, 10, 64) is not a scalar, [c], [n, c] or of the rank of x, for layout "n ... c" and '
+        "shape (8, 12, 10, 64)",
+    ),
+    "eps": (
+        lambda: normalize(IMAGE, "token", eps=jnp.ones(64)),
+        "eps is a scalar or has the rank of x: found shapes (64,) and (8, 12, 10, 64)",
+    ),
+    "given statistics": (
+        lambda: normalize(DENSE, "batch", stats=Stats(jnp.ones(64), None)),
+        "a given mean has the rank of x and broadcasts against it: found shapes (64,) and (8, 64)",
+    ),
+    "border": (
+        lambda: Normalizer("c:3", "c", border="reflect"),
+        "border is one of 'truncate', 'zero'; found 'reflect'",
+    ),
+    "negative eps": (lambda: Normalizer("c", "c", eps=-1.0), "eps is a finite number of at least 0; found -1.0"),
+    "order": (lambda: Normalizer("c", "c", order=0), "order is a positive number, inf or top(k); found 0"),
+    "top-k over a window": (
+        lambda: normalize(DENSE, Normalizer(None, "c:5", order=top(2))),
+        'order=top(2) takes whole axes and blocks; field "c:5" has windows',
+    ),
+    "top-k beyond the size": (
+        lambda: normalize(DENSE, Normalizer(None, "c", order=top(65))),
+        'order=top(65) needs 65 elements; field "c" holds 64 of shape (8, 64)',
+    ),
+    "window over examples": (
+        lambda: shapes(Normalizer("n:5", "n"), "n ... c", (8, 64)),
+        "field \"n:5\" slides over the examples ('n:5'), which cannot be stored",
+    ),
+    "another size at inference": (
+        lambda: as_stats(Running(jnp.ones((4, 4, 3))), Normalizer("n ...:3", None), "n ... c", (2, 5, 4, 3)),
+        'the stored mean has shape (4, 4, 3), but field "n ...:3" on an array of shape (2, 5, 4, 3), layout "n ... c", '
+        "needs (5, 4, 3)",
+    ),
+    "moments of order 1": (
+        lambda: merge(Stats(None, 1.0, None, 2.0), Stats(None, 1.0, None, 2.0), order=1),
+        "moments of order 1 cannot be merged, only those of order 2",
+    ),
+    "penalty of integers": (
+        lambda: l1_penalty(jnp.ones(3, jnp.int32)),
+        "l1_penalty takes floating-point arrays, found int32; cast first: x.astype(jnp.float32)",
+    ),
+    "span without an axis": (lambda: Span(None), "a span needs an axis, a mapped axis, or both"),
+    "span of both kinds": (
+        lambda: Span("c", window=3, blocks=2),
+        "a span is a window or blocks of axis 'c', not both",
+    ),
+    "window of zero": (lambda: Span("c", window=0), "window of axis 'c' must be an integer of at least 1, found 0"),
+    "explain": (lambda: explain("group", (8, 4, 4, 48)), "cannot split axis 'c' of length 48 into 32 equal groups"),
+    "linen integers": (
+        lambda: nl.Norm("token").init(jax.random.key(0), jnp.ones((2, 3), jnp.int32)),
+        "Norm takes floating-point arrays, found int32; cast first: x.astype(jnp.float32)",
+    ),
+    "linen without channels": (
+        lambda: nl.Norm("token", "n t f").init(jax.random.key(0), jnp.ones((2, 3, 4))),
+        "a learned scale or bias lies along axis 'c', which layout \"n t f\" does not name; use_scale=False, "
+        "use_bias=False goes without",
+    ),
+    "nnx without a shape": (
+        lambda: nx.Norm(Normalizer("n", "n"), 3, rngs=nx.nnx.Rngs(0)),
+        "Normalizer('n', 'n') stores statistics along other axes than the channels: give the whole shape of an input as "
+        "`features`, found 3",
+    ),
+    "groups of Flax's layer": (
+        lambda: nl.GroupNorm(7).init(jax.random.key(0), DENSE),
+        "Number of groups (7) does not divide the number of channels (64).",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message_is(case):
+    provoke, message = CASES[case]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        provoke()
+    assert str(caught.value) == message
+
+
+def test_field_errors_are_value_errors_with_the_context_as_a_note():
+    with pytest.raises(FieldError) as caught:
+        normalize(IMAGE, Normalizer("c/7", "c/7"))
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.__notes__ == [
+        "while normalizing shape (8, 12, 10, 64), layout \"n ... c\", with Normalizer('c/7', 'c/7')"
+    ]
+
+
+def test_masks_and_zero_size_axes_never_raise_for_a_single_element():
+    assert normalize(DENSE[:1], "batch", mask=True).y.shape == (1, 64)
+    assert normalize(DENSE[:, :0], "token").y.shape == (8, 0)
+
+
+def test_single_elements_are_legal_without_centring_and_where_zeros_count():
+    assert normalize(DENSE, Normalizer(None, "c/64")).y.shape == DENSE.shape
+    np.testing.assert_allclose(normalize(DENSE[:, :1], Normalizer("c:5", None, border="zero")).y, 0.8, rtol=1e-6)
+
+
+def test_mapped_sizes_count_as_elements():
+    out = jax.vmap(lambda x: normalize(x, Normalizer("@n", "@n"), "c").y, axis_name="n")(DENSE)
+    assert out.shape == DENSE.shape
+    with pytest.raises(FieldError, match="holds a single element"):
+        jax.vmap(lambda x: normalize(x, Normalizer("@n", "@n"), "c").y, axis_name="n")(DENSE[:1])

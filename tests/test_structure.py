@@ -1,0 +1,105 @@
+"""The rooms of the house: who imports whom, what importing costs, what every file and public name must have."""
+
+import ast
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normjax
+from normjax import field, layer, linen, moments, nnx, penalty, running, theory, train
+
+ROOT = Path(__file__).parents[1]
+# Each room, and the rooms of the package it may import.
+ROOMS = {
+    "field": set(),
+    "moments": {"field"},
+    "theory": {"field", "moments"},
+    "explain": {"field", "moments", "theory"},
+    "running": {"field", "moments", "theory"},
+    "penalty": {"field", "moments", "theory"},
+    "layer": {"field", "moments", "theory", "running", "penalty"},
+    "linen": {"field", "moments", "theory", "running", "penalty", "layer"},
+    "nnx": {"field", "moments", "theory", "running", "penalty", "layer"},
+    "train": {"field", "moments", "theory", "running", "penalty", "layer", "linen", "nnx"},
+}
+PUBLIC = (field, moments, theory, normjax.explain, penalty, running, layer, linen, nnx, train)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "normjax":
+            yield from (f"normjax.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_every_room_is_known():
+    assert {path.stem for path in (ROOT / "normjax").glob("*.py")} - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_the_rooms_below_it(room):
+    found = {name.split(".")[1] for name in imports(ROOT / "normjax" / f"{room}.py") if name.startswith("normjax.")}
+    assert found <= ROOMS[room]
+
+
+@pytest.mark.parametrize("room", ["field", "moments", "theory", "explain", "running", "penalty", "layer"])
+def test_room_below_the_layers_knows_neither_flax_nor_optax(room):
+    names = {name.split(".")[0] for name in imports(ROOT / "normjax" / f"{room}.py")}
+    assert not names & {"flax", "optax", "tensorflow_datasets", "experiments"}
+
+
+def test_field_needs_the_standard_library_alone():
+    assert {name.split(".")[0] for name in imports(ROOT / "normjax" / "field.py")} <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("folder", ["normjax", "experiments"])
+def test_nothing_imports_from_the_rooms_above(folder):
+    above = {"normjax": {"experiments", "notebooks", "tests"}, "experiments": {"notebooks", "tests"}}[folder]
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & above, path
+
+
+def test_importing_normjax_imports_neither_flax_nor_optax_nor_tensorflow_datasets():
+    code = "import sys, normjax; print([m for m in ('flax', 'optax', 'tensorflow_datasets') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def public_functions_and_classes():
+    for module in PUBLIC:
+        module = sys.modules[module.__module__] if inspect.isfunction(module) else module
+        for name, thing in vars(module).items():
+            mine = getattr(thing, "__module__", None) == module.__name__
+            if not name.startswith("_") and mine and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                yield pytest.param(thing, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("thing", list(public_functions_and_classes()))
+def test_public_name_has_a_docstring(thing):
+    assert thing.__doc__
+    first = thing.__doc__.strip().splitlines()[0]
+    assert first.endswith((".", ":", ";", ","))
+
+
+@pytest.mark.parametrize("name", normjax.__all__)
+def test_exported_function_has_a_doctest(name):
+    thing = getattr(normjax, name)
+    if inspect.isfunction(thing):
+        assert doctest.DocTestParser().get_examples(thing.__doc__ or ""), name
+
+
+@pytest.mark.parametrize("name", normjax.__all__)
+def test_exported_name_is_in_the_readme(name):
+    assert name in (ROOT / "README.md").read_text()
+
+
+def test_every_row_of_the_table_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [row for row in normjax.TABLE if f"`{row}`" not in text] == []

@@ -1,0 +1,332 @@
+"""The equation: every row against its obvious form, its invariances, its derivatives, its precision."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import normjax
+from normjax import TABLE, Normalizer, explain, normalize, top
+from normjax.theory import equation
+from tests import reference
+from tests.rows import DIFFERENTIABLE, ROWS, example, with_eps
+
+rows = pytest.mark.parametrize("name", ROWS)
+
+
+@rows
+def test_row_equals_the_equation_in_float64(name):
+    x = example(name)
+    got, want = normalize(x, ROWS[name]), reference.normalize(x, ROWS[name])
+    np.testing.assert_allclose(got.y, want[0], atol=1e-5)
+    np.testing.assert_allclose(got.centered, want[1], atol=1e-5)
+    for mine, theirs in zip(got.stats[:2], want[2:], strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            np.testing.assert_allclose(np.broadcast_to(mine, x.shape), theirs, rtol=1e-5, atol=1e-5)
+
+
+@rows
+def test_row_with_a_mask_equals_the_equation_in_float64(name):
+    x = example(name)
+    mask = np.random.default_rng(1).uniform(size=x.shape) > 0.3
+    if ROWS[name].order == math.inf:
+        want = reference.normalize(np.where(mask, x, 0), Normalizer("n ...", None), mask=mask)[1]
+        largest = np.abs(want).max((0, 1, 2), keepdims=True)
+        np.testing.assert_allclose(normalize(x, ROWS[name], mask=mask).y, want / (1e-5 + largest), atol=5e-6)
+        return
+    got = normalize(np.where(mask, x, np.nan), ROWS[name], mask=mask)
+    np.testing.assert_allclose(got.y, reference.normalize(x, ROWS[name], mask=mask)[0], atol=3e-5)
+    assert (np.asarray(got.y)[~mask] == 0).all()
+
+
+@rows
+def test_every_layout_gives_the_same_numbers(name):
+    x = example(name)
+    want = np.moveaxis(normalize(x, ROWS[name]).y, -1, 1)
+    np.testing.assert_allclose(normalize(np.moveaxis(x, -1, 1), ROWS[name], "n c ...").y, want, atol=1e-5)
+    named = normalize(x[None], ROWS[name], "batch n ... c").y[0]
+    np.testing.assert_allclose(named, normalize(x, ROWS[name]).y, atol=1e-5)
+
+
+@rows
+def test_jit_changes_nothing(name):
+    x = example(name)
+    compiled = jax.jit(lambda x: normalize(x, ROWS[name]).y)(x)
+    np.testing.assert_allclose(compiled, normalize(x, ROWS[name]).y, atol=1e-5)
+
+
+@rows
+def test_bfloat16_in_bfloat16_out_with_float32_statistics(name):
+    x = jnp.asarray(example(name), jnp.bfloat16)
+    got = normalize(x, ROWS[name])
+    assert got.y.dtype == jnp.bfloat16
+    assert got.centered.dtype == jnp.float32
+    assert all(s is None or s.dtype == jnp.float32 for s in got.stats[:2])
+    want = reference.normalize(np.asarray(x, np.float64), ROWS[name])[0]
+    np.testing.assert_allclose(np.asarray(got.y, np.float64), want, rtol=0.004, atol=1e-4)
+
+
+def plain(x, n, **kwargs):
+    """The equation without its derivative rule, written out."""
+
+    def average(a, field):
+        return normjax.expect(a, field, border=n.border, window=n.window, lean=n.lean)
+
+    v = x if n.mean is None else x - average(x, n.mean)
+    y = x if n.keep_mean else v
+    if n.var is None:
+        return y
+    a = jnp.abs(v)
+    m = jnp.max(a, (0, 1, 2), keepdims=True) if n.order == math.inf else average(a**n.order, n.var)
+    d = (n.eps + n.gain * m) ** n.power
+    if n.floor is not None:
+        d = jnp.maximum(d, average(jnp.broadcast_to(d, x.shape), n.floor))
+    return y / d
+
+
+def probe(f, shape):
+    weights = jnp.asarray(np.random.default_rng(7).normal(size=shape), jnp.float32)
+    return lambda x: jnp.vdot(f(x), weights)
+
+
+@rows
+def test_gradient_equals_that_of_the_equation_written_out(name):
+    x, n = jnp.asarray(example(name)), ROWS[name]
+    mine = jax.grad(probe(lambda x: normalize(x, n).y, x.shape))(x)
+    want = jax.grad(probe(lambda x: plain(x, n), x.shape))(x)
+    np.testing.assert_allclose(mine, want, atol=2e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("name", ["batch", "layer", "token", "group", "rms", "variance", "extended", "keep_mean_token"])
+def test_forward_and_second_derivatives_equal_those_of_the_equation_written_out(name):
+    n = ROWS[name]
+    x = jnp.asarray(example(name)[:4, :2, :2, : 64 if name == "group" else 6])
+    t = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    f, g = probe(lambda x: normalize(x, n).y ** 2, x.shape), probe(lambda x: plain(x, n) ** 2, x.shape)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
+
+    close(jax.jvp(f, (x,), (t,))[1], jax.jvp(g, (x,), (t,))[1])
+    close(jax.linearize(f, x)[1](t), jax.jvp(g, (x,), (t,))[1])
+    want = jax.jvp(jax.grad(g), (x,), (t,))[1]
+    close(jax.jvp(jax.grad(f), (x,), (t,))[1], want)  # forward over reverse
+    close(jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), t))(x), want)  # reverse over reverse
+    close(jax.grad(lambda x: jax.jvp(f, (x,), (t,))[1])(x), want)  # reverse over forward
+    close(jax.vmap(jax.grad(f))(jnp.stack([x, x + t]))[0], jax.grad(g)(x))
+
+
+@pytest.mark.parametrize("name", ["batch", "group", "rms", "divisive", "contrast", "variance"])
+def test_gradients_of_scale_bias_and_eps_are_right(name):
+    n = ROWS[name]
+    x = jnp.asarray(example(name)[:4, :4, :4])
+    c = x.shape[-1]
+    scale, bias, eps = jnp.linspace(0.5, 1.5, c), jnp.linspace(-1.0, 1.0, c), jnp.asarray(0.5)
+    # The row's own reverse against its own forward mode, and the sum written out.
+    f = functools.partial(lambda x, s, b, e: jnp.sin(normalize(x, n, scale=s, bias=b, eps=e).y).sum())
+    check_grads(f, (x, scale, bias, eps), 1, modes=["fwd", "rev"], atol=0.05, rtol=0.05, eps=1e-2)
+    y = normalize(x, n, eps=eps).y
+    dout = jnp.cos(y * scale.reshape(1, 1, 1, c) + bias.reshape(1, 1, 1, c))
+    got = jax.grad(f, (1, 2))(x, scale, bias, eps)
+    np.testing.assert_allclose(got[0], (dout * y).sum((0, 1, 2)), rtol=2e-4, atol=1e-4)
+    np.testing.assert_allclose(got[1], dout.sum((0, 1, 2)), rtol=2e-4, atol=1e-4)
+
+
+@rows
+@pytest.mark.parametrize("eps", [0.0, None])
+def test_constant_input_gives_finite_values_and_gradients(name, eps):
+    n = ROWS[name] if eps is None else with_eps(ROWS[name], eps)
+    for value in (0.0, 1.0, 0.1):
+        x = jnp.full(example(name).shape, value)
+        y, gradient = jax.value_and_grad(lambda x: jnp.sum(normalize(x, n).y ** 2))(x)
+        assert jnp.isfinite(y)
+        assert jnp.isfinite(gradient).all()
+
+
+CENTRED = [k for k, n in ROWS.items() if n.mean is not None and n.border == "truncate" and not n.keep_mean]
+
+
+@pytest.mark.parametrize("name", CENTRED)
+def test_shift_and_scale_do_not_change_output(name):
+    n, x = with_eps(ROWS[name], 0.0), example(name)
+    if n.var is None:
+        np.testing.assert_allclose(normalize(x + 3, n).y, normalize(x, n).y, atol=1e-5)
+    else:
+        np.testing.assert_allclose(normalize(4 * x + 3, n).y, normalize(x, n).y, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [k for k, n in ROWS.items() if not any(f.mixes_examples for f in n.fields)])
+def test_rows_that_do_not_mix_examples_commute_with_vmap(name):
+    x = example(name)
+    alone = jax.vmap(lambda x: normalize(x, ROWS[name], "... c").y)(x)
+    np.testing.assert_allclose(alone, normalize(x, ROWS[name]).y, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4, 1e5])
+def test_error_against_float64_at_large_means(offset, dtype):
+    x = np.random.default_rng(0).normal(offset, 1, (64, 1024)).astype(np.float32).astype(dtype)
+    exact = np.asarray(x, np.float64)
+    for name in ("token", "batch"):
+        n = with_eps(TABLE[name], 1e-5)
+        want = reference.normalize(exact, n)[0]
+        spread = np.std(exact, -1 if name == "token" else 0, keepdims=True)
+        eps = float(jnp.finfo(dtype).eps)
+        bound = 4 * eps * (np.abs(want) + 1) + 4 * np.finfo(np.float32).eps * abs(offset) / np.maximum(spread, 1e-3)
+        assert (np.abs(np.asarray(normalize(x, n).y, np.float64) - want) <= bound).all()
+
+
+def test_moments_of_order_inf_and_top_k_by_hand():
+    x = jnp.array([[1.0, -2.0, 4.0, -3.0]])
+    assert normalize(x, Normalizer(None, "c", order=math.inf, eps=0.0, power=1.0)).stats.var.tolist() == [[4.0]]
+    assert normalize(x, Normalizer(None, "c", order=top(2), eps=0.0, power=1.0)).stats.var.tolist() == [[3.5]]
+    halves = normalize(x, Normalizer(None, "c/2", order=top(1), eps=0.0, power=1.0)).stats.var
+    assert halves.tolist() == [[2.0, 2.0, 4.0, 4.0]]
+    window = normalize(x, Normalizer(None, "c:3", order=math.inf, eps=0.0, power=1.0)).stats.var
+    assert window.tolist() == [[2.0, 4.0, 4.0, 4.0]]
+    masked = normalize(x, Normalizer(None, "c", order=top(2), eps=0.0, power=1.0), mask=jnp.array([1, 1, 0, 0])).stats.var
+    assert masked.tolist() == [[1.5]]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_nan_behind_a_mask_reaches_nothing(name):
+    x = example(name)
+    mask = np.random.default_rng(3).uniform(size=x.shape) > 0.4
+    poisoned = np.where(mask, x, np.nan)
+
+    def value(x, bias):
+        out = normalize(x, ROWS[name], mask=mask, bias=bias)
+        return jnp.sum(out.y**2), out
+
+    (total, out), gradient = jax.value_and_grad(value, has_aux=True)(jnp.asarray(poisoned), jnp.asarray(0.5))
+    assert jnp.isfinite(total)
+    assert jnp.isfinite(gradient).all()
+    assert (gradient[~mask] == 0).all()
+    assert (out.y[~mask] == 0.5).all()
+    assert all(s is None or jnp.isfinite(s).all() for s in out.stats[:2])
+
+
+def test_a_field_without_weight_gives_the_bias():
+    x, mask = example("layer"), np.ones((8, 1, 1, 1), bool)
+    mask[2] = False
+    out = normalize(x, "layer", mask=mask, bias=1.5)
+    assert (out.y[2] == 1.5).all()
+    assert out.stats.mean_weight[2] == 0
+    np.testing.assert_allclose(out.y[3], normalize(x, "layer", bias=1.5).y[3], atol=1e-6)
+
+
+def test_statistics_can_be_given():
+    x = example("batch")
+    stats = normalize(x, "batch").stats
+    np.testing.assert_allclose(normalize(x[:1], "batch", stats=stats).y, normalize(x, "batch").y[:1], atol=1e-6)
+    afresh = normalize(x, ROWS["extended"], stats=normjax.Stats(stats.mean, None))
+    np.testing.assert_allclose(afresh.y, normalize(x, ROWS["extended"]).y, atol=1e-6)
+
+
+def test_batch_norm_of_one_example_under_vmap_is_batch_norm():
+    x = example("batch")
+    n = Normalizer("@n ...", "@n ...")
+    out = jax.vmap(lambda x: normalize(x, n, "... c"), axis_name="n")(x)
+    np.testing.assert_allclose(out.y, normalize(x, "batch").y, atol=2e-6)
+    mask = np.random.default_rng(0).uniform(size=(8, 6, 5, 1)) > 0.5
+    mask[1] = False  # an empty shard
+    got = jax.vmap(lambda x, m: normalize(x, n, "... c", mask=m).y, axis_name="n")(x, mask)
+    np.testing.assert_allclose(got, normalize(x, "batch", mask=mask).y, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("whole", "sharded", "axis"),
+    [
+        ("h:5 c", "h:5@rows c", 1),
+        ("h:11", "h:11@rows", 1),
+        ("h c/4", "h@rows c/4", 1),
+        ("c/8", "c/8@rows", 3),
+        ("n h", "n@rows h", 0),
+    ],
+)
+@pytest.mark.parametrize("border", ["truncate", "zero"])
+def test_sharded_axes_under_shard_map_equal_one_device(whole, sharded, axis, border):
+    x = np.random.default_rng(0).normal(size=(8, 8, 3, 16)).astype(np.float32)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec(*["rows" if i == axis else None for i in range(4)])
+
+    def value(x, field):
+        return normalize(x, Normalizer(field, field, border=border), "n h w c").y
+
+    inside = jax.jit(jax.shard_map(lambda x: value(x, sharded), mesh=mesh, in_specs=spec, out_specs=spec))
+    np.testing.assert_allclose(inside(x), value(x, whole), atol=2e-6)
+    weights = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    got = jax.grad(lambda x: jnp.vdot(inside(x), weights))(x)
+    np.testing.assert_allclose(got, jax.grad(lambda x: jnp.vdot(value(x, whole), weights))(x), atol=1e-5)
+
+
+def test_axis_index_groups_average_within_each_group():
+    x = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
+    span = normjax.Span(None, mapped="d", groups=((0, 1), (2, 3)))
+    n = Normalizer(normjax.Field((normjax.Span("n"), span)), normjax.Field((normjax.Span("n"), span)))
+    got = jax.pmap(lambda x: normalize(x, n).y, axis_name="d")(x) if jax.device_count() >= 4 else None
+    if got is None:
+        pytest.skip("needs 4 devices")
+    want = np.concatenate([normalize(part.reshape(12, 3), "batch").y.reshape(2, 6, 3) for part in (x[:2], x[2:])])
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_saved_for_the_gradient_are_x_and_small_statistics():
+    x = jnp.ones((8, 64, 256))
+    for name in ("token", "batch", "rms", "layer", "instance"):
+        n, scale = TABLE[name], jnp.ones(256)
+        step = jax.jit(jax.grad(lambda x, s, n=n: jnp.sum(jnp.sin(normalize(x, n, scale=s).y)), (0, 1)))
+        saved = jax.linearize(lambda x, s, n=n: normalize(x, n, scale=s).y, x, scale)[1]
+        sizes = sorted(leaf.size for leaf in jax.tree.leaves(saved) if hasattr(leaf, "size"))
+        assert sum(size >= x.size for size in sizes) <= 1, (name, sizes)
+        assert jnp.isfinite(step(x, scale)[0]).all()
+
+
+def test_zero_size_arrays_pass_through():
+    for name in ("batch", "token", "divisive", "instance"):
+        for shape in ((0, 4, 4, 8), (2, 0, 4, 8)):
+            assert normalize(jnp.zeros(shape), name).y.shape == shape
+
+
+@rows
+def test_repr_evaluates_back(name):
+    assert eval(repr(ROWS[name]), {"Normalizer": Normalizer, "top": top}) == ROWS[name]
+    hash(ROWS[name])
+
+
+@rows
+def test_explain_speaks_of_every_row(name):
+    text = explain(ROWS[name], example(name).shape)
+    assert "centre" in text
+    assert "divide" in text
+
+
+def test_explain_counts_right():
+    text = explain("batch", (8, 32, 32, 64))
+    assert "mean of 8192 elements: all 8 of axis 'n', all 32 x 32 of axis '...'" in text
+    assert "64 means, one for each of: 64 of axis 'c'" in text
+
+
+def test_complex_input_is_divided_by_its_absolute_spread():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(16, 4)) + 1j * rng.normal(size=(16, 4))).astype(np.complex64)
+    out = normalize(x, "batch")
+    np.testing.assert_allclose(out.y, reference.normalize(x, TABLE["batch"])[0], atol=1e-6)
+    assert out.stats.var.dtype == jnp.float32
+
+
+def test_equation_refuses_nothing_where_flax_does_not():
+    assert equation(jnp.ones((1, 4)), TABLE["batch"]).y.tolist() == [[0.0] * 4]
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        x = jnp.asarray(example("token", dtype=np.float64))
+        out = normalize(x, "token")
+        assert out.y.dtype == jnp.float64
+        np.testing.assert_allclose(out.y, reference.normalize(x, TABLE["token"])[0], atol=1e-13)
