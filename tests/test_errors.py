@@ -27,7 +27,7 @@ CASES = {
     ),
     "unknown axis": (
         lambda: expect(DENSE, "h w"),
-        "field \"h w\" averages over 'h', which layout \"n ... c\" does not name\n    h w\n    ^",
+        'field "h w" averages over \'h\', which layout "n ... c" does not name\n    h w\n    ^',
     ),
     "groups that do not divide": (
         lambda: expect(IMAGE, "c/7"),

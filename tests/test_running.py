@@ -41,7 +41,8 @@ def test_an_update_moves_towards_the_batch(name):
 
 def test_ghost_statistics_are_the_means_over_the_blocks():
     x = example("ghost")
-    batch = observe(normalize(x, Normalizer("n/4 ...", "n/4 ...")).stats, Normalizer("n/4 ...", "n/4 ..."), "n ... c", x.shape)
+    n = Normalizer("n/4 ...", "n/4 ...")
+    batch = observe(normalize(x, n).stats, n, "n ... c", x.shape)
     blocks = x.reshape(4, -1, 16).astype(np.float64)
     np.testing.assert_allclose(batch.mean, blocks.mean((0, 1)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(batch.var, blocks.var(1).mean(0), rtol=1e-5)
@@ -58,7 +59,9 @@ def test_inference_takes_another_batch_size_and_space():
 
 def test_nothing_that_is_not_finite_or_without_weight_is_stored():
     old = Running(jnp.ones(3), jnp.ones(3))
-    batch = Stats(jnp.array([jnp.nan, 5.0, jnp.inf]), jnp.array([2.0, 2.0, 2.0]), jnp.array([1.0, 0.0, 1.0]), jnp.ones(3))
+    batch = Stats(
+        jnp.array([jnp.nan, 5.0, jnp.inf]), jnp.array([2.0, 2.0, 2.0]), jnp.array([1.0, 0.0, 1.0]), jnp.ones(3)
+    )
     after = update(old, batch, 0.5)
     assert after.mean.tolist() == [1.0, 1.0, 1.0]
     assert after.var.tolist() == [1.5, 1.5, 1.5]
@@ -68,7 +71,10 @@ def test_a_masked_batch_leaves_running_statistics_as_they_were():
     layer, x = nl.BatchNorm(use_running_average=False), jnp.asarray(example("batch"))
     variables = layer.init(jax.random.key(0), x)
     _, changed = layer.apply(variables, x, mask=jnp.zeros(x.shape, bool), mutable=["batch_stats"])
-    assert jax.tree.map(jnp.array_equal, changed["batch_stats"], variables["batch_stats"]) == {"mean": True, "var": True}
+    assert jax.tree.map(jnp.array_equal, changed["batch_stats"], variables["batch_stats"]) == {
+        "mean": True,
+        "var": True,
+    }
 
 
 @pytest.mark.parametrize("name", ["batch", "variance", "rms_batch"])

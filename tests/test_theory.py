@@ -189,7 +189,9 @@ def test_moments_of_order_inf_and_top_k_by_hand():
     assert halves.tolist() == [[2.0, 2.0, 4.0, 4.0]]
     window = normalize(x, Normalizer(None, "c:3", order=math.inf, eps=0.0, power=1.0)).stats.var
     assert window.tolist() == [[2.0, 4.0, 4.0, 4.0]]
-    masked = normalize(x, Normalizer(None, "c", order=top(2), eps=0.0, power=1.0), mask=jnp.array([1, 1, 0, 0])).stats.var
+    masked = normalize(
+        x, Normalizer(None, "c", order=top(2), eps=0.0, power=1.0), mask=jnp.array([1, 1, 0, 0])
+    ).stats.var
     assert masked.tolist() == [[1.5]]
 
 

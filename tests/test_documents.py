@@ -1,0 +1,79 @@
+"""The documents are true: README code runs, the notebook executes and equals its source."""
+
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_code_runs(capsys):
+    import flax.linen as nn
+
+    images, labels = jnp.ones((8, 4, 4, 3)), jnp.zeros(8, jnp.int32)
+
+    class Classifier(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(2)(names["Block"]()(x, train).mean((1, 2)))
+
+    names = {
+        "images": images,
+        "data": {"image": images, "label": labels},
+        "order": jnp.arange(8, dtype=jnp.int32).reshape(2, 4),
+        "model": Classifier(),
+    }
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["metrics"]["loss"].shape == (2,)
+    assert names["metrics"]["penalty"][0] > 0
+    assert "the block of 2 of axis 'c'" in capsys.readouterr().out
+    block = names["NNXBlock"](names["nnx"].Rngs(0))
+    assert block(jnp.ones((2, 4, 4, 3))).shape == (2, 4, 4, 64)
+
+
+def test_readme_import_lines_are_flax_s_names():
+
+    lines = [line for block in BLOCKS for line in block.splitlines() if line.startswith("from normjax.")]
+    assert len(lines) == 2
+    for name in ("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"):
+        assert all(name in line for line in lines)
+
+
+def test_notebook_is_its_source_without_outputs():
+    jupytext = pytest.importorskip("jupytext")
+    for source in (ROOT / "notebooks").glob("*.py"):
+        written, paired = jupytext.read(source), jupytext.read(source.with_suffix(".ipynb"))
+        assert [c.source for c in written.cells] == [c.source for c in paired.cells]
+        assert all(not c.get("outputs") for c in paired.cells)
+        badge = paired.cells[0].source.splitlines()[0]
+        assert badge.startswith("[![Open in Colab]")
+        assert badge.endswith(f"blob/main/notebooks/{source.stem}.ipynb)")
+
+
+def test_notebook_runs(monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    plt.switch_backend("agg")
+    for source in (ROOT / "notebooks").glob("*.py"):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            exec(compile(source.read_text(), str(source), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+def test_notebook_executes_in_jupyter():
+    import subprocess
+    import sys
+
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--stdout", str(notebook)]
+        environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {"PYTHONPATH": str(ROOT)}
+        out = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert out.returncode == 0, out.stderr[-2000:]
+        assert "image/png" in out.stdout
