@@ -107,18 +107,23 @@ def test_forward_and_second_derivatives_equal_those_of_the_equation_written_out(
     n = ROWS[name]
     x = jnp.asarray(example(name)[:4, :2, :2, : 64 if name == "group" else 6])
     t = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
-    f, g = probe(lambda x: normalize(x, n).y ** 2, x.shape), probe(lambda x: plain(x, n) ** 2, x.shape)
 
-    def close(a, b):
-        np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(f, x, t):
+        f = probe(f, x.shape)
+        return {
+            "jvp": jax.jvp(f, (x,), (t,))[1],
+            "linearize": jax.linearize(f, x)[1](t),
+            "forward over reverse": jax.jvp(jax.grad(f), (x,), (t,))[1],
+            "reverse over reverse": jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), t))(x),
+            "reverse over forward": jax.grad(lambda x: jax.jvp(f, (x,), (t,))[1])(x),
+            "vmap of grad": jax.vmap(jax.grad(f))(jnp.stack([x, x + t])),
+        }
 
-    close(jax.jvp(f, (x,), (t,))[1], jax.jvp(g, (x,), (t,))[1])
-    close(jax.linearize(f, x)[1](t), jax.jvp(g, (x,), (t,))[1])
-    want = jax.jvp(jax.grad(g), (x,), (t,))[1]
-    close(jax.jvp(jax.grad(f), (x,), (t,))[1], want)  # forward over reverse
-    close(jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), t))(x), want)  # reverse over reverse
-    close(jax.grad(lambda x: jax.jvp(f, (x,), (t,))[1])(x), want)  # reverse over forward
-    close(jax.vmap(jax.grad(f))(jnp.stack([x, x + t]))[0], jax.grad(g)(x))
+    got, want = (derivatives(f, x, t) for f in (lambda x: normalize(x, n).y ** 2, lambda x: plain(x, n) ** 2))
+    for kind in want:
+        bound = 3e-5 * max(1, float(jnp.abs(want[kind]).max()))
+        np.testing.assert_allclose(got[kind], want[kind], atol=bound, err_msg=kind)
 
 
 @pytest.mark.parametrize("name", ["batch", "group", "rms", "divisive", "contrast", "variance"])
@@ -247,7 +252,7 @@ def test_batch_norm_of_one_example_under_vmap_is_batch_norm():
         ("h:5 c", "h:5@rows c", 1),
         ("h:11", "h:11@rows", 1),
         ("h c/4", "h@rows c/4", 1),
-        ("c/8", "c/8@rows", 3),
+        ("c/4", "c/4@rows", 3),
         ("n h", "n@rows h", 0),
     ],
 )
