@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -439,27 +440,48 @@ def _ruled_jvp(recipe: _Recipe, primals, tangents):
     assert b is not None
 
     def tangent(x, mean, var, eps, scale, dx, deps, dscale, dbias):
-        x, dx = x.astype(var.dtype), dx.astype(var.dtype)
+        def centred(copy):
+            return x.astype(var.dtype) if mean is None else x.astype(var.dtype) - _fresh(mean, copy)
+
+        def kept(copy):
+            return x.astype(var.dtype) if n.keep_mean else centred(copy)
+
+        def scaled(term, copy):
+            return term if scale is None else term * _fresh(scale, copy)
+
+        dx = dx.astype(var.dtype)
         dmean = None if a is None else moments.average(dx, a)[0]
-        v = x if mean is None else x - mean
-        dv = dx if dmean is None else dx - dmean
         # Over equal pooled fields E_B[v] = 0, so dx does for dv and one reduction less is chained.
-        dm = 2 * moments.average(v * (dx if a == b else dv), b)[0]
+        dm = 2 * moments.average(centred(1) * (dx if a == b or a is None else dx - dmean), b)[0]
         q, dq = eps + n.gain * var, n.gain * dm + deps
         r = _power(q, n.power)
-        y, dy = (x, dx) if n.keep_mean else (v, dv)
-        y = y * r
-        dy = dy * r - n.power * y * (dq * _power(q, 1.0))
-        dout = dy if scale is None else dy * scale
+        dout = scaled(dx * _fresh(r, 1), 1)
+        if dmean is not None and not n.keep_mean:
+            dout = dout - scaled(dmean * _fresh(r, 2), 2)
+        dout = dout - scaled(kept(3) * (n.power * _fresh(r, 3) * _power(q, 1.0) * dq), 3)
         if dscale is not None:
-            dout = dout + y * dscale
+            dout = dout + kept(4) * _fresh(r, 4) * dscale
         if dbias is not None:
             dout = dout + dbias
+        dv = dx if dmean is None else dx - dmean
         return jnp.broadcast_to(dout, x.shape).astype(recipe.dtype), dv, dmean, dm
 
     dx, _, deps, dscale, dbias = tangents
     keep_x = jax.checkpoint(tangent, prevent_cse=False)
     return out, keep_x(x, mean, var, eps, scale, dx, deps, dscale, dbias)
+
+
+def _fresh(v, copy: int):
+    """An exact copy of a small statistic that XLA takes for another value.
+
+    XLA:CPU writes out any array of the size of x that two reductions share. With copies of the small statistics the
+    reductions share nothing but x itself, and the temporaries go.
+    """
+    if jax.default_backend() != "cpu":
+        return v
+    bits = {4: np.uint32, 8: np.uint64}[v.dtype.itemsize]
+    nan = (np.array(np.nan, v.dtype).view(bits) + bits(copy)).view(v.dtype)
+    return jnp.where(v == v, v, nan)
 
 
 def _weight(plan: Plan, weights: Weights | None, dtype: Any):

@@ -283,15 +283,21 @@ def test_axis_index_groups_average_within_each_group():
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-def test_saved_for_the_gradient_are_x_and_small_statistics():
-    x = jnp.ones((8, 64, 256))
-    for name in ("token", "batch", "rms", "layer", "instance"):
-        n, scale = TABLE[name], jnp.ones(256)
-        step = jax.jit(jax.grad(lambda x, s, n=n: jnp.sum(jnp.sin(normalize(x, n, scale=s).y)), (0, 1)))
-        saved = jax.linearize(lambda x, s, n=n: normalize(x, n, scale=s).y, x, scale)[1]
-        sizes = sorted(leaf.size for leaf in jax.tree.leaves(saved) if hasattr(leaf, "size"))
-        assert sum(size >= x.size for size in sizes) <= 1, (name, sizes)
-        assert jnp.isfinite(step(x, scale)[0]).all()
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("token", (2048, 512)), ("rms", (2048, 512)), ("batch", (64, 32, 32, 64)), ("group", (64, 32, 32, 64))],
+)
+def test_temporaries_of_forward_and_backward_are_a_fiftieth_of_x(name, shape):
+    if jax.default_backend() != "cpu":
+        pytest.skip("what XLA keeps is measured on a CPU")
+
+    def both(x, scale, bias, g):
+        y, back = jax.vjp(lambda x, s, b: normalize(x, name, scale=s, bias=b).y, x, scale, bias)
+        return y, *back(g)
+
+    x, p = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct(shape[-1:], np.float32)
+    memory = jax.jit(both).lower(x, p, p, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 0.02 * 4 * math.prod(shape)
 
 
 def test_zero_size_arrays_pass_through():
