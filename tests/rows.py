@@ -21,7 +21,7 @@ CHANNELS = {"group": 64}
 DIFFERENTIABLE = [name for name in ROWS if name not in ("max_batch",)]
 
 
-def example(name, seed=0, dtype=np.float32):
+def example(name, seed=0, dtype: type = np.float32):
     """An input that the row fits: 8 examples of 6 x 5 positions."""
     shape = (8, 6, 5, CHANNELS.get(name, 16))
     return (np.random.default_rng(seed).normal(0.3, 1.5, shape)).astype(dtype)

@@ -1,5 +1,7 @@
 """Every refusal says what was found and what is accepted; the whole text is asserted."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ CASES = {
         "cannot read this as axis, axis:window or axis/groups\n    h:5 w:-5 c\n        ^^^^",
     ),
     "empty field": (lambda: Field.parse(" "), "an empty field averages nothing; use None to skip the step"),
-    "not a field": (lambda: Field.parse(3), "a field is a string or a Field, found int"),
+    "not a field": (lambda: Field.parse(cast(Any, 3)), "a field is a string or a Field, found int"),
     "axis twice": (
         lambda: Field.parse("c n c:5"),
         "field \"c n c:5\" names 'c' twice\n    c n c:5\n        ^^^",
@@ -73,7 +75,7 @@ CASES = {
         f"no normalizer is called 'divisve'; did you mean 'divisive'? TABLE has {', '.join(TABLE)}",
     ),
     "not a normalizer": (
-        lambda: normalize(DENSE, 3),
+        lambda: normalize(DENSE, cast(Any, 3)),
         "a normalizer is a Normalizer or a name in TABLE, found int",
     ),
     "mask": (
