@@ -66,8 +66,13 @@ def _flag(call: bool | None, constructed: bool | None, name: str) -> bool:
 def _store(module: Any, out: layer.Applied) -> None:
     """Writes the new running statistics; the batch's own go to a capture that asks for Moments."""
     for name, value in out.running._asdict().items():
-        if value is not None:
-            getattr(module, name)[...] = value
+        variable = getattr(module, name)
+        if value is None:
+            continue
+        if value.dtype == variable.dtype:
+            variable[...] = value
+        else:  # the first complex mean replaces a real one
+            variable.set_value(value)
     if hasattr(module, "__captures__") and out.batch is not None:
         module.sow(Moments, "batch", (out.batch, jnp.asarray(module.momentum, jnp.float32)))
 

@@ -108,7 +108,8 @@ def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int,
         value = jnp.broadcast_to(value, weight.shape)
         # Repeated over each block of examples alike, so that the sum over examples counts every block the same.
         total = jnp.sum(weight, rest)
-        mean = jnp.where(total > 0, jnp.sum(value * weight, rest) / jnp.where(total > 0, total, 1), 0)
+        summed, by = jnp.sum(value * weight.astype(value.dtype), rest), jnp.where(total > 0, total, 1)
+        mean = jnp.where(total > 0, summed / by.astype(value.dtype), 0)
         length = int(np.prod([weight.shape[axis] for axis in rest])) if blocks else 1
         merged.append((mean, total * (blocks[0] / max(length, 1)) if blocks else total))
     return Stats(merged[0][0], merged[1][0], merged[0][1], merged[1][1])
@@ -162,7 +163,7 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99) -> Runnin
         if old is None or new is None:
             return old
         dtype = np.result_type(old.dtype, new.dtype) if jnp.iscomplexobj(new) else old.dtype
-        m = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum, jnp.finfo(new.dtype).dtype)
+        m = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
         mixed = (m * old.astype(new.dtype) + (1 - m) * new).astype(dtype)
         seen = jnp.isfinite(new) & (True if weight is None else weight > 0)
         return jax.lax.stop_gradient(jnp.where(seen, mixed, old.astype(dtype)))
@@ -204,7 +205,7 @@ def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
     if a.mean is not None:
         part, mean_weight = share(a.mean_weight, b.mean_weight)
         shift = b.mean - a.mean
-        mean = a.mean + shift * part
+        mean = a.mean + shift * part.astype(shift.dtype)
     if a.var is not None:
         part, var_weight = share(a.var_weight, b.var_weight)
         var = a.var + (b.var - a.var) * part + jnp.abs(shift) ** 2 * part * (1 - part)

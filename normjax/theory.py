@@ -451,8 +451,12 @@ def _ruled_jvp(recipe: _Recipe, primals, tangents):
 
         dx = dx.astype(var.dtype)
         dmean = None if a is None else moments.average(dx, a)[0]
-        # Over equal pooled fields E_B[v] = 0, so dx does for dv and one reduction less is chained.
-        dm = 2 * moments.average(centred(1) * (dx if a == b or a is None else dx - dmean), b)[0]
+        if dmean is not None and a == b:
+            # E[v dv] without a chained reduction. E[v] is what rounding left of the mean: not small beside the v of a
+            # small field, or where the mean is large.
+            dm = 2 * (moments.average(centred(1) * dx, b)[0] - moments.average(centred(2), b)[0] * dmean)
+        else:
+            dm = 2 * moments.average(centred(1) * (dx if a is None else dx - dmean), b)[0]
         q, dq = eps + n.gain * var, n.gain * dm + deps
         r = _power(q, n.power)
         dout = scaled(dx * _fresh(r, 1), 1)
