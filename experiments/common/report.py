@@ -1,0 +1,227 @@
+"""From run folders to a report: tables, differences paired over seeds, learning curves, one HTML page.
+
+Everything shown is read back from the folders of `runs.py`; a number without a run folder is not
+shown. `correlation` is the exception that is computed while training.
+"""
+
+import base64
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import markdown
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.common import runs
+
+STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; } td, th { padding: .2em .7em; border-bottom: 1px solid #ddd; }
+img { max-width: 100%; } code { background: #f4f4f4; }"""
+
+
+def correlation(z: jax.Array) -> jax.Array:
+    """Averages |correlation| over all pairs of different units: [..., c] to a scalar in 0..1.
+
+    Every axis but the last counts as samples. A unit that never changes has no correlation: its
+    pairs are left out, and without any pair the mean is NaN.
+
+    Source: Ren et al. 2017, the analysis of first-layer activations.
+
+    >>> round(float(correlation(jnp.array([[1.0, -2.0, 3.0], [2.0, -4.0, 3.0], [3.0, -6.0, 3.0]]))), 5)
+    1.0
+    """
+    v = z.reshape(-1, z.shape[-1]).astype(jnp.float32)
+    v = v - v.mean(axis=0, keepdims=True)
+    size = jnp.sqrt(jnp.square(v).sum(axis=0, keepdims=True))
+    alive = size > 0
+    v = v / jnp.where(alive, size, 1)
+    pairs = alive & alive.T & ~jnp.eye(alive.size, dtype=bool)
+    return jnp.mean(jnp.abs(v.T @ v), where=pairs)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row that was trained to its end.
+
+    Attributes:
+      config: what config.json says of it (that of seed 0; the seeds share it).
+      environment: the environment of seed 0.
+      seeds: for each seed, its lines of metrics.
+    """
+
+    config: dict
+    environment: dict
+    seeds: list[list[runs.Line]]
+
+    def last(self, name: str) -> list[float]:
+        """A metric's last value for each seed; NaN where it was not finite."""
+        return [_float(lines[-1][name]) for lines in self.seeds]
+
+    def first(self, name: str) -> list[float]:
+        """A metric's value before training, for each seed."""
+        return [_float(lines[0][name]) for lines in self.seeds]
+
+    def recent(self, name: str, steps: int) -> list[float]:
+        """A metric's mean over the last steps, for each seed."""
+        return [statistics.fmean(_float(line[name]) for line in lines[1:][-steps:]) for lines in self.seeds]
+
+    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A metric's steps, [t], and values, [seeds, t], wherever it was written."""
+        steps = [line["step"] for line in self.seeds[0] if name in line]
+        return np.array(steps), np.array(
+            [[_float(line[name]) for line in lines if name in line] for lines in self.seeds]
+        )
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def read_rows(experiment: Path, names: Sequence[str]) -> dict[str, Row]:
+    """Reads those of the named rows whose seeds have all reached their last step."""
+    rows = {}
+    for name in names:
+        config_file = runs.row_folder(experiment, name) / "seed-0" / "config.json"
+        if not config_file.exists():
+            continue
+        content = json.loads(config_file.read_text())
+        config = content["config"]
+        folders = runs.seed_folders(experiment, name, config["seeds"])
+        if runs.last_step(folders) == config["steps"]:
+            seeds = [runs.read(folder / "metrics.jsonl") for folder in folders]
+            rows[name] = Row(config, content["environment"], seeds)
+    return rows
+
+
+def environments(rows: Mapping[str, Row]) -> str:
+    """A Markdown list of the environments that the rows were trained in, without their dates."""
+    trained: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        facts = ", ".join(f"{k} {v}" for k, v in row.environment.items() if k != "date")
+        trained.setdefault(facts, []).append(f"`{name}`")  # as code: a bare * may set the rest in italics
+    return "\n".join(f"- {', '.join(names)}: {facts}" for facts, names in trained.items())
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds (n - 1); NaN for a single seed."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan  # NaN passes, unlike in `statistics`
+
+
+def plus_minus(values: Sequence[float], digits: int) -> str:
+    """Mean +- standard deviation over seeds.
+
+    >>> plus_minus([1.0, 2.0, 3.0], 1)
+    '2.0 +- 1.0'
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} +- {spread(values):.{digits}f}"
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Mean and spread over seeds of a - b, seed by seed.
+
+    >>> difference([3.0, 5.0], [1.0, 1.0])
+    (3.0, 1.4142135623730951)
+    """
+    each = [x - y for x, y in zip(a, b, strict=True)]
+    return statistics.fmean(each), spread(each)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns, readable in a terminal too; the first column is text.
+
+    >>> print(table(["row", "loss"], [["batch", "1.5"], ["layer*", "12.5"]]))
+    | row    | loss |
+    | :----- | ---: |
+    | batch  |  1.5 |
+    | layer* | 12.5 |
+    """
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = f"{cells[0]:<{widths[0]}}"
+        rest = [f"{cell:>{w}}" for cell, w in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+# --- pictures and pages ---------------------------------------------------------------------------
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    runs.write(path, buffer.getvalue())
+
+
+def curves(
+    rows: Mapping[str, Row],
+    metrics: Mapping[str, str],
+    style: Callable[[str], dict],
+    smooth: int,
+) -> Figure:
+    """Draws metrics against the step: mean over seeds, band of one standard deviation.
+
+    The axis is fitted to what comes after the first fifth of the steps, where the rows part.
+
+    Args:
+      rows: what to draw.
+      metrics: {name in metrics.jsonl: label of the axis}; a label with "log" in it has a log axis.
+      style: arguments of `plot` for a row's name.
+      smooth: metrics written at every step are averaged over this many.
+    """
+    figure = Figure(figsize=(6.2 * len(metrics), 4.6), layout="constrained")
+    for ax, (metric, label) in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics.items(), strict=True):
+        late = []
+        for name, row in rows.items():
+            steps, values = row.curve(metric)
+            if len(steps) > 2 * smooth and np.all(np.diff(steps) == 1):
+                whole = len(steps) // smooth * smooth
+                steps = steps[:whole].reshape(-1, smooth)[:, -1]
+                values = values[:, :whole].reshape(len(values), -1, smooth).mean(axis=-1)
+            mean, std = values.mean(axis=0), values.std(axis=0)
+            (line,) = ax.plot(steps, mean, label=name, **style(name))
+            ax.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.1, lw=0)
+            ends = np.stack([mean - std, mean + std])[:, steps > steps[-1] / 5]
+            late += ends[np.isfinite(ends)].tolist()
+        if "log" in label:
+            ax.set_yscale("log")
+        elif late and np.ptp(late) > 0:
+            ax.set_ylim(min(late) - 0.1 * np.ptp(late), max(late) + 0.1 * np.ptp(late))
+        ax.set(xlabel="step", ylabel=label)
+        ax.grid(alpha=0.3)
+    figure.axes[-1].legend(ncols=2, fontsize=9)
+    return figure
+
+
+def write_pages(folder: Path, text: str) -> None:
+    """Writes report.md, and report.html with its pictures inside: one file that needs no other."""
+    runs.write(folder / "report.md", text)
+    body = markdown.markdown(text, extensions=["tables"])
+
+    def inline(match: re.Match) -> str:
+        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="([^":]+\.png)"', inline, body)
+    title = text.partition("\n")[0].lstrip("# ")
+    runs.write(
+        folder / "report.html",
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n",
+    )

@@ -1,0 +1,311 @@
+"""experiments: the command line refuses before it writes, a killed run ends with the same bits, the report is true."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import compare
+from experiments.common import loop, models, report, runs
+
+ROOT = Path(__file__).parents[1]
+
+# Runs the main job, and kills it (no clean-up, as `kill -9`) at the n-th time that a moment comes.
+KILLER = """
+import os, pathlib, shutil, signal, sys
+from experiments import compare
+from experiments.common import loop, runs
+
+moment, n = sys.argv[1], int(sys.argv[2])
+times = 0
+
+def its_time():
+    global times
+    times += 1
+    return times == n
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def batches(*args, do=loop.batches):  # before the steps of a chunk
+    return die() if its_time() else do(*args)
+
+def append(path, lines, do=runs.append):  # half the lines, the last one torn
+    if its_time():
+        do(path, lines)
+        os.truncate(path, path.stat().st_size - 30)
+        die()
+    do(path, lines)
+
+def rename(source, target, do=os.rename):  # a checkpoint is written but not yet named
+    if pathlib.Path(target).parent.name == "checkpoint" and its_time():
+        die()
+    do(source, target)
+
+def rmtree(path, *args, do=shutil.rmtree, **kwargs):  # an old checkpoint is half deleted
+    if its_time():
+        next(p for p in pathlib.Path(path).rglob("*") if p.is_file()).unlink()
+        die()
+    do(path, *args, **kwargs)
+
+if moment == "steps": loop.batches = batches
+if moment == "metrics": runs.append = append
+if moment == "checkpoint": os.rename = rename
+if moment == "deletion": shutil.rmtree = rmtree
+compare.main(sys.argv[3:])
+"""
+
+
+def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs `python *arguments` in an empty folder, as a user would: under JAX's own settings."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def contents(seed: Path) -> tuple[list[dict], dict[str, bytes]]:
+    """All that must not change: metrics without the seconds, and the bytes of every array."""
+    lines = [json.loads(line) for line in (seed / "metrics.jsonl").read_text().splitlines()]
+    (checkpoint,) = (seed / "checkpoint").iterdir()
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(checkpoint.absolute())
+    arrays = {jax.tree_util.keystr(p): np.asarray(a).tobytes() for p, a in jax.tree_util.tree_leaves_with_path(state)}
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines], arrays
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """Two rows, tried out undisturbed: the folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    return folder, command("-m", "experiments.compare", "--smoke", "--rows", "batch", "batch*", folder=folder)
+
+
+def test_smoke_run_leaves_configurations_metrics_and_checkpoints(smoke):
+    folder, done = smoke
+    assert done.returncode == 0, done.stderr
+    for name, row in (("batch", "batch"), ("batch*", "batch-star")):
+        for k in range(2):
+            seed = folder / "runs" / "compare-smoke" / row / f"seed-{k}"
+            written = json.loads((seed / "config.json").read_text())
+            assert written["seed"] == k
+            assert written["config"] == runs.as_json(SMOKE[name])
+            assert written["environment"]["jax"] == jax.__version__
+            lines, arrays = contents(seed)
+            assert [line["step"] for line in lines] == list(range(SMOKE[name].steps + 1))
+            assert all({"loss", "penalty", "accuracy"} <= line.keys() for line in lines[1:])
+            assert [line["step"] for line in lines if "test_accuracy" in line] == [0, 2, 4, 6]
+            assert all((line["penalty"] > 0) == ("*" in name) for line in lines[1:])
+            assert any("kernel" in name for name in arrays)
+    assert sorted(p.name for p in (folder / "runs" / "compare-smoke").iterdir() if p.is_file()) == [
+        "curves.png", "histograms.png", "report.html", "report.md", "response.png"
+    ]  # fmt: skip
+
+
+def test_printed_table_holds_the_means_of_the_run_folders(smoke):
+    folder, done = smoke
+    seeds = [folder / "runs" / "compare-smoke" / "batch" / f"seed-{k}" / "metrics.jsonl" for k in range(2)]
+    last = [runs.read(seed)[-1] for seed in seeds]
+    accuracy = [100 * line["test_accuracy"] for line in last]
+    shown = f"{np.mean(accuracy):.2f} +- {np.std(accuracy, ddof=1):.2f}"
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("| batch "))
+    assert row.split("|")[2].strip() == shown
+    assert row.split("|")[4].strip().startswith(f"{np.mean([line['test_correlation'] for line in last]):.3f}")
+    assert row in (folder / "runs" / "compare-smoke" / "report.md").read_text()
+
+
+def test_html_report_needs_no_other_file(smoke):
+    folder, _ = smoke
+    html = (folder / "runs" / "compare-smoke" / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', html)
+    assert len(sources) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<table>" in html
+    assert "<em>" not in html  # the stars of the rows' names are no Markdown
+
+
+# One moment here; the others take their time.
+@pytest.mark.parametrize(
+    ("moment", "n"),
+    [
+        ("checkpoint", 6),  # of seed 1 at step 4; seed 0 has its own
+        pytest.param("steps", 2, marks=pytest.mark.slow),
+        pytest.param("metrics", 4, marks=pytest.mark.slow),  # of seed 1 at step 2
+        pytest.param("metrics", 1, marks=pytest.mark.slow),  # before any checkpoint
+        pytest.param("deletion", 3, marks=pytest.mark.slow),  # of seed 0's step 2
+    ],
+)
+def test_killed_run_resumes_to_the_same_bits(smoke, tmp_path, moment, n):
+    undisturbed, _ = smoke
+    arguments = ["--smoke", "--rows", "batch*"]
+    killed = command("-c", KILLER, moment, str(n), *arguments, folder=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = command("-m", "experiments.compare", *arguments, "--resume", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    for k in range(2):
+        seed = Path("runs") / "compare-smoke" / "batch-star" / f"seed-{k}"
+        (lines, arrays), (expected_lines, expected_arrays) = contents(tmp_path / seed), contents(undisturbed / seed)
+        assert lines == expected_lines
+        assert arrays == expected_arrays
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+SMOKE = {
+    name: compare.configure(config, compare.Options(smoke=True)) for name, config in compare.ROWS.items()
+}  # fmt: skip
+
+
+def refused(capsys, *arguments: str) -> str:
+    """What the main job prints to stderr when it refuses."""
+    with pytest.raises(SystemExit) as caught:
+        compare.main(list(arguments))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--rows", "batch", "bacth*"],
+            "no row is called 'bacth*'; did you mean 'batch*'? There are none, batch, layer, group, instance, rms, "
+            "divisive, batch*, layer*, divisive*",
+        ),
+        (["--dataset", "digit"], "no data set is called 'digit'; did you mean 'digits'? There are digits, mnist, "
+                                 "cifar10, cifar100"),
+        (["--seeds", "0"], "--seeds is a positive number; found 0"),
+        (["--lr", "-0.1"], "--lr is a positive number; found -0.1"),
+        (["--resume", "--overwrite"], "--resume keeps results and --overwrite deletes them: choose one"),
+    ],
+)  # fmt: skip
+def test_wrong_command_is_refused_and_writes_nothing(capsys, tmp_path, arguments, message):
+    assert refused(capsys, "--out", str(tmp_path), *arguments) == f"error: {message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_misspelt_option_names_the_closest(capsys, tmp_path):
+    error = refused(capsys, "--out", str(tmp_path), "--sedes", "3")
+    assert "--sedes" in error
+    assert "--seeds INT" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_are_neither_lost_nor_mixed(capsys, tmp_path):
+    configs = {name: compare.configure(config, compare.Options(steps=20)) for name, config in compare.ROWS.items()}
+    folder = tmp_path / "compare" / "batch-star"
+    runs.create([folder / "seed-0"], configs["batch*"], {})
+    out = ["--out", str(tmp_path), "--steps"]
+    assert refused(capsys, *out, "20", "--rows", "batch-star") == (
+        f"error: {folder} already holds a run; --resume continues or keeps it, --overwrite deletes it first, "
+        "--out starts elsewhere\n"
+    )
+    differs = (
+        f"error: {folder / 'seed-0'} holds a run of another configuration: steps (20 there, 30 here), "
+        "evaluate_every (2 there, 3 here), lr (0.05 there, 0.1 here); choose another --out, or the same options\n"
+    )
+    assert refused(capsys, *out, "30", "--lr", "0.1", "--rows", "batch-star", "--resume") == differs
+    assert refused(capsys, *out, "30", "--lr", "0.1", "--rows", "layer") == differs
+    assert [p.name for p in folder.rglob("*")] == ["seed-0", "config.json"]
+
+
+# --- the shared parts -----------------------------------------------------------------------------
+
+
+def test_torn_line_and_later_steps_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    runs.append(path, [{"step": 0, "loss": 0.1}, {"step": 1, "loss": None}, {"step": 2, "loss": 0.3}])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 3, "lo')
+    assert runs.read(path) == [{"step": 0, "loss": 0.1}, {"step": 1, "loss": None}, {"step": 2, "loss": 0.3}]
+    runs.keep_until(path, 2)
+    assert path.read_bytes() == whole
+    runs.keep_until(path, 1)
+    assert [line["step"] for line in runs.read(path)] == [0, 1]
+
+
+def test_seeds_resume_at_their_last_common_checkpoint(tmp_path):
+    seeds = [tmp_path / "seed-0", tmp_path / "seed-1"]
+    for seed, steps in zip(seeds, (["4", "6"], ["4", "6.orbax-checkpoint-tmp"]), strict=True):
+        for step in steps:
+            (seed / "checkpoint" / step).mkdir(parents=True)
+    assert runs.last_step(seeds) == 4
+
+
+def test_committed_states_come_back_bit_for_bit(tmp_path):
+    seeds = [tmp_path / "seed-0", tmp_path / "seed-1"]
+    for seed in seeds:
+        seed.mkdir()
+    states = {"w": jax.random.normal(jax.random.key(0), (2, 3)), "count": jnp.array([5, 5], jnp.int32)}
+    for step in (2, 4):
+        runs.commit(seeds, step, [[{"step": step}]] * 2, states)
+    assert [p.name for p in (seeds[0] / "checkpoint").iterdir()] == ["4"]
+    restored = runs.rewind(seeds, jax.eval_shape(lambda: states))
+    assert restored is not None
+    step, loaded = restored
+    assert step == 4
+    assert {k: (v.dtype, v.tobytes()) for k, v in loaded.items()} == {
+        k: (v.dtype, np.asarray(v).tobytes()) for k, v in states.items()
+    }
+
+
+def test_order_of_examples_does_not_depend_on_where_a_chunk_starts():
+    _, keys = loop.keys(3)
+    whole = np.asarray(loop.batches(keys, 11, 2, 0, 12))
+    pieces = [np.asarray(loop.batches(keys, 11, 2, *ends)) for ends in ((0, 3), (3, 4), (4, 12))]
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
+    epochs = whole[:, :10].reshape(3, 2, 10)
+    assert all(len(set(epoch.tolist())) == 10 for seed in epochs for epoch in seed)
+    assert len({tuple(epoch.tolist()) for seed in epochs for epoch in seed}) == 6
+
+
+@pytest.mark.parametrize("size", [(3, 3), (5, 4), (1, 1)])
+def test_convolution_equals_flaxs_under_vmap(size):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 7, 8, 3)).astype(np.float32)
+    params = {"kernel": rng.normal(size=(2, *size, 3, 6)), "bias": rng.normal(size=(2, 6))}
+    variables = {"params": jax.tree.map(lambda a: a.astype(np.float32), params)}
+    y = jax.vmap(models.Conv(6, size).apply, in_axes=(0, None))(variables, x)
+    for k in range(2):
+        expected = nn.Conv(6, size).apply(jax.tree.map(lambda a, k=k: a[k], variables), x)
+        np.testing.assert_allclose(y[k], expected, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 5, 2)])
+def test_max_pool_equals_flaxs(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    np.testing.assert_array_equal(models.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+
+
+def test_correlation_equals_numpys_without_the_dead_unit():
+    z = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32) + 3
+    z[..., 1] += z[..., 0]
+    r = np.abs(np.corrcoef(z.reshape(-1, 6).T))
+    expected = r[~np.eye(6, dtype=bool)].mean()
+    dead = np.concatenate([z, np.full((5, 4, 1), 7, np.float32)], axis=-1)
+    assert float(report.correlation(jnp.asarray(z))) == pytest.approx(expected, rel=1e-5)
+    assert float(report.correlation(jnp.asarray(dead))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_differences_are_paired_over_seeds():
+    assert report.difference([0.9, 0.5], [0.8, 0.4]) == pytest.approx((0.1, 0.0))
+
+
+def test_training_that_diverges_leaves_valid_json():
+    assert [runs.number(v) for v in (np.float32(0.1), np.nan, np.inf)] == [float(np.float32(0.1)), None, None]
+
+
+@pytest.mark.parametrize("row", compare.ROWS)
+def test_configuration_in_json_evaluates_back(row):
+    written = json.loads(json.dumps(runs.as_json(compare.ROWS[row])))
+    assert eval(written["normalizer"], {"Normalizer": compare.Normalizer}) == compare.ROWS[row].normalizer
