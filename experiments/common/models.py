@@ -18,9 +18,8 @@ class Conv(nn.Module):
 
     The image's patches are gathered by shifted slices and multiplied by the kernel as one matrix.
     Experiments train several seeds under vmap, which turns `lax.conv_general_dilated` with one
-    kernel a seed into a grouped convolution, and XLA runs that slowly on CPUs: one gradient step
-    of two 3x3 layers (16 and 32 channels, batch 64, five seeds, two cores) took 43.6 ms on 8x8
-    images and 2156 ms on 32x32 ones, against 6.0 ms and 114 ms in this form. The price is memory:
+    kernel a seed into a grouped convolution, and XLA runs that slowly on CPUs: on two cores this form
+    is 1.9 times as fast on 8x8 images and 2.6 times on 32x32 ones (benchmarks/seeds_conv.py). The price is memory:
     the patches are h * w times the input.
 
     Attributes:
