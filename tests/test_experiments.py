@@ -134,15 +134,15 @@ def test_html_report_needs_no_other_file(smoke):
     assert "<em>" not in html  # the stars of the rows' names are no Markdown
 
 
-# One moment here; the others take their time.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "n"),
     [
         ("checkpoint", 6),  # of seed 1 at step 4; seed 0 has its own
-        pytest.param("steps", 2, marks=pytest.mark.slow),
-        pytest.param("metrics", 4, marks=pytest.mark.slow),  # of seed 1 at step 2
-        pytest.param("metrics", 1, marks=pytest.mark.slow),  # before any checkpoint
-        pytest.param("deletion", 3, marks=pytest.mark.slow),  # of seed 0's step 2
+        ("steps", 2),
+        ("metrics", 4),  # of seed 1 at step 2
+        ("metrics", 1),  # before any checkpoint
+        ("deletion", 3),  # of seed 0's step 2
     ],
 )
 def test_killed_run_resumes_to_the_same_bits(smoke, tmp_path, moment, n):

@@ -25,7 +25,9 @@ def array(shape, seed=0, dtype=np.float32):
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS, ids=str)
 def test_expect_equals_averaging_matrices(layout, shape, border):
     x, weights = array(shape), np.random.default_rng(1).uniform(size=shape)
-    masks = (None, weights > 0.4, np.where(weights > 0.3, weights, 0), weights[..., :1] > 0.5)
+    masks = (None, np.where(weights > 0.3, weights, 0), weights[..., :1] > 0.5)
+    if (layout, shape) != LAYOUTS[0]:
+        masks = masks[:2]
     for field in FIELDS:
         for window, lean in (("box", "after"), ("box", "before"), ("gaussian", "after")):
             if ":" not in field and (window, lean) != ("box", "after"):
@@ -64,8 +66,19 @@ def cases(draw):
 
 
 @hypothesis.given(cases())
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
 def test_expect_equals_averaging_matrices_on_random_cases(case):
+    check(case)
+
+
+@pytest.mark.slow
+@hypothesis.given(cases())
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_expect_equals_averaging_matrices_on_many_random_cases(case):
+    check(case)
+
+
+def check(case):
     field, layout, shape, (border, window, lean), seed, masked = case
     x = array(shape, seed)
     mask = np.random.default_rng(seed + 1).uniform(size=shape) > 0.5 if masked else None
