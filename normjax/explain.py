@@ -34,7 +34,7 @@ layout "n ... c":
 past the edge it counts zeros
               524288 moments, one for each of: 8 of axis 'n', 32 x 32 of axis '...', 64 of axis 'c'
     """
-    n = row(normalizer)
+    n, shape = row(normalizer), tuple(int(size) for size in shape)
     lines = [f'{n} on an array of shape {tuple(shape)}, layout "{layout}":']
     if n.mean is None:
         lines.append("  centre  nothing: v = x")
@@ -83,9 +83,10 @@ def _sentence(n: Normalizer, field: object, start: str, noun: str, shape, layout
             apart.append(f"{_times(sizes)} of axis '{name}'")
             past_edge = "; past the edge it counts zeros" if n.border == "zero" else "; past the edge there is nothing"
     parts += [f"everything along the mapped axis '@{s.mapped}'" for _, s in bound.spans if s.axis is None]
-    mapped = ", on each shard or mapped example," if field.mapped else ""
+    mapped = " on each shard or mapped example" if field.mapped else ""
+    element = "element" if bound.reach() == 1 else "elements"
     count = _count(bound)
-    lines = [f"{start}{bound.reach()} elements{mapped}: {', '.join(parts)}{past_edge}"]
+    lines = [f"{start}{bound.reach()} {element}{mapped}: {', '.join(parts)}{past_edge}"]
     if apart:
         lines.append(f"          {count} {noun}, one for each of: {', '.join(apart)}")
     return lines

@@ -51,6 +51,8 @@ class Span:
     groups: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self):
+        if self.groups is not None:
+            object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
         if self.axis is None and self.mapped is None:
             raise FieldError("a span needs an axis, a mapped axis, or both")
         if self.window is not None and self.blocks is not None:
@@ -90,6 +92,9 @@ Span(axis='c', window=None, blocks=4, mapped=None, groups=None))
     spans: tuple[Span, ...]
 
     def __post_init__(self):
+        object.__setattr__(self, "spans", tuple(self.spans))
+        if not all(isinstance(span, Span) for span in self.spans):
+            raise FieldError(f"a Field is built of Spans; for a string use Field.parse: found {self.spans!r}")
         seen = set()
         for span in self.spans:
             for name in (span.axis, span.mapped and "@" + span.mapped):

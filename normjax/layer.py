@@ -5,6 +5,7 @@ behind, and translates the arguments of Flax's layers (axes by number, groups, a
 It imports no Flax.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -235,5 +236,11 @@ def flax_input(x: ArrayLike, dtype: Any) -> jax.Array:
 
 
 def beside(p: jax.Array | None, features: tuple[int, ...], x: jax.Array) -> jax.Array | None:
-    """A parameter of Flax's shape, laid along its feature axes."""
+    """A parameter of Flax's shape, laid along its feature axes.
+
+    Raises:
+      FieldError: the parameter has another size than those axes.
+    """
+    if p is not None and p.size != math.prod(x.shape[axis] for axis in features):
+        raise FieldError(f"a layer made for {p.size} features cannot take an input of shape {x.shape}")
     return None if p is None else p.reshape([n if axis in features else 1 for axis, n in enumerate(x.shape)])

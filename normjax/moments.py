@@ -327,9 +327,10 @@ def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> j
 
     def from_shard(distance: int, start: int, stop: int) -> jax.Array:
         piece = lax.slice_in_dim(x, start, stop, axis=axis)
-        pairs = [(i, i + distance) for i in range(shards) if 0 <= i + distance < shards]
-        # A shard that nobody sends to receives zeros: exactly what lies past the edge.
-        return lax.ppermute(piece, span.mapped, pairs)
+        # A whole cycle, since vmap takes no other permutation; what came round the ends is past the edge, so zero.
+        received = lax.ppermute(piece, span.mapped, [(i, (i + distance) % shards) for i in range(shards)])
+        sender = lax.axis_index(span.mapped) - distance
+        return jnp.where((sender >= 0) & (sender < shards), received, jnp.zeros((), x.dtype))
 
     pieces = [x]
     for hop in range(1, math.ceil(before / length) + 1):
@@ -410,3 +411,19 @@ def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -
         return mean
     number = total(jnp.broadcast_to(weights.valid, bound.shape).astype(a.dtype), plan)
     return jnp.where(number > 0, mean * k / jnp.clip(number, 1, k), 0)
+
+
+def inverse_power(q: jax.Array, power: float) -> jax.Array:
+    """Q ** -power, zero where q is zero; square roots where they do, since a general power is slow."""
+    positive = q > 0
+    q = jnp.where(positive | jnp.isnan(q), q, 1)
+    if power == 0.5:
+        r = lax.rsqrt(q)
+    elif power == 0.75:
+        root = lax.rsqrt(q)
+        r = root * lax.sqrt(root)
+    elif power == 1:
+        r = 1 / q
+    else:
+        r = q**-power
+    return jnp.where(positive | jnp.isnan(q), r, 0)

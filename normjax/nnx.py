@@ -281,7 +281,9 @@ class BatchNorm(nnx.Module):
                 len(shape), reduced, features, self.epsilon, axis_name=self.axis_name, groups=self.axis_index_groups
             )
 
-        kept = tuple(jnp.shape(x)[axis] for axis in layer.positive(jnp.ndim(x), self.axis))
+        features = layer.positive(jnp.ndim(x), self.axis)
+        kept = tuple(jnp.shape(x)[axis] for axis in features)
+        layer.beside(self.mean[...], features, jnp.asarray(x))
         stored = Running(self.mean[...].reshape(kept), self.var[...].reshape(kept))
         out = _apply_flax(self, x, reading, mask, stored, average)
         if not average:

@@ -6,6 +6,8 @@ as Flax does. Statistics of blocks of examples are merged first. Nothing that is
 without a valid element leaves its statistic as it was.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -210,3 +212,40 @@ def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
         part, var_weight = share(a.var_weight, b.var_weight)
         var = a.var + (b.var - a.var) * part + jnp.abs(shift) ** 2 * part * (1 - part)
     return Stats(mean, var, mean_weight, var_weight)
+
+
+def merge_trees(before: Any, after: Any, moments: Any) -> Any:
+    """Running statistics after several micro-batches, each of which started from those before.
+
+    A layer that sowed its batch's statistics once a micro-batch gets them merged, as if it had seen all at once. Anything
+    else is averaged where it is a float; counters and random states are those of the last micro-batch.
+
+    Args:
+      before: nested dictionaries of running statistics, a layer's under `mean` and `var`.
+      after: the same, stacked: the result of each micro-batch along a first axis.
+      moments: nested dictionaries with `batch: ((Stats, momentum),)` under a layer's path, stacked the same.
+
+    Returns:
+      A tree like `before`.
+
+    >>> before = {"norm": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
+    >>> after = {"norm": {"mean": jnp.array([0.5, 1.5]), "var": jnp.array([1.0, 1.0])}}       # momentum 0.5, by itself
+    >>> parts = Stats(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
+    >>> merged = merge_trees(before, after, {"norm": {"batch": ((parts, jnp.array([0.5, 0.5])),)}})
+    >>> merged["norm"]["mean"].item(), merged["norm"]["var"].item()                          # of both: mean 2, variance 2
+    (1.0, 1.5)
+    """
+    if not isinstance(before, Mapping):
+        after = jnp.asarray(after)
+        if jnp.issubdtype(after.dtype, jnp.inexact):
+            return jnp.mean(after, 0).astype(after.dtype)
+        return after[-1]
+    sown = moments.get("batch") if isinstance(moments, Mapping) else None
+    if sown is not None and len(sown) == 1:
+        stacked, momentum = sown[0]
+        each = [Stats(*jax.tree.map(lambda a, i=i: a[i], tuple(stacked))) for i in range(momentum.shape[0])]
+        new = update(Running(before.get("mean"), before.get("var")), functools.reduce(merge, each), momentum[0])
+        others = {k: merge_trees(before[k], after[k], {}) for k in before if k not in ("mean", "var")}
+        return others | {k: v for k, v in new._asdict().items() if k in before}
+    below = moments if isinstance(moments, Mapping) else {}
+    return {k: merge_trees(before[k], after[k], below.get(k, {})) for k in before}

@@ -17,7 +17,6 @@ How E_F is evaluated is the business of `moments.py`; parameters and running sta
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -30,9 +29,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax import derivative, moments
 from normjax.field import Field, FieldError, axes, bind
-from normjax.moments import Plan, Weights, top
+from normjax.moments import Plan, Weights, inverse_power, top
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,12 +82,16 @@ class Normalizer:
         moments.choose("border", self.border, moments.BORDERS)
         moments.choose("window", self.window, moments.WINDOWS)
         moments.choose("lean", self.lean, moments.LEANS)
-        for name, low in (("eps", 0), ("gain", 0), ("power", 0)):
+        for name in ("eps", "gain", "power", "order"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not low <= value < math.inf:
-                raise ValueError(f"{name} is a finite number of at least {low}; found {value!r}")
+            if isinstance(value, np.generic):  # so that the repr evaluates back
+                value = value.item()
+                object.__setattr__(self, name, value)
+            if name != "order" and (not _is_number(value) or not 0 <= value < math.inf):
+                raise ValueError(f"{name} is a finite number of at least 0; found {value!r}")
         order = self.order.k if isinstance(self.order, top) else self.order
-        if not isinstance(order, int | float) or not order > 0:
+        whole = isinstance(order, int) or not isinstance(self.order, top)
+        if not whole or not _is_number(order) or not order > 0:
             raise ValueError(f"order is a positive number, inf or top(k); found {self.order!r}")
 
     def __repr__(self) -> str:
@@ -322,12 +329,13 @@ def equation(
     scale = None if scale is None else _beside(scale, x, layout, "scale", work)
     bias = None if bias is None else _beside(bias, x, layout, "bias", work)
     eps = jnp.asarray(n.eps if eps is None else eps, real)
-    if eps.ndim not in (0, x.ndim):
-        raise FieldError(f"eps is a scalar or has the rank of x: found shapes {eps.shape} and {x.shape}")
+    if eps.ndim and (eps.ndim != x.ndim or any(e not in (1, s) for e, s in zip(eps.shape, x.shape, strict=True))):
+        raise FieldError(f"eps is a scalar, or has the rank of x and broadcasts against it: found shapes {eps.shape} "
+                         f"and {x.shape}")  # fmt: skip
     mean, var = (stats.mean, stats.var) if stats else (None, None)
     mean = None if mean is None or n.mean is None else _fit(mean, x, "mean", work)
     var = None if var is None or n.var is None else _fit(var, x, "var", real)
-    if mean is None and var is None and _has_rule(recipe, x, weights):
+    if mean is None and var is None and derivative.has_rule(recipe, x, weights):
         y, v, mean, var = _ruled(recipe, x, weights, eps, scale, bias)
         given = (False, False)
     else:
@@ -381,111 +389,16 @@ def _reciprocal(q, recipe: _Recipe, weights: Weights | None, shape: tuple[int, .
     """1 / d, for q = eps + gain * m; zero where d is zero."""
     n = recipe.normalizer
     if recipe.floor is None:
-        return _power(q, n.power)
-    d = q * _power(q, 1 - n.power) if n.power < 1 else jnp.where(q > 0, jnp.where(q > 0, q, 1) ** n.power, 0)
+        return inverse_power(q, n.power)
+    d = q * inverse_power(q, 1 - n.power) if n.power < 1 else jnp.where(q > 0, jnp.where(q > 0, q, 1) ** n.power, 0)
     named = {axis for axis, _ in recipe.floor.bound.spans}
     over = jnp.broadcast_to(d, [shape[i] if i in named else size for i, size in enumerate(d.shape)])
     d = jnp.maximum(d, moments.average(moments.silence(over, weights), recipe.floor, weights)[0])
-    return _power(d, 1.0)
+    return inverse_power(d, 1.0)
 
 
-def _power(q, power: float):
-    """Q ** -power, zero where q is zero; square roots where they do, since a general power is slow."""
-    positive = q > 0
-    q = jnp.where(positive | jnp.isnan(q), q, 1)
-    if power == 0.5:
-        r = lax.rsqrt(q)
-    elif power == 0.75:
-        root = lax.rsqrt(q)
-        r = root * lax.sqrt(root)
-    elif power == 1:
-        r = 1 / q
-    else:
-        r = q**-power
-    return jnp.where(positive | jnp.isnan(q), r, 0)
-
-
-# The derivative rule. For order 2, with dx -> dy linear:
-#
-#     dv = dx - E_A[dx]         dm = 2 E_B[v dv]        dq = gain dm + deps        dy = dv / d - power y dq / q
-#
-# Its checkpointed tangent makes JAX keep x and the small statistics, where plain differentiation keeps several arrays
-# of the size of x. Rows with windows keep plain differentiation, which is faster there.
-
-
-def _has_rule(recipe: _Recipe, x: jax.Array, weights: Weights | None) -> bool:
-    n = recipe.normalizer
-    return (
-        n.order == 2
-        and recipe.b is not None
-        and recipe.floor is None
-        and recipe.b.bound.pooled
-        and (recipe.a is None or recipe.a.bound.pooled)
-        and weights is None
-        and not jnp.iscomplexobj(x)
-    )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _ruled(recipe: _Recipe, x, weights, eps, scale, bias):
-    return _plain(recipe, x, weights, eps, scale, bias)
-
-
-@_ruled.defjvp
-def _ruled_jvp(recipe: _Recipe, primals, tangents):
-    x, weights, eps, scale, bias = primals
-    out = _ruled(recipe, x, weights, eps, scale, bias)
-    _, _, mean, var = out
-    n, a, b = recipe.normalizer, recipe.a, recipe.b
-    assert b is not None
-
-    def tangent(x, mean, var, eps, scale, dx, deps, dscale, dbias):
-        def centred(copy):
-            return x.astype(var.dtype) if mean is None else x.astype(var.dtype) - _fresh(mean, copy)
-
-        def kept(copy):
-            return x.astype(var.dtype) if n.keep_mean else centred(copy)
-
-        def scaled(term, copy):
-            return term if scale is None else term * _fresh(scale, copy)
-
-        dx = dx.astype(var.dtype)
-        dmean = None if a is None else moments.average(dx, a)[0]
-        if dmean is not None and a == b:
-            # E[v dv] without a chained reduction. E[v] is what rounding left of the mean: not small beside the v of a
-            # small field, or where the mean is large.
-            dm = 2 * (moments.average(centred(1) * dx, b)[0] - moments.average(centred(2), b)[0] * dmean)
-        else:
-            dm = 2 * moments.average(centred(1) * (dx if a is None else dx - dmean), b)[0]
-        q, dq = eps + n.gain * var, n.gain * dm + deps
-        r = _power(q, n.power)
-        dout = scaled(dx * _fresh(r, 1), 1)
-        if dmean is not None and not n.keep_mean:
-            dout = dout - scaled(dmean * _fresh(r, 2), 2)
-        dout = dout - scaled(kept(3) * (n.power * _fresh(r, 3) * _power(q, 1.0) * dq), 3)
-        if dscale is not None:
-            dout = dout + kept(4) * _fresh(r, 4) * dscale
-        if dbias is not None:
-            dout = dout + dbias
-        dv = dx if dmean is None else dx - dmean
-        return jnp.broadcast_to(dout, x.shape).astype(recipe.dtype), dv, dmean, dm
-
-    dx, _, deps, dscale, dbias = tangents
-    keep_x = jax.checkpoint(tangent, prevent_cse=False)
-    return out, keep_x(x, mean, var, eps, scale, dx, deps, dscale, dbias)
-
-
-def _fresh(v, copy: int):
-    """An exact copy of a small statistic that XLA takes for another value.
-
-    XLA:CPU writes out any array of the size of x that two reductions share. With copies of the small statistics the
-    reductions share nothing but x itself, and the temporaries go.
-    """
-    if jax.default_backend() != "cpu":
-        return v
-    bits = {4: np.uint32, 8: np.uint64}[v.dtype.itemsize]
-    nan = (np.array(np.nan, v.dtype).view(bits) + bits(copy)).view(v.dtype)
-    return jnp.where(v == v, v, nan)
+# The same equation with its derivative rule (`derivative.py`), for the rows that gain by it.
+_ruled = derivative.with_rule(_plain)
 
 
 def _weight(plan: Plan, weights: Weights | None, dtype: Any):
@@ -508,7 +421,10 @@ def _fit(given: ArrayLike, x: jax.Array, name: str, dtype: Any) -> jax.Array:
 
 def _beside(p: ArrayLike, x: jax.Array, layout: str, name: str, dtype: Any) -> jax.Array:
     """A scale or bias, laid along the axes of x that its rank speaks of."""
-    p = jnp.asarray(p).astype(dtype)
+    p = jnp.asarray(p)
+    if jnp.iscomplexobj(p) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise FieldError(f"a complex {name} does not fit a real array of dtype {x.dtype}")
+    p, given = p.astype(dtype), p.shape
     if p.ndim in (0, x.ndim):
         spread = p.shape
     else:
@@ -521,5 +437,5 @@ def _beside(p: ArrayLike, x: jax.Array, layout: str, name: str, dtype: Any) -> j
         spread = tuple(sizes.get(i, 1) for i in range(x.ndim))
         p = p.reshape(spread) if list(sizes) == sorted(sizes) else p.T.reshape(spread)
     if any(s not in (1, t) for s, t in zip(spread, x.shape, strict=False)):
-        raise FieldError(f"{name} of shape {p.shape} does not broadcast against shape {x.shape}")
+        raise FieldError(f'{name} of shape {given} does not broadcast against shape {x.shape}, layout "{layout}"')
     return p

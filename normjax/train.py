@@ -28,8 +28,7 @@ from flax import nnx
 from jax import lax
 
 from normjax.penalty import total_penalty
-from normjax.running import Running, merge, update
-from normjax.theory import Stats
+from normjax.running import merge_trees
 
 Batch = Any  # a pytree of arrays with the examples along their first axis
 Metrics = dict[str, Any]
@@ -155,7 +154,7 @@ def linen_step(
     def absorb(before: Any, after: Any, moments: Any) -> Any:
         if "batch_stats" not in before:
             return after
-        return {**after, "batch_stats": _merged(before["batch_stats"], after["batch_stats"], moments)}
+        return {**after, "batch_stats": merge_trees(before["batch_stats"], after["batch_stats"], moments)}
 
     return _make_step(run, absorb, tx, micro_batches, statistics)
 
@@ -171,8 +170,9 @@ def nnx_step(
 ) -> Step:
     """Makes the training step of an nnx model; arguments and metrics as for `linen_step`.
 
-    `loss(model, batch, train)` gets the model itself, in training mode (`use_running_average` and `deterministic` are
-    set on a view of it). Random states live in the model, so the step's key is not used.
+    `loss(model, batch, train)` gets the model itself, as a view in training mode: `use_running_average` and `deterministic`
+    are set on every layer, and a layer that is given `use_running_average` at its call follows the call, as in Flax; so
+    leave it out there for "frozen" to hold. Random states live in the model, and the step's key is not used.
 
     Args:
       structure: the graph definition, from `nnx_init`.
@@ -203,7 +203,7 @@ def nnx_step(
         return value, metrics, penalty, after, nnx.to_pure_dict(moments)
 
     def absorb(before: Any, after: Any, moments: Any) -> Any:
-        pure = _merged(nnx.to_pure_dict(before), nnx.to_pure_dict(after), moments)
+        pure = merge_trees(nnx.to_pure_dict(before), nnx.to_pure_dict(after), moments)
         nnx.replace_by_pure_dict(after, pure)
         return after
 
@@ -280,6 +280,8 @@ def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: s
         return value + penalty, ({"loss": value, "penalty": penalty, **metrics}, after, moments)
 
     gradient = jax.grad(objective, has_aux=True)
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches is at least 1; found {micro_batches!r}")
 
     def step(state: State, batch: Batch, key: Any = None) -> tuple[State, Metrics]:
         if micro_batches == 1:
@@ -287,14 +289,17 @@ def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: s
         else:
             parts = jax.tree.map(lambda a: _split(a, micro_batches), batch)
 
-            def one(total: Any, numbered: Any):
-                number, part = numbered
+            def one(carry: Any, numbered: Any):
+                (total, stats), (number, part) = carry, numbered
                 sub = None if key is None else jax.random.fold_in(key, number)
-                grads, (metrics, after, moments) = gradient(state.params, state.stats, part, sub)
-                return jax.tree.map(jnp.add, total, grads), (metrics, after, moments)
+                grads, (metrics, after, moments) = gradient(state.params, stats, part, sub)
+                # Random states go on; running statistics start every part from those before the step.
+                carry = jax.tree.map(jnp.add, total, grads), _keep(state.stats, after)
+                return carry, (metrics, after, moments)
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            grads, (metrics, after, moments) = lax.scan(one, zeros, (jnp.arange(micro_batches), parts))
+            parts = (jnp.arange(micro_batches), parts)
+            (grads, _), (metrics, after, moments) = lax.scan(one, (zeros, state.stats), parts)
             grads = jax.tree.map(lambda g: g / micro_batches, grads)
             metrics = jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
             after = absorb(state.stats, after, moments)
@@ -323,28 +328,6 @@ def _keep(before: Any, after: Any) -> Any:
         kept = nnx.merge_state(after, nnx.filter_state(before, nnx.BatchStat))
         return kept
     return {**after, **({"batch_stats": before["batch_stats"]} if "batch_stats" in before else {})}
-
-
-def _merged(before: Any, after: Any, moments: Any) -> Any:
-    """Running statistics after several micro-batches, from those before them and stacked results of each.
-
-    A layer that sowed its statistics once a micro-batch gets them merged; whatever else was updated is averaged.
-    """
-    if not isinstance(before, Mapping):
-        after = jnp.asarray(after)
-        if jnp.issubdtype(after.dtype, jnp.inexact):
-            return jnp.mean(after, 0).astype(after.dtype)
-        return after[-1]  # counters and random states: those of the last
-    sown = moments.get("batch") if isinstance(moments, Mapping) else None
-    if sown is not None and len(sown) == 1:
-        stacked, momentum = sown[0]
-        each = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(momentum.shape[0])]
-        whole = functools.reduce(merge, (Stats(*s) for s in each))
-        new = update(Running(before.get("mean"), before.get("var")), whole, momentum[0])
-        return {**{k: _merged(before[k], after[k], {}) for k in before},
-                **{k: v for k, v in new._asdict().items() if v is not None}}  # fmt: skip
-    below = moments if isinstance(moments, Mapping) else {}
-    return {k: _merged(before[k], after[k], below.get(k, {})) for k in before}
 
 
 def _view(model: Any, train: bool, average: bool) -> Any:

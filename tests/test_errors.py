@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from normjax import TABLE, Field, FieldError, Normalizer, Span, expect, explain, normalize, top
+from normjax import TABLE, Field, FieldError, Normalizer, Span, expect, explain, normalize, top, train
 from normjax import linen as nl
 from normjax import nnx as nx
 from normjax.penalty import l1_penalty
@@ -84,16 +84,44 @@ CASES = {
     ),
     "scale": (
         lambda: normalize(DENSE, "token", scale=jnp.ones(3)),
-        "scale of shape (1, 3) does not broadcast against shape (8, 64)",
+        'scale of shape (3,) does not broadcast against shape (8, 64), layout "n ... c"',
     ),
     "bias rank": (
         lambda: normalize(IMAGE, "token", bias=jnp.ones((12, 10, 64))),
         'bias of shape (12, 10, 64) is not a scalar, [c], [n, c] or of the rank of x, for layout "n ... c" and '
         "shape (8, 12, 10, 64)",
     ),
+    "eps that is larger": (
+        lambda: normalize(DENSE[:1], "token", eps=jnp.ones((5, 1))),
+        "eps is a scalar, or has the rank of x and broadcasts against it: found shapes (5, 1) and (1, 64)",
+    ),
+    "complex scale": (
+        lambda: normalize(DENSE, "token", scale=jnp.ones(64, jnp.complex64)),
+        "a complex scale does not fit a real array of dtype float32",
+    ),
+    "order of a truth value": (
+        lambda: Normalizer("c", "c", order=True),
+        "order is a positive number, inf or top(k); found True",
+    ),
+    "a fraction of largest": (
+        lambda: Normalizer("c", "c", order=top(cast(Any, 2.5))),
+        "order is a positive number, inf or top(k); found top(k=2.5)",
+    ),
+    "nnx features": (
+        lambda: nx.LayerNorm(5, rngs=nx.nnx.Rngs(0))(DENSE),
+        "a layer made for 5 features cannot take an input of shape (8, 64)",
+    ),
+    "nnx batch features": (
+        lambda: nx.BatchNorm(5, rngs=nx.nnx.Rngs(0))(DENSE),
+        "a layer made for 5 features cannot take an input of shape (8, 64)",
+    ),
+    "no micro-batches": (
+        lambda: train.linen_step(cast(Any, None), cast(Any, None), cast(Any, None), micro_batches=0),
+        "micro_batches is at least 1; found 0",
+    ),
     "eps": (
         lambda: normalize(IMAGE, "token", eps=jnp.ones(64)),
-        "eps is a scalar or has the rank of x: found shapes (64,) and (8, 12, 10, 64)",
+        "eps is a scalar, or has the rank of x and broadcasts against it: found shapes (64,) and (8, 12, 10, 64)",
     ),
     "given statistics": (
         lambda: normalize(DENSE, "batch", stats=Stats(jnp.ones(64), None)),

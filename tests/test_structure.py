@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 import normjax
-from normjax import field, layer, linen, moments, nnx, penalty, running, theory, train
+from normjax import derivative, field, layer, linen, moments, nnx, penalty, running, theory, train
 
 ROOT = Path(__file__).parents[1]
 # Each room, and the rooms of the package it may import.
 ROOMS = {
     "field": set(),
     "moments": {"field"},
-    "theory": {"field", "moments"},
+    "derivative": {"moments"},
+    "theory": {"field", "moments", "derivative"},
     "explain": {"field", "moments", "theory"},
     "running": {"field", "moments", "theory"},
     "penalty": {"field", "moments", "theory"},
@@ -26,7 +27,7 @@ ROOMS = {
     "nnx": {"field", "moments", "theory", "running", "penalty", "layer"},
     "train": {"field", "moments", "theory", "running", "penalty", "layer", "linen", "nnx"},
 }
-PUBLIC = (field, moments, theory, normjax.explain, penalty, running, layer, linen, nnx, train)
+PUBLIC = (field, moments, derivative, theory, normjax.explain, penalty, running, layer, linen, nnx, train)
 
 
 def imports(path):
@@ -49,7 +50,7 @@ def test_room_imports_only_the_rooms_below_it(room):
     assert found <= ROOMS[room]
 
 
-@pytest.mark.parametrize("room", ["field", "moments", "theory", "explain", "running", "penalty", "layer"])
+@pytest.mark.parametrize("room", ["field", "moments", "derivative", "theory", "explain", "running", "penalty", "layer"])
 def test_room_below_the_layers_knows_neither_flax_nor_optax(room):
     names = {name.split(".")[0] for name in imports(ROOT / "normjax" / f"{room}.py")}
     assert not names & {"flax", "optax", "tensorflow_datasets", "experiments"}

@@ -272,6 +272,26 @@ def test_sharded_axes_under_shard_map_equal_one_device(whole, sharded, axis, bor
     np.testing.assert_allclose(got, jax.grad(lambda x: jnp.vdot(value(x, whole), weights))(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"border": "zero"}, {"lean": "before"}, {"window": "gaussian"}], ids=str)
+def test_windows_over_a_mapped_axis_equal_the_whole_axis_under_vmap(options):
+    x = np.random.default_rng(0).normal(size=(2, 12, 3)).astype(np.float32)
+    for width in (2, 5, 11):  # the last reaches past the neighbouring shard
+        shards = np.stack(np.split(x, 3, axis=1))
+
+        def one(x, width=width):
+            return normjax.expect(x, f"h:{width}@r", "n h c", **options)
+
+        got = jax.vmap(one, axis_name="r")(shards)
+        want = normjax.expect(x, f"h:{width}", "n h c", **options)
+        np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-6)
+
+
+def test_numbers_of_numpy_become_numbers_of_python():
+    n = Normalizer("c", "c", eps=np.float32(0.25), order=np.int64(2))
+    assert repr(n) == "Normalizer('c', 'c', eps=0.25)"
+    assert n == Normalizer("c", "c", eps=0.25)
+
+
 def test_axis_index_groups_average_within_each_group():
     x = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
     span = normjax.Span(None, mapped="d", groups=((0, 1), (2, 3)))

@@ -161,6 +161,23 @@ def test_micro_batches_average_gradients_of_layers_without_shared_statistics():
     close(whole.params, parts.params, rtol=1e-4)
 
 
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_every_micro_batch_draws_its_own_dropout(api):
+    def kept(call, batch, train):
+        out = call(batch["x"]) if api == "nnx" else call(batch["x"], deterministic=not train)
+        return jnp.sum(out), {"kept": (out != 0).astype(jnp.float32)}
+
+    if api == "nnx":
+        structure, state = train.nnx_init(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), optax.sgd(0.1))
+        step = train.nnx_step(structure, kept, optax.sgd(0.1), micro_batches=4)
+    else:
+        model = nn.Dropout(0.5)
+        state = train.linen_init(model, optax.sgd(0.1), jax.random.key(0), data()["x"], deterministic=True)
+        step = train.linen_step(model, kept, optax.sgd(0.1), micro_batches=4)
+    _, metrics = jax.jit(step)(state, {"x": jnp.ones((64, 3))}, jax.random.key(1))
+    assert len(np.unique(metrics["kept"])) > 2  # means of four masks, not one mask four times
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm, nl.BatchNorm])
 @pytest.mark.parametrize("at", ["constructor", "call"])
 def test_frozen_statistics_normalize_with_the_stored_ones(layer, at):

@@ -1,6 +1,6 @@
 """The loop of every experiment: all seeds of a row at once, a chunk of steps as one lax.scan.
 
-    train(folders, step, evaluate, init, data, test, keys=..., steps=..., ...)
+    train(folders, init, step, evaluate, data, test, steps=..., batch_size=..., evaluate_every=...)
 
 The data lie on the device. The seeds run under one vmap. Between chunks the states are evaluated,
 and metrics and checkpoints are committed (`runs.py`); a killed run continues at the last commit and

@@ -84,7 +84,8 @@ class CNN(nn.Module):
         """Builds the layers."""
         self.convs = [Conv(c) for c in self.channels]
         self.norms = [
-            Norm(self.normalizer, use_scale=self.affine, use_bias=self.affine, l1=self.l1) for _ in self.channels
+            Norm(self.normalizer, momentum=0.9, use_scale=self.affine, use_bias=self.affine, l1=self.l1)
+            for _ in self.channels
         ]
         self.dense = nn.Dense(self.classes)
 
