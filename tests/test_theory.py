@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -287,7 +288,7 @@ def test_windows_over_a_mapped_axis_equal_the_whole_axis_under_vmap(options):
 
 
 def test_numbers_of_numpy_become_numbers_of_python():
-    n = Normalizer("c", "c", eps=np.float32(0.25), order=np.int64(2))
+    n = Normalizer("c", "c", eps=cast(Any, np.float32(0.25)), order=cast(Any, np.int64(2)))
     assert repr(n) == "Normalizer('c', 'c', eps=0.25)"
     assert n == Normalizer("c", "c", eps=0.25)
 
