@@ -17,7 +17,7 @@ slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 smoke: .venv/installed
 	$(BIN)/python -m experiments.compare --smoke --out $$(mktemp -d)
