@@ -6,7 +6,8 @@ Start with `theory.py`. The Flax layers are in `normjax.linen` and `normjax.nnx`
 
 from normjax.explain import explain
 from normjax.field import Field, FieldError, Span
-from normjax.moments import expect, top
+from normjax.moments import expect
+from normjax.order import top
 from normjax.penalty import l1_penalty
 from normjax.theory import TABLE, Normalized, Normalizer, Stats, normalize
 

@@ -3,7 +3,7 @@
 import math
 
 from normjax.field import Bound, Field, bind
-from normjax.moments import top
+from normjax.order import top
 from normjax.theory import Normalizer, row
 
 

@@ -73,7 +73,7 @@ def mergeable(normalizer: Normalizer) -> bool:
 
 
 def layer_penalty(centered: jax.Array, alpha: float, normalizer: Normalizer, mask: Any, axis_name: Any) -> jax.Array:
-    """Alpha * mean |v| of a layer; over the mapped axes of its fields, unless others are named."""
+    """The penalty alpha * mean |v| of a layer, over the mapped axes of its fields, unless others are named."""
     if axis_name is None:
         axis_name = tuple(dict.fromkeys(name for field in normalizer.fields for name in field.mapped))
     return l1_penalty(centered, alpha, mask=mask, axis_name=axis_name)
@@ -226,7 +226,7 @@ def instance_axes(ndim: int, feature_axes: Axes) -> tuple[int, ...]:
 
 
 def flax_input(x: ArrayLike, dtype: Any) -> jax.Array:
-    """X as Flax's layers take it: integers become floats, and a wider `dtype` widens the work."""
+    """The array x as Flax's layers take it: integers become floats, and a wider `dtype` widens the work."""
     x = jnp.asarray(x)
     with jax.numpy_dtype_promotion("standard"):
         work = jnp.promote_types(x.dtype if dtype is None else dtype, jnp.float32)

@@ -26,13 +26,6 @@ WINDOWS = ("box", "gaussian")
 LEANS = ("after", "before")
 
 
-@dataclass(frozen=True)
-class top:
-    """The order of a moment that is the mean of the k largest |v| (Hoffer et al. 2018)."""
-
-    k: int
-
-
 class Weights(NamedTuple):
     """Weights of the elements, of the rank of x; zero where an element is masked. `valid` is `value != 0`."""
 
@@ -146,7 +139,7 @@ def choose(name: str, value: Any, accepted: tuple) -> None:
 
 
 def as_floating(x: ArrayLike, caller: str) -> jax.Array:
-    """X as an array; TypeError for integers and booleans, which would be averaged into something else."""
+    """The argument as an array; TypeError for integers and booleans, which would be averaged into something else."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"{caller} takes floating-point arrays, found {x.dtype}; cast first: x.astype(jnp.float32)")
@@ -178,7 +171,7 @@ def weigh(mask: ArrayLike | None, x: jax.Array) -> Weights | None:
 
 
 def silence(x: jax.Array, weights: Weights | None) -> jax.Array:
-    """X with zeros at masked positions: a select, so that a NaN there reaches no value and no gradient."""
+    """The array with zeros at masked positions: a select, so that a NaN there reaches no value and no gradient."""
     return x if weights is None else jnp.where(weights.valid, x, jnp.zeros((), x.dtype))
 
 
@@ -261,7 +254,7 @@ def total(x: jax.Array, plan: Plan) -> jax.Array:
         axis_size(name)
         x = lax.psum(x, name, axis_index_groups=groups and [list(g) for g in groups])
     for axis, span in bound.by("blocks"):
-        x = _by_blocks(jnp.sum, x, axis, local_blocks(bound, axis, span))
+        x = by_blocks(jnp.sum, x, axis, local_blocks(bound, axis, span))
     for axis, span in bound.by("window"):
         x = _window_total(x, axis, span, plan)
     return x
@@ -285,7 +278,7 @@ def local_blocks(bound: Bound, axis: int, span: Span) -> int:
     return blocks // shards
 
 
-def _by_blocks(reduce, x: jax.Array, axis: int, blocks: int) -> jax.Array:
+def by_blocks(reduce, x: jax.Array, axis: int, blocks: int) -> jax.Array:
     """Reduces each block of an axis, and repeats the result over the block."""
     if x.shape[axis] == 0:
         return x
@@ -315,7 +308,7 @@ def _window_total(x: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:
 
 
 def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> jax.Array:
-    """X with the neighbouring shards' elements around it, zeros past the ends of the whole array.
+    """The array with the neighbouring shards' elements around it, zeros past the ends of the whole array.
 
     Raises:
       FieldError: the mapped axis is unbound, or carries index groups.
@@ -340,81 +333,8 @@ def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> j
     return jnp.concatenate(pieces, axis)
 
 
-def largest(a: jax.Array, plan: Plan) -> jax.Array:
-    """The maximum over the field of a non-negative array: the moment of order infinity."""
-    bound = plan.bound
-    if bound.whole:
-        a = jnp.max(a, bound.whole, keepdims=True, initial=0)
-    for name, groups in bound.collectives:
-        a = _largest_across(a, name, groups)
-    for axis, span in bound.by("blocks"):
-        a = _by_blocks(jnp.max, a, axis, local_blocks(bound, axis, span))
-    for axis, span in bound.by("window"):
-        before, after = plan.extent(span)
-        if span.mapped is not None:
-            a, padding = with_halo(a, axis, before, after, span), (0, 0)
-        else:
-            padding = (before, after)
-        lows = [padding if i == axis else (0, 0) for i in range(a.ndim)]
-        dims = [before + 1 + after if i == axis else 1 for i in range(a.ndim)]
-        a = lax.reduce_window(a, -np.inf, lax.max, dims, [1] * a.ndim, lows)
-    return a
-
-
-def _largest_across(a: jax.Array, name: str, groups: Any) -> jax.Array:
-    """Pmax with a gradient, shared equally by the shards that hold the maximum: pmax itself has none."""
-    groups = groups and [list(g) for g in groups]
-    axis_size(name)
-    winner = (a == lax.stop_gradient(lax.pmax(lax.stop_gradient(a), name, axis_index_groups=groups))).astype(a.dtype)
-    holders = lax.psum(winner, name, axis_index_groups=groups)
-    return lax.psum(jnp.where(winner > 0, a, 0) / holders, name, axis_index_groups=groups)
-
-
-def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -> jax.Array:
-    """The mean of the k largest elements of the field, of a non-negative array.
-
-    Raises:
-      FieldError: the field has windows, or holds fewer than k elements.
-    """
-    bound = plan.bound
-    if not bound.pooled:
-        raise FieldError(f'order=top({k}) takes whole axes and blocks; field "{bound.field}" has windows')
-    size = bound.reach() * math.prod(members(Span(None, mapped=m, groups=g)) for m, g in bound.collectives)
-    if k > size:
-        raise FieldError(
-            f'order=top({k}) needs {k} elements; field "{bound.field}" holds {size} of shape {bound.shape}'
-        )
-    blocks = {axis: local_blocks(bound, axis, span) for axis, span in bound.by("blocks")}
-    split, inner, inside = [], [], []  # a block axis becomes two: its blocks, and the inside of a block
-    for axis, length in enumerate(a.shape):
-        if axis in blocks:
-            inside.append(len(split) + 1)
-            split += [blocks[axis], length // blocks[axis]]
-        else:
-            split.append(length)
-        if axis in blocks or axis in bound.whole:
-            inner.append(len(split) - 1)
-    parts = jnp.moveaxis(a.reshape(split), inner, range(-len(inner), 0))
-    flat = parts.reshape(*parts.shape[: parts.ndim - len(inner)], -1)
-    best = lax.top_k(flat, min(k, flat.shape[-1]))[0]
-    for name, groups in bound.collectives:
-        if groups:
-            raise FieldError("order=top(k) does not combine index groups of a mapped axis")
-        # Each shard writes its own row and the sum gathers them: a gather whose result is the same on every shard.
-        rows = jnp.zeros((axis_size(name), *best.shape), best.dtype).at[lax.axis_index(name)].set(best)
-        rows = jnp.moveaxis(lax.psum(rows, name), 0, -2).reshape(*best.shape[:-1], -1)
-        best = lax.top_k(rows, min(k, rows.shape[-1]))[0]
-    mean = jnp.expand_dims(jnp.sum(best, -1) / k, inner)
-    repeated = [split[i] if i in inside else n for i, n in enumerate(mean.shape)]
-    mean = jnp.broadcast_to(mean, repeated).reshape([1 if i in bound.whole else n for i, n in enumerate(a.shape)])
-    if weights is None:
-        return mean
-    number = total(jnp.broadcast_to(weights.valid, bound.shape).astype(a.dtype), plan)
-    return jnp.where(number > 0, mean * k / jnp.clip(number, 1, k), 0)
-
-
 def inverse_power(q: jax.Array, power: float) -> jax.Array:
-    """Q ** -power, zero where q is zero; square roots where they do, since a general power is slow."""
+    """The power q ** -power, zero where q is zero; square roots where they do, since a general power is slow."""
     positive = q > 0
     q = jnp.where(positive | jnp.isnan(q), q, 1)
     if power == 0.5:

@@ -29,9 +29,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import derivative, moments
+from normjax import derivative, moments, order
 from normjax.field import Field, FieldError, axes, bind
-from normjax.moments import Plan, Weights, inverse_power, top
+from normjax.moments import Plan, Weights, inverse_power
+from normjax.order import top
 
 
 def _is_number(value: Any) -> bool:
@@ -89,9 +90,9 @@ class Normalizer:
                 object.__setattr__(self, name, value)
             if name != "order" and (not _is_number(value) or not 0 <= value < math.inf):
                 raise ValueError(f"{name} is a finite number of at least 0; found {value!r}")
-        order = self.order.k if isinstance(self.order, top) else self.order
-        whole = isinstance(order, int) or not isinstance(self.order, top)
-        if not whole or not _is_number(order) or not order > 0:
+        number = self.order.k if isinstance(self.order, top) else self.order
+        whole = isinstance(number, int) or not isinstance(self.order, top)
+        if not whole or not _is_number(number) or not number > 0:
             raise ValueError(f"order is a positive number, inf or top(k); found {self.order!r}")
 
     def __repr__(self) -> str:
@@ -371,14 +372,14 @@ def _square(v):
 
 
 def _moment(v, n: Normalizer, plan: Plan, weights: Weights | None):
-    """M = E_B[|v| ** order]."""
+    """The moment, E_B[|v| ** order]."""
     if n.order == 2:
         return moments.average(_square(v), plan, weights)[0]
     a = jnp.abs(v)
     if isinstance(n.order, top):
-        return moments.mean_of_largest(a, n.order.k, plan, weights)
+        return order.mean_of_largest(a, n.order.k, plan, weights)
     if n.order == math.inf:
-        return moments.largest(a, plan)
+        return order.largest(a, plan)
     if n.order != 1:
         # |v| ** p has no finite slope at 0 for p < 1, and JAX's power has none for a traced 0 either.
         a = jnp.where(a > 0, jnp.where(a > 0, a, 1) ** n.order, 0)

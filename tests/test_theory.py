@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 import normjax
-from normjax import TABLE, Normalizer, explain, normalize, top
+from normjax import TABLE, Normalizer, explain, linen, nnx, normalize, top
 from normjax.theory import equation
 from tests import reference
 from tests.rows import DIFFERENTIABLE, ROWS, example, with_eps
@@ -365,3 +365,30 @@ def test_float64_stays_float64():
         out = normalize(x, "token")
         assert out.y.dtype == jnp.float64
         np.testing.assert_allclose(out.y, reference.normalize(x, TABLE["token"])[0], atol=1e-13)
+
+
+PRESETS = {
+    "DivisiveNorm": ((), {"window": 3, "sigma": 0.5, "border": "zero"}),
+    "LocalResponseNorm": ((4,), {"alpha": 0.1, "k": 2.0}),
+    "LocalContrastNorm": ((5,), {"shape": "box"}),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("layout", ["n ... c", "n c ..."])
+def test_presets_that_flax_lacks_are_the_same_in_linen_and_nnx(name, layout):
+    args, kwargs = PRESETS[name]
+    x = example("token")[:2]
+    one = getattr(linen, name)(*args, **kwargs, layout=layout).apply({}, x)
+    if name == "DivisiveNorm":
+        features = x.shape[-1] if layout == "n ... c" else x.shape[1]
+        two = nnx.DivisiveNorm(features, **kwargs, layout=layout, rngs=nnx.nnx.Rngs(0))(x)
+    else:
+        two = getattr(nnx, name)(*args, **kwargs, layout=layout)(x)
+    np.testing.assert_array_equal(one, two)
+    row = {
+        "DivisiveNorm": Normalizer("...:3 c", "...:3 c", eps=0.25, border="zero"),
+        "LocalResponseNorm": Normalizer(None, "c:4", eps=2.0, gain=0.1, power=0.75, border="zero", lean="before"),
+        "LocalContrastNorm": Normalizer("...:5 c", "...:5 c", floor="..."),
+    }[name]
+    np.testing.assert_allclose(one, reference.normalize(x, row, layout)[0], atol=1e-5)

@@ -1,0 +1,98 @@
+"""Moments that are not means of a power: the largest |v| of a field, and the mean of the k largest (Hoffer et al. 2018).
+
+They take the same plans as `moments.py`. A maximum goes axis by axis like a sum; the k largest need all elements of a field
+side by side, so windows are refused.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from normjax import moments
+from normjax.field import FieldError, Span
+from normjax.moments import Plan, Weights
+
+
+@dataclass(frozen=True)
+class top:
+    """The order of a moment that is the mean of the k largest |v| (Hoffer et al. 2018)."""
+
+    k: int
+
+
+def largest(a: jax.Array, plan: Plan) -> jax.Array:
+    """The maximum over the field of a non-negative array: the moment of order infinity."""
+    bound = plan.bound
+    if bound.whole:
+        a = jnp.max(a, bound.whole, keepdims=True, initial=0)
+    for name, groups in bound.collectives:
+        a = _largest_across(a, name, groups)
+    for axis, span in bound.by("blocks"):
+        a = moments.by_blocks(jnp.max, a, axis, moments.local_blocks(bound, axis, span))
+    for axis, span in bound.by("window"):
+        before, after = plan.extent(span)
+        if span.mapped is not None:
+            a, padding = moments.with_halo(a, axis, before, after, span), (0, 0)
+        else:
+            padding = (before, after)
+        lows = [padding if i == axis else (0, 0) for i in range(a.ndim)]
+        dims = [before + 1 + after if i == axis else 1 for i in range(a.ndim)]
+        a = lax.reduce_window(a, -np.inf, lax.max, dims, [1] * a.ndim, lows)
+    return a
+
+
+def _largest_across(a: jax.Array, name: str, groups: Any) -> jax.Array:
+    """The maximum over shards with a gradient, shared equally by the shards that hold the maximum: pmax itself has none."""
+    groups = groups and [list(g) for g in groups]
+    moments.axis_size(name)
+    winner = (a == lax.stop_gradient(lax.pmax(lax.stop_gradient(a), name, axis_index_groups=groups))).astype(a.dtype)
+    holders = lax.psum(winner, name, axis_index_groups=groups)
+    return lax.psum(jnp.where(winner > 0, a, 0) / holders, name, axis_index_groups=groups)
+
+
+def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -> jax.Array:
+    """The mean of the k largest elements of the field, of a non-negative array.
+
+    Raises:
+      FieldError: the field has windows, or holds fewer than k elements.
+    """
+    bound = plan.bound
+    if not bound.pooled:
+        raise FieldError(f'order=top({k}) takes whole axes and blocks; field "{bound.field}" has windows')
+    size = bound.reach() * math.prod(moments.members(Span(None, mapped=m, groups=g)) for m, g in bound.collectives)
+    if k > size:
+        raise FieldError(
+            f'order=top({k}) needs {k} elements; field "{bound.field}" holds {size} of shape {bound.shape}'
+        )
+    blocks = {axis: moments.local_blocks(bound, axis, span) for axis, span in bound.by("blocks")}
+    split, inner, inside = [], [], []  # a block axis becomes two: its blocks, and the inside of a block
+    for axis, length in enumerate(a.shape):
+        if axis in blocks:
+            inside.append(len(split) + 1)
+            split += [blocks[axis], length // blocks[axis]]
+        else:
+            split.append(length)
+        if axis in blocks or axis in bound.whole:
+            inner.append(len(split) - 1)
+    parts = jnp.moveaxis(a.reshape(split), inner, range(-len(inner), 0))
+    flat = parts.reshape(*parts.shape[: parts.ndim - len(inner)], -1)
+    best = lax.top_k(flat, min(k, flat.shape[-1]))[0]
+    for name, groups in bound.collectives:
+        if groups:
+            raise FieldError("order=top(k) does not combine index groups of a mapped axis")
+        # Each shard writes its own row and the sum gathers them: a gather whose result is the same on every shard.
+        rows = jnp.zeros((moments.axis_size(name), *best.shape), best.dtype).at[lax.axis_index(name)].set(best)
+        rows = jnp.moveaxis(lax.psum(rows, name), 0, -2).reshape(*best.shape[:-1], -1)
+        best = lax.top_k(rows, min(k, rows.shape[-1]))[0]
+    mean = jnp.expand_dims(jnp.sum(best, -1) / k, inner)
+    repeated = [split[i] if i in inside else n for i, n in enumerate(mean.shape)]
+    mean = jnp.broadcast_to(mean, repeated).reshape([1 if i in bound.whole else n for i, n in enumerate(a.shape)])
+    if weights is None:
+        return mean
+    number = moments.total(jnp.broadcast_to(weights.valid, bound.shape).astype(a.dtype), plan)
+    return jnp.where(number > 0, mean * k / jnp.clip(number, 1, k), 0)
