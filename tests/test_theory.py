@@ -50,6 +50,11 @@ def test_every_layout_gives_the_same_numbers(name):
     x = example(name)
     want = jnp.moveaxis(normalize(x, ROWS[name]).y, -1, 1)
     np.testing.assert_allclose(normalize(np.moveaxis(x, -1, 1), ROWS[name], "n c ...").y, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["batch", "divisive", "group"])
+def test_more_leading_axes_change_nothing(name):
+    x = example(name)
     named = normalize(x[None], ROWS[name], "batch n ... c").y[0]
     np.testing.assert_allclose(named, normalize(x, ROWS[name]).y, atol=1e-5)
 
@@ -144,9 +149,8 @@ def test_gradients_of_scale_bias_and_eps_are_right(name):
 
 
 @rows
-@pytest.mark.parametrize("eps", [0.0, None])
-def test_constant_input_gives_finite_values_and_gradients(name, eps):
-    n = ROWS[name] if eps is None else with_eps(ROWS[name], eps)
+def test_constant_input_gives_finite_values_and_gradients_even_without_eps(name):
+    n = with_eps(ROWS[name], 0.0)
     for value in (0.0, 1.0, 0.1):
         x = jnp.full(example(name).shape, value)
         y, gradient = jax.value_and_grad(lambda x: jnp.sum(normalize(x, n).y ** 2))(x)
