@@ -2,7 +2,7 @@
 
 import math
 
-from normjax.field import Bound, Field, bind
+from normjax.field import Bound, Field, axes, bind
 from normjax.order import top
 from normjax.theory import Normalizer, row
 
@@ -51,7 +51,6 @@ past the edge it counts zeros
             kind = "the largest |v|"
         start = f"  divide  {'x ' if n.keep_mean else ''}by ({n.eps} + {gain}m) ** {n.power}, m {kind} over "
         if n.var == n.mean:
-            bind(n.var, layout, tuple(shape))  # type: ignore[arg-type]
             lines.append(start + "the same elements")
         else:
             lines += _sentence(n, n.var, start, "moments", shape, layout)
@@ -93,8 +92,6 @@ def _sentence(n: Normalizer, field: object, start: str, noun: str, shape, layout
 
 
 def _axes(bound: Bound, layout: str) -> dict[str, tuple[int, ...]]:
-    from normjax.field import axes
-
     return {name: numbers for name, numbers in axes(layout, len(bound.shape)).items() if numbers}
 
 

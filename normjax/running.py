@@ -70,7 +70,7 @@ def shapes(normalizer: Normalizer, layout: str, shape: tuple[Any, ...]) -> Runni
     """
     found = []
     for stored, field in zip(stores(normalizer), (normalizer.mean, normalizer.var), strict=True):
-        kept = _kept(field, layout, len(shape)) if stored else None  # type: ignore[arg-type]
+        kept = _kept(field, layout, len(shape)) if stored and isinstance(field, Field) else None
         found.append(None if kept is None else tuple(shape[axis] for axis in kept))
     return Running(*found)
 

@@ -385,8 +385,8 @@ def server(tmp_path, monkeypatch):
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "a.gz").write_bytes(b"content")
     monkeypatch.setattr("requests.head", lambda url, **kw: requests.request("HEAD", url, **kw))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        url = f"http://127.0.0.1:{httpd.server_port}/a.gz"
+    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as httpd:
+        url = f"http://localhost:{httpd.server_port}/a.gz"
         info = UrlInfo(size=7, checksum=hashlib.sha256(b"content").hexdigest(), filename="a.gz")  # type: ignore
         monkeypatch.setattr(data, "stock", lambda name: SimpleNamespace(url_infos={url: info}))
         thread = threading.Thread(target=httpd.serve_forever)
