@@ -10,6 +10,7 @@ Everything here accumulates in the dtype of its argument; callers pass float32 o
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -188,7 +189,7 @@ def average(x: jax.Array, plan: Plan, weights: Weights | None = None) -> tuple[j
     named = {axis for axis, _ in plan.bound.spans}
     w = weights.value
     w = jnp.broadcast_to(w, [x.shape[i] if i in named else n for i, n in enumerate(w.shape)])
-    pooled, windows = _split(plan)
+    pooled, windows = split(plan)
     top_sum, weight = total(x * w.astype(x.dtype), pooled), total(w, pooled)
     if plan.border == "zero" and not plan.bound.pooled:
         # A masked element counts as a zero, like one past the edge: average what is pooled, then box it.
@@ -200,7 +201,7 @@ def average(x: jax.Array, plan: Plan, weights: Weights | None = None) -> tuple[j
     return jnp.where(filled, top_sum / jnp.where(filled, weight, 1).astype(x.dtype), 0), weight
 
 
-def _split(plan: Plan) -> tuple[Plan, Plan]:
+def split(plan: Plan) -> tuple[Plan, Plan]:
     """The plan as its pooled part (whole axes, collectives, blocks) and its windows."""
 
     def part(windows: bool) -> Plan:
@@ -282,9 +283,29 @@ def by_blocks(reduce, x: jax.Array, axis: int, blocks: int) -> jax.Array:
     """Reduces each block of an axis, and repeats the result over the block."""
     if x.shape[axis] == 0:
         return x
-    split = x.reshape(*x.shape[:axis], blocks, x.shape[axis] // blocks, *x.shape[axis + 1 :])
-    reduced = reduce(split, axis=axis + 1, keepdims=True)
-    return jnp.broadcast_to(reduced, split.shape).reshape(x.shape)
+
+    def apply(x):
+        split = x.reshape(*x.shape[:axis], blocks, x.shape[axis] // blocks, *x.shape[axis + 1 :])
+        reduced = reduce(split, axis=axis + 1, keepdims=True)
+        return jnp.broadcast_to(reduced, split.shape).reshape(x.shape)
+
+    return partitioned(apply, x, (axis,))
+
+
+def partitioned(
+    f: Callable[[jax.Array], jax.Array], x: jax.Array, along: tuple[int, ...], reduced: tuple[int, ...] = ()
+) -> jax.Array:
+    """f(x), where f works along axes over which x may be sharded, and gives the shape of x but 1 along `reduced`.
+
+    On a mesh with explicit axes a sharding is part of the type, and JAX has no rule for the split of a sharded axis, nor
+    for the transpose of a window over one: the compiler partitions these, and the result is sharded as x is.
+    """
+    sharding = jax.typeof(x).sharding
+    if all(sharding.spec[axis] is None for axis in along):
+        return f(x)
+    spec = [None if axis in reduced else name for axis, name in enumerate(sharding.spec)]
+    out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.sharding.auto_axes(f, out_sharding=out)(x)
 
 
 def _window_total(x: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:
@@ -298,11 +319,29 @@ def _window_total(x: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:
         # A window is never wider than the axis on either side: what lies further is zero.
         left, right = min(before, length - 1), min(after, length - 1)
         taps = taps[before - left : len(taps) - (after - right)]
-    if plan.window == "box":
-        dims = [len(taps) if i == axis else 1 for i in range(x.ndim)]
-        padding = [(left, right) if i == axis else (0, 0) for i in range(x.ndim)]
-        return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, dims, [1] * x.ndim, padding)
-    x = jnp.pad(x, [(left, right) if i == axis else (0, 0) for i in range(x.ndim)])
+    if plan.window == "gaussian":
+        parts = [functools.partial(_weighted_window, taps=taps, padding=(left, right))]
+    elif left and right and 3 * len(taps) > 2 * length:
+        # In two parts, up to the element and behind it: where the axis is sharded, the compiler would gather it for so
+        # wide a window; for the parts it asks the neighbours.
+        parts = [functools.partial(_box, width=left + 1, padding=(left, 0))]
+        parts += [functools.partial(_box, width=right, padding=(-1, right))]
+    else:
+        parts = [functools.partial(_box, width=len(taps), padding=(left, right))]
+    return functools.reduce(jnp.add, [partitioned(functools.partial(f, axis=axis), x, (axis,)) for f in parts])
+
+
+def _box(x: jax.Array, axis: int, width: int, padding: tuple[int, int]) -> jax.Array:
+    """The sum over each window of `width` elements."""
+    dims = [width if i == axis else 1 for i in range(x.ndim)]
+    pads = [padding if i == axis else (0, 0) for i in range(x.ndim)]
+    return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, dims, [1] * x.ndim, pads)
+
+
+def _weighted_window(x: jax.Array, axis: int, taps: np.ndarray, padding: tuple[int, int]) -> jax.Array:
+    """The sum of shifted copies of x, each times its tap."""
+    length = x.shape[axis] + sum(padding) - len(taps) + 1
+    x = jnp.pad(x, [padding if i == axis else (0, 0) for i in range(x.ndim)])
     shifted = [x.dtype.type(tap) * lax.slice_in_dim(x, i, i + length, axis=axis) for i, tap in enumerate(taps)]
     return functools.reduce(jnp.add, shifted)
 

@@ -4,13 +4,12 @@ They take the same plans as `moments.py`. A maximum goes axis by axis like a sum
 side by side, so windows are refused.
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from normjax import moments
@@ -26,33 +25,59 @@ class top:
 
 
 def largest(a: jax.Array, plan: Plan) -> jax.Array:
-    """The maximum over the field of a non-negative array: the moment of order infinity."""
+    """The maximum over the field of a non-negative array: the moment of order infinity.
+
+    Its gradient is shared by the elements that hold the maximum, to rounding: compilers may compute `a` twice, so that no
+    copy of it equals the maximum to the last bit.
+    """
+    pooled, windows = moments.split(plan)
+    if pooled.bound.spans:
+        most = lax.stop_gradient(_pooled_maximum(lax.stop_gradient(a), pooled))
+        winner = (a >= most * (1 - 4 * jnp.finfo(a.dtype).eps)).astype(a.dtype)
+        mean = moments.total(a * winner, pooled) / jnp.maximum(moments.total(winner, pooled), 1)
+        a = most + (mean - lax.stop_gradient(mean))
+    for axis, span in windows.bound.by("window"):
+        a = _window_maximum(a, axis, span, plan)
+    return a
+
+
+def _pooled_maximum(a: jax.Array, plan: Plan) -> jax.Array:
     bound = plan.bound
     if bound.whole:
         a = jnp.max(a, bound.whole, keepdims=True, initial=0)
     for name, groups in bound.collectives:
-        a = _largest_across(a, name, groups)
+        moments.axis_size(name)
+        a = lax.pmax(a, name, axis_index_groups=groups and [list(g) for g in groups])
     for axis, span in bound.by("blocks"):
         a = moments.by_blocks(jnp.max, a, axis, moments.local_blocks(bound, axis, span))
-    for axis, span in bound.by("window"):
-        before, after = plan.extent(span)
-        if span.mapped is not None:
-            a, padding = moments.with_halo(a, axis, before, after, span), (0, 0)
-        else:
-            padding = (before, after)
-        lows = [padding if i == axis else (0, 0) for i in range(a.ndim)]
-        dims = [before + 1 + after if i == axis else 1 for i in range(a.ndim)]
-        a = lax.reduce_window(a, -np.inf, lax.max, dims, [1] * a.ndim, lows)
     return a
 
 
-def _largest_across(a: jax.Array, name: str, groups: Any) -> jax.Array:
-    """The maximum over shards with a gradient, shared equally by the shards that hold the maximum: pmax itself has none."""
-    groups = groups and [list(g) for g in groups]
-    moments.axis_size(name)
-    winner = (a == lax.stop_gradient(lax.pmax(lax.stop_gradient(a), name, axis_index_groups=groups))).astype(a.dtype)
-    holders = lax.psum(winner, name, axis_index_groups=groups)
-    return lax.psum(jnp.where(winner > 0, a, 0) / holders, name, axis_index_groups=groups)
+def _window_maximum(a: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:
+    """The maximum over a window: of two, of four, of eight neighbours ...
+
+    Not `reduce_window`: the compiler partitions its derivative (select_and_scatter) wrongly where the axis is sharded.
+    """
+    (before, after), length = plan.extent(span), a.shape[axis]
+    if length == 0:
+        return a
+    if span.mapped is not None:
+        a, padding = moments.with_halo(a, axis, before, after, span), (0, 0)
+    else:
+        before, after = min(before, length - 1), min(after, length - 1)
+        padding = (before, after)
+
+    def slide(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, [padding if i == axis else (0, 0) for i in range(a.ndim)])
+        held, width = 1, before + 1 + after
+        while held < width:
+            step = min(held, width - held)
+            n = a.shape[axis]
+            a = jnp.maximum(lax.slice_in_dim(a, 0, n - step, axis=axis), lax.slice_in_dim(a, step, n, axis=axis))
+            held += step
+        return a
+
+    return slide(a) if span.mapped is not None else moments.partitioned(slide, a, (axis,))
 
 
 def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -> jax.Array:
@@ -69,6 +94,16 @@ def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -
         raise FieldError(
             f'order=top({k}) needs {k} elements; field "{bound.field}" holds {size} of shape {bound.shape}'
         )
+    named = tuple(axis for axis, _ in bound.spans if axis is not None)
+    mean = moments.partitioned(functools.partial(_mean_of_largest, k=k, plan=plan), a, named, bound.whole)
+    if weights is None:
+        return mean
+    number = moments.total(jnp.broadcast_to(weights.valid, bound.shape).astype(a.dtype), plan)
+    return jnp.where(number > 0, mean * k / jnp.clip(number, 1, k), 0)
+
+
+def _mean_of_largest(a: jax.Array, k: int, plan: Plan) -> jax.Array:
+    bound = plan.bound
     blocks = {axis: moments.local_blocks(bound, axis, span) for axis, span in bound.by("blocks")}
     split, inner, inside = [], [], []  # a block axis becomes two: its blocks, and the inside of a block
     for axis, length in enumerate(a.shape):
@@ -91,8 +126,4 @@ def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -
         best = lax.top_k(rows, min(k, rows.shape[-1]))[0]
     mean = jnp.expand_dims(jnp.sum(best, -1) / k, inner)
     repeated = [split[i] if i in inside else n for i, n in enumerate(mean.shape)]
-    mean = jnp.broadcast_to(mean, repeated).reshape([1 if i in bound.whole else n for i, n in enumerate(a.shape)])
-    if weights is None:
-        return mean
-    number = moments.total(jnp.broadcast_to(weights.valid, bound.shape).astype(a.dtype), plan)
-    return jnp.where(number > 0, mean * k / jnp.clip(number, 1, k), 0)
+    return jnp.broadcast_to(mean, repeated).reshape([1 if i in bound.whole else n for i, n in enumerate(a.shape)])

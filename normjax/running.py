@@ -168,9 +168,19 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99) -> Runnin
         m = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
         mixed = (m * old.astype(new.dtype) + (1 - m) * new).astype(dtype)
         seen = jnp.isfinite(new) & (True if weight is None else weight > 0)
-        return jax.lax.stop_gradient(jnp.where(seen, mixed, old.astype(dtype)))
+        old = old.astype(dtype)
+        return jax.lax.stop_gradient(jnp.where(_beside(seen, old), _beside(mixed, old), old))
 
     return Running(step(running.mean, batch.mean, batch.mean_weight), step(running.var, batch.var, batch.var_weight))
+
+
+def _beside(new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new value sharded as the stored one, which matters on meshes with explicit axes: a scan carries one type."""
+    have, want = jax.typeof(new).sharding, jax.typeof(old).sharding
+    if have.spec == want.spec:
+        return new
+    mesh = have.mesh if want.mesh.empty else want.mesh  # statistics made outside a mesh are replicated on any
+    return jax.sharding.reshard(new, jax.sharding.NamedSharding(mesh, want.spec))
 
 
 def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
