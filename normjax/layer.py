@@ -16,19 +16,20 @@ from jax.typing import ArrayLike
 from normjax import moments
 from normjax.field import EXAMPLES, Field, FieldError, Span, axes
 from normjax.penalty import l1_penalty
-from normjax.running import Running, as_stats, observe, update
-from normjax.theory import Normalizer, Stats, equation, normalize
+from normjax.running import Running, Seen, as_stats, observe, unbias, update
+from normjax.running import renorm as renorm_corrections
+from normjax.theory import Normalized, Normalizer, affine, equation, normalize
 
 Axes = int | Sequence[int]
 NOTHING = Running()  # no stored statistics
 
 
 class Applied(NamedTuple):
-    """The output of a layer, the statistics to store, those of the batch (where they can be merged), and v."""
+    """The output of a layer, the statistics to store, what it saw of the batch (None: nothing to store), and v."""
 
     y: jax.Array
     running: Running
-    batch: Stats | None
+    seen: Seen | None
     centered: jax.Array
 
 
@@ -40,29 +41,54 @@ def apply(
     *,
     refuse: bool,
     use_running: bool = False,
+    update_running: bool = True,
     momentum: ArrayLike = 0.0,
+    averaging: str = "exponential",
+    unbiased: bool = False,
+    renorm: tuple[ArrayLike, ArrayLike] | None = None,
     dtype: Any = None,
-    **affine: Any,
+    **given: Any,
 ) -> Applied:
     """Normalizes with the stored statistics, or with the batch's, which then update the stored ones.
 
-    `refuse` asks for the checks of `normalize`; `affine` are scale, bias, mask and eps.
+    `refuse` asks for the checks of `normalize`; `renorm` are the limits of batch renormalization; `given` are scale,
+    bias, mask and eps.
     """
     x = moments.as_floating(x, "a layer")
     stats = as_stats(running, normalizer, layout, x.shape) if use_running else None
-    if refuse:
-        if dtype is not None:
-            with jax.numpy_dtype_promotion("standard"):
-                x = x.astype(jnp.promote_types(x.dtype, dtype))
-        out = normalize(x, normalizer, layout, stats=stats, **affine)
-        out = out._replace(y=out.y.astype(dtype or x.dtype))
+    if refuse and dtype is not None:
+        with jax.numpy_dtype_promotion("standard"):
+            x = x.astype(jnp.promote_types(x.dtype, dtype))
+    dtype = jnp.dtype(dtype or x.dtype)
+    training = not use_running and any(stored is not None for stored in running)
+    if training and renorm is not None:
+        out = _renormalize(x, normalizer, layout, running, renorm, refuse, dtype, **given)
+    elif refuse:
+        out = normalize(x, normalizer, layout, stats=stats, **given)
+        out = out._replace(y=out.y.astype(dtype))
     else:
-        out = equation(x, normalizer, layout, stats=stats, dtype=dtype, **affine)
-    if use_running or running is NOTHING or all(stored is None for stored in running):
+        out = equation(x, normalizer, layout, stats=stats, dtype=dtype, **given)
+    if not (training and update_running):
         return Applied(out.y, running, None, out.centered)
     batch = observe(out.stats, normalizer, layout, x.shape)
-    stored = update(running, batch, momentum)
-    return Applied(out.y, stored, batch if mergeable(normalizer) else None, out.centered)
+    corrected = observe(unbias(out.stats, normalizer), normalizer, layout, x.shape) if unbiased else batch
+    stored = update(running, corrected, momentum, averaging)
+    exact = mergeable(normalizer)
+    momentum = jnp.asarray(momentum, jnp.float32)
+    seen = Seen(batch if exact else corrected, momentum, averaging, unbiased and exact, exact)
+    return Applied(out.y, stored, seen, out.centered)
+
+
+def _renormalize(
+    x: jax.Array, normalizer: Normalizer, layout: str, running: Running, limits: tuple, refuse: bool, dtype: Any, *,
+    scale: Any = None, bias: Any = None, mask: Any = None, eps: Any = None,
+) -> Normalized:  # fmt: skip
+    """Batch renormalization: r * y + d in place of y, zero where masked."""
+    wide = x.astype(moments.wide(x.dtype))
+    out = (normalize if refuse else equation)(wide, normalizer, layout, mask=mask, eps=eps)
+    r, d = renorm_corrections(out.stats, running, normalizer, layout, x.shape, limits, eps)
+    y = moments.silence(r * out.y + d, moments.weigh(mask, wide))
+    return out._replace(y=affine(y, layout, scale, bias).astype(dtype))
 
 
 def mergeable(normalizer: Normalizer) -> bool:

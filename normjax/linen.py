@@ -9,7 +9,8 @@ What differs from Flax is what is right here: statistics are always two-pass and
 (`use_fast_variance` is accepted and changes nothing), masks broadcast and never leak, and a masked output is the bias.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax.typing import ArrayLike
 from normjax import layer
 from normjax.layer import Axes
 from normjax.moments import as_floating
-from normjax.running import Running, shapes
+from normjax.running import Running, Slot, slots
 from normjax.theory import Normalizer, row
 
 Initializer = Any
@@ -39,6 +40,12 @@ class Norm(nn.Module):
       layout: name of each axis of the input.
       use_running_average: whether to normalize with the stored statistics; here or at the call.
       momentum: weight of the old value in the running average.
+      averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `running.py`.
+      unbiased: whether the unbiased variance is stored, as PyTorch does.
+      update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.renorm`; here or at the call, where they
+        may be arrays. None is plain.
+      stats_names: names of the stored axes for sharding, as in `nn.with_partitioning`; None attaches no metadata.
       use_scale: whether a factor is learned, `[c]`.
       use_bias: whether an addend is learned, `[c]`.
       learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
@@ -65,6 +72,11 @@ class Norm(nn.Module):
     layout: str = "n ... c"
     use_running_average: bool | None = None
     momentum: float = 0.99
+    averaging: str = "exponential"
+    unbiased: bool = False
+    update_running_average: bool = True
+    renorm: tuple[float, float] | None = None
+    stats_names: tuple[str | None, ...] | None = None
     use_scale: bool = True
     use_bias: bool = True
     learn_sigma: bool = False
@@ -82,6 +94,8 @@ class Norm(nn.Module):
         x: ArrayLike,
         use_running_average: bool | None = None,
         *,
+        update_running_average: bool | None = None,
+        renorm: tuple[ArrayLike, ArrayLike] | None = None,
         mask: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
@@ -91,6 +105,8 @@ class Norm(nn.Module):
         Args:
           x: floating-point array, axes as named by `layout`.
           use_running_average: whether to use the stored statistics, for rows that have any.
+          update_running_average: replaces the attribute.
+          renorm: replaces the attribute.
           mask: see `normjax.normalize`.
           scale: replaces the learned factor (conditional normalization); shapes as for `normjax.normalize`.
           bias: replaces the learned addend.
@@ -102,17 +118,21 @@ class Norm(nn.Module):
           FieldError: the normalizer does not fit the input.
           TypeError: integer input.
         """
+        kept = self.update_running_average if update_running_average is None else update_running_average
         return _apply_norm(
             self, self.normalizer, x, mask=mask, scale=scale, bias=bias, average=use_running_average,
-            default=self.use_running_average, momentum=self.momentum, sigma_init=self.sigma_init,
+            default=self.use_running_average, sigma_init=self.sigma_init, stats_names=self.stats_names,
+            momentum=self.momentum, averaging=self.averaging, unbiased=self.unbiased, update_running=kept,
+            renorm=self.renorm if renorm is None else renorm,
         )  # fmt: skip
 
 
 def _apply_norm(
     module: Any, normalizer: Normalizer | str, x: ArrayLike, *, mask: Any, scale: Any, bias: Any,
-    average: bool | None = None, default: bool | None = None, momentum: float = 0.0, sigma_init: float | None = None,
+    average: bool | None = None, default: bool | None = None, sigma_init: float | None = None, stats_names: Any = None,
+    averaging: str = "exponential", renorm: Any = None, **storing: Any,
 ) -> jax.Array:  # fmt: skip
-    """One application of `Norm`, or of a preset with its attributes."""
+    """One application of `Norm`, or of a preset with its attributes; `storing` as for `layer.apply`."""
     x, whole = as_floating(x, "Norm"), row(normalizer)
     starting = module.is_initializing()
     n = whole.local() if starting else whole  # while initializing, mapped axes need not exist yet
@@ -125,33 +145,36 @@ def _apply_norm(
     if module.learn_sigma:
         start = n.eps**0.5 if sigma_init is None else sigma_init
         eps = jnp.square(module.param("sigma", initializers.constant(start), (), module.param_dtype))
-    stored = [
-        None if shape is None else module.variable("batch_stats", name, make, shape, jnp.float32)
-        for (name, shape), make in zip(
-            shapes(whole, module.layout, x.shape)._asdict().items(), (jnp.zeros, jnp.ones), strict=True
-        )
-    ]
-    use_running = any(stored) and nn.merge_param("use_running_average", default, average)
+    stored = {
+        name: _stored(module, name, slot, stats_names)
+        for name, slot in slots(whole, module.layout, x.shape, averaging).items()
+    }
+    use_running = bool(stored) and nn.merge_param("use_running_average", default, average)
     out = layer.apply(
-        x, n, module.layout, Running(*(s and s.value for s in stored)), use_running=use_running, momentum=momentum,
-        refuse=not starting, dtype=module.dtype, scale=scale, bias=bias, mask=mask, eps=eps,
+        x, n, module.layout, Running(**{name: variable.value for name, variable in stored.items()}), refuse=not starting,
+        use_running=use_running, averaging=averaging, renorm=None if starting else renorm, dtype=module.dtype,
+        scale=scale, bias=bias, mask=mask, eps=eps, **storing,
     )  # fmt: skip
-    _store(module, stored, out, use_running, momentum)
+    _store(module, stored, out)
     if module.l1 and not starting:
         value = layer.layer_penalty(out.centered, module.l1, n, mask, module.l1_axis_name)
         module.sow("losses", "l1", value, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros((), value.dtype))
     return out.y
 
 
-def _store(module: nn.Module, stored: Sequence[Any], out: layer.Applied, use_running: bool, momentum: float) -> None:
-    """Writes the new running statistics, and sows the batch's own where `moments` is mutable; never at init."""
-    if use_running or module.is_initializing() or not any(stored):
+def _stored(module: nn.Module, name: str, slot: Slot, names: Sequence[str | None] | None) -> Any:
+    """A variable of `batch_stats`, with sharding metadata if `names` are given."""
+    make = slot.make if names is None else nn.with_partitioning(slot.make, tuple(names))
+    return module.variable("batch_stats", name, make)
+
+
+def _store(module: nn.Module, stored: Mapping[str, Any], out: layer.Applied) -> None:
+    """Writes the new running statistics, and sows what the layer saw where `moments` is mutable; never at init."""
+    if out.seen is None or module.is_initializing():
         return
-    for variable, value in zip(stored, out.running, strict=True):
-        if variable is not None:
-            variable.value = value
-    if out.batch is not None:
-        module.sow("moments", "batch", (out.batch, jnp.asarray(momentum, jnp.float32)))
+    for name, variable in stored.items():
+        variable.value = getattr(out.running, name)
+    module.sow("moments", "batch", out.seen)
 
 
 def _apply_flax(module: Any, x: ArrayLike, read: Any, mask: Any) -> jax.Array:
@@ -187,7 +210,7 @@ class BatchNorm(nn.Module):
     """Batch norm with the arguments, variables and shapes of `flax.linen.BatchNorm`; row "batch" of TABLE.
 
     `axis` names the feature axes; all others, and `axis_name`, are averaged. Running statistics are float32, biased, and
-    not updated while initializing.
+    not updated while initializing. Beyond Flax's, `stats_names` attaches sharding names to them, see `Norm`.
 
     Source: Ioffe & Szegedy 2015.
 
@@ -213,6 +236,7 @@ class BatchNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    stats_names: tuple[str | None, ...] | None = None
 
     @nn.compact
     def __call__(
@@ -230,15 +254,15 @@ class BatchNorm(nn.Module):
         n = reading.normalizer.local() if starting else reading.normalizer
         sizes = tuple(wide.shape[axis] for axis in features)
         store_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(sizes, store_dtype))
-        var = self.variable("batch_stats", "var", lambda: jnp.ones(sizes, store_dtype))
+        mean = _stored(self, "mean", Slot(0, sizes, store_dtype), self.stats_names)
+        var = _stored(self, "var", Slot(1, sizes, store_dtype), self.stats_names)
         scale, bias = _parameters(self, features, wide.shape)
         out = layer.apply(
             wide, n, reading.layout, Running(mean.value, var.value), use_running=average, momentum=self.momentum,
             refuse=False, dtype=_output_dtype(x, scale, bias, self.dtype), mask=mask,
             scale=layer.beside(scale, features, wide), bias=layer.beside(bias, features, wide),
         )  # fmt: skip
-        _store(self, (mean, var), out, average, self.momentum)
+        _store(self, {"mean": mean, "var": var}, out)
         return out.y
 
 
@@ -371,6 +395,74 @@ class InstanceNorm(nn.Module):
         return _apply_flax(self, x, lambda ndim, _: layer.read(
             ndim, layer.instance_axes(ndim, self.feature_axes), self.feature_axes, self.epsilon,
             axis_name=self.axis_name, groups=self.axis_index_groups), mask)  # fmt: skip
+
+
+class BatchRenorm(nn.Module):
+    """Batch renormalization: in training, y is what the stored statistics would give, within limits; row "batch" of TABLE.
+
+    The paper trains with limits (1, 0), which is batch norm, for 5000 steps, and widens them to (3, 5); a schedule passes
+    them at the call: `layer(x, renorm=normjax.running.renorm_limits(step))`.
+
+    Attributes:
+      use_running_average: see `Norm`.
+      r_max: limit of the ratio of the batch's spread to the stored one.
+      d_max: limit of the shift, in units of the stored spread.
+      momentum: weight of the old value in the running average.
+      epsilon: added to the variance. [units of x squared]
+      normalizer: another row that stores both moments.
+      layout: name of each axis of the input.
+      use_scale: whether a factor is learned, `[c]`.
+      use_bias: whether an addend is learned, `[c]`.
+      dtype: of the output, by default that of the input.
+      param_dtype: of the parameters.
+      scale_init: initializer of the factor.
+      bias_init: initializer of the addend.
+      l1: weight of the L1 penalty, see `Norm`.
+      l1_axis_name: see `Norm`.
+
+    Source: Ioffe 2017, algorithm 1.
+
+    >>> layer = BatchRenorm(use_running_average=False, use_scale=False, use_bias=False)
+    >>> stored = {"batch_stats": {"mean": jnp.array([1.0]), "var": jnp.array([4.0])}}
+    >>> y, _ = layer.apply(stored, jnp.array([[2.0], [4.0]]), mutable=["batch_stats"])
+    >>> (10 * y).round().tolist()                                           # (x - 1) / 2
+    [[5.0], [15.0]]
+    """
+
+    use_running_average: bool | None = None
+    r_max: float = 3.0
+    d_max: float = 5.0
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    normalizer: Normalizer | str = "batch"
+    layout: str = "n ... c"
+    use_scale: bool = True
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    scale_init: Initializer = initializers.ones
+    bias_init: Initializer = initializers.zeros
+    l1: float = 0.0
+    l1_axis_name: str | Sequence[str] | None = None
+    learn_sigma = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        renorm: Any = None,
+        mask=None,
+        scale=None,
+        bias=None,
+    ) -> jax.Array:
+        """Normalizes x; arguments as for `Norm`."""
+        n = dataclasses.replace(row(self.normalizer), eps=self.epsilon)
+        return _apply_norm(
+            self, n, x, mask=mask, scale=scale, bias=bias, average=use_running_average, default=self.use_running_average,
+            momentum=self.momentum, renorm=(self.r_max, self.d_max) if renorm is None else renorm,
+        )  # fmt: skip
 
 
 class DivisiveNorm(nn.Module):

@@ -305,7 +305,8 @@ def partitioned(
         return f(x)
     spec = [None if axis in reduced else name for axis, name in enumerate(sharding.spec)]
     out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    return jax.sharding.auto_axes(f, out_sharding=out)(x)
+    free: Any = jax.sharding.auto_axes(f, out_sharding=out)
+    return free(x)
 
 
 def _window_total(x: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:

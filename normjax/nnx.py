@@ -12,6 +12,7 @@ masked elements never leak, and a masked output is the bias.
 The L1 penalty is captured: `y, sown = nnx.capture(model, Penalty)(x)`; outside a capture nothing is sown or stored.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +27,7 @@ from normjax import layer
 from normjax.field import FieldError
 from normjax.layer import Axes
 from normjax.moments import as_floating
-from normjax.running import Running, shapes
+from normjax.running import Running, slots
 from normjax.theory import Normalizer, row
 
 Dtype = Any
@@ -41,7 +42,7 @@ class Penalty(nnx.Intermediate):
 
 
 class Moments(nnx.Intermediate):
-    """The statistics of the batch and the momentum of a layer, as `nnx.capture(model, Moments)` finds them."""
+    """What a layer saw of the batch (`normjax.running.Seen`), as `nnx.capture(model, Moments)` finds it."""
 
 
 def _parameter(make: Initializer, use: bool, shape: tuple[int, ...], dtype: Dtype, metadata: Metadata, rngs: nnx.Rngs):
@@ -65,16 +66,18 @@ def _flag(call: bool | None, constructed: bool | None, name: str) -> bool:
 
 def _store(module: Any, out: layer.Applied) -> None:
     """Writes the new running statistics; the batch's own go to a capture that asks for Moments."""
+    if out.seen is None:
+        return
     for name, value in out.running._asdict().items():
-        variable = getattr(module, name)
         if value is None:
             continue
+        variable = getattr(module, name)
         if value.dtype == variable.dtype:
             variable[...] = value
         else:  # the first complex mean replaces a real one
             variable.set_value(value)
-    if hasattr(module, "__captures__") and out.batch is not None:
-        module.sow(Moments, "batch", (out.batch, jnp.asarray(module.momentum, jnp.float32)))
+    if hasattr(module, "__captures__"):
+        module.sow(Moments, "batch", out.seen)
 
 
 class Norm(nnx.Module):
@@ -86,6 +89,10 @@ class Norm(nnx.Module):
       layout: name of each axis of the input.
       use_running_average: whether to normalize with stored statistics; `.train()`, `.eval()` and `nnx.view` set it.
       momentum: weight of the old value in the running average.
+      averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `running.py`.
+      unbiased: whether the unbiased variance is stored, as PyTorch does.
+      update_running_average: False normalizes with the batch's statistics and leaves the stored ones; `nnx.view` sets it.
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.renorm`; None is plain.
       use_scale: whether a factor is learned, `[c]`.
       use_bias: whether an addend is learned, `[c]`.
       learn_sigma: whether sigma is learned, one scalar; eps = sigma ** 2.
@@ -98,6 +105,7 @@ class Norm(nnx.Module):
       l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
       scale_metadata: metadata of the factor, such as sharding names.
       bias_metadata: metadata of the addend.
+      stats_metadata: metadata of the stored statistics.
       rngs: random keys for the initializers.
 
     Raises:
@@ -120,6 +128,10 @@ class Norm(nnx.Module):
         layout: str = "n ... c",
         use_running_average: bool | None = False,
         momentum: float = 0.99,
+        averaging: str = "exponential",
+        unbiased: bool = False,
+        update_running_average: bool = True,
+        renorm: tuple[float, float] | None = None,
         use_scale: bool = True,
         use_bias: bool = True,
         learn_sigma: bool = False,
@@ -132,6 +144,7 @@ class Norm(nnx.Module):
         l1_axis_name: str | Sequence[str] | None = None,
         scale_metadata: Metadata = _NO_METADATA,
         bias_metadata: Metadata = _NO_METADATA,
+        stats_metadata: Metadata = _NO_METADATA,
         rngs: nnx.Rngs,
     ):
         self.normalizer = row(normalizer)
@@ -139,6 +152,10 @@ class Norm(nnx.Module):
         self.layout = layout
         self.use_running_average = use_running_average
         self.momentum = momentum
+        self.averaging = averaging
+        self.unbiased = unbiased
+        self.update_running_average = update_running_average
+        self.renorm = renorm
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.l1 = l1
@@ -149,49 +166,56 @@ class Norm(nnx.Module):
         self.bias = _parameter(bias_init, use_bias, channels, param_dtype, bias_metadata, rngs)
         start = self.normalizer.eps**0.5 if sigma_init is None else sigma_init
         self.sigma = nnx.Param(jnp.asarray(start, param_dtype)) if learn_sigma else nnx.data(None)
-        mean, var = shapes(self.normalizer, layout, shape)
-        if None in (mean or ()) or None in (var or ()):
+        found = slots(self.normalizer, layout, shape, averaging)
+        if any(None in slot.shape for slot in found.values()):
             raise FieldError(
                 f"{self.normalizer} stores statistics along other axes than the channels: give the whole shape of an "
                 f"input as `features`, found {features!r}"
             )
-        self.mean = nnx.data(None) if mean is None else nnx.BatchStat(jnp.zeros(mean, jnp.float32))
-        self.var = nnx.data(None) if var is None else nnx.BatchStat(jnp.ones(var, jnp.float32))
+        for name in Running._fields:
+            stored = nnx.BatchStat(found[name].make(), **stats_metadata) if name in found else nnx.data(None)
+            setattr(self, name, stored)
 
     def __call__(
         self,
         x: ArrayLike,
         use_running_average: bool | None = None,
         *,
+        update_running_average: bool | None = None,
+        renorm: tuple[ArrayLike, ArrayLike] | None = None,
         mask: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes x; arguments as for `normjax.linen.Norm`. A scale or bias given here replaces the learned one."""
         x, n = as_floating(x, "Norm"), self.normalizer
-        stored = Running(_value(self.mean), _value(self.var))
+        stored = Running(*(_value(getattr(self, name)) for name in Running._fields))
         stores = any(value is not None for value in stored)
         use_running = stores and _flag(use_running_average, self.use_running_average, "Norm")
+        kept = self.update_running_average if update_running_average is None else update_running_average
         out = layer.apply(
-            x, n, self.layout, stored, use_running=use_running, momentum=self.momentum, refuse=True, dtype=self.dtype,
+            x, n, self.layout, stored, use_running=use_running, update_running=kept, momentum=self.momentum,
+            averaging=self.averaging, unbiased=self.unbiased, renorm=self.renorm if renorm is None else renorm,
             scale=_value(self.scale) if scale is None else scale, bias=_value(self.bias) if bias is None else bias,
-            mask=mask, eps=None if self.sigma is None else jnp.square(self.sigma[...]),
+            mask=mask, eps=None if self.sigma is None else jnp.square(self.sigma[...]), refuse=True, dtype=self.dtype,
         )  # fmt: skip
-        if stores and not use_running:
-            _store(self, out)
+        _store(self, out)
         if self.l1 and hasattr(self, "__captures__"):
             value = layer.layer_penalty(out.centered, self.l1, n, mask, self.l1_axis_name)
             self.sow(Penalty, "l1", value, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros((), value.dtype))
         return out.y
 
-    def set_view(self, use_running_average: bool | None = None):
+    def set_view(self, use_running_average: bool | None = None, update_running_average: bool | None = None):
         """Class method used by `nnx.view`.
 
         Args:
           use_running_average: whether to normalize with the stored statistics.
+          update_running_average: whether the batch's statistics, where they are used, update the stored ones.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if update_running_average is not None:
+            self.update_running_average = update_running_average
 
 
 def _apply_flax(module: Any, x: ArrayLike, reading: Any, mask: Any, stored: Running = layer.NOTHING, average=False):
@@ -221,6 +245,8 @@ def _promote(args: tuple, *, dtype: Any = None, **kwargs: Any) -> tuple:
 class BatchNorm(nnx.Module):
     """Batch norm with the arguments, variables and shapes of `flax.nnx.BatchNorm`; row "batch" of TABLE.
 
+    Beyond Flax's, `stats_metadata` attaches metadata (sharding names) to the running statistics.
+
     Source: Ioffe & Szegedy 2015.
 
     >>> layer = BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
@@ -249,9 +275,10 @@ class BatchNorm(nnx.Module):
         rngs: nnx.Rngs,
         bias_metadata: Metadata = _NO_METADATA,
         scale_metadata: Metadata = _NO_METADATA,
+        stats_metadata: Metadata = _NO_METADATA,
     ):
-        self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32), **stats_metadata)
+        self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.float32), **stats_metadata)
         self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, scale_metadata, rngs)
         self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, bias_metadata, rngs)
         self.num_features = num_features
@@ -287,7 +314,7 @@ class BatchNorm(nnx.Module):
         stored = Running(self.mean[...].reshape(kept), self.var[...].reshape(kept))
         out = _apply_flax(self, x, reading, mask, stored, average)
         if not average:
-            flat = (value.reshape(self.mean.shape) for value in out.running)
+            flat = (value.reshape(self.mean.shape) for value in out.running[:2])
             _store(self, out._replace(running=Running(*flat)))
         return out.y
 
@@ -506,6 +533,39 @@ class InstanceNorm(nnx.Module):
         return _apply_flax(self, x, lambda shape: layer.read(
             len(shape), layer.instance_axes(len(shape), self.feature_axes), self.feature_axes, self.epsilon,
             axis_name=self.axis_name, groups=self.axis_index_groups), mask).y  # fmt: skip
+
+
+class BatchRenorm(Norm):
+    """Batch renormalization; see `normjax.linen.BatchRenorm`.
+
+    Args:
+      features: number of channels.
+      r_max: limit of the ratio of the batch's spread to the stored one.
+      d_max: limit of the shift, in units of the stored spread.
+      epsilon: added to the variance.
+      normalizer: another row that stores both moments.
+      **kwargs: as for `Norm`.
+
+    Source: Ioffe 2017, algorithm 1.
+
+    >>> layer = BatchRenorm(1, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
+    >>> layer.mean[...], layer.var[...] = jnp.array([1.0]), jnp.array([4.0])
+    >>> (10 * layer(jnp.array([[2.0], [4.0]]))).round().tolist()
+    [[5.0], [15.0]]
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        *,
+        epsilon: float = 1e-5,
+        normalizer: Normalizer | str = "batch",
+        **kwargs: Any,
+    ):
+        n = dataclasses.replace(row(normalizer), eps=epsilon)
+        super().__init__(n, features, renorm=(r_max, d_max), **kwargs)
 
 
 class DivisiveNorm(Norm):

@@ -4,10 +4,21 @@ A moment is stored if and only if its own field mixes examples (an atom `n` or `
 the stored mean. Stored arrays lack the axes that are averaged whole and the axis of examples, so batch norm stores `[c]`
 as Flax does. Statistics of blocks of examples are merged first. Nothing that is not finite is ever stored, and a field
 without a valid element leaves its statistic as it was.
+
+How a batch moves what is stored, by `averaging` (t counts the batches seen, one number for each stored element):
+
+    exponential    momentum * old + (1 - momentum) * new                                 as Flax; starts from 0 and 1
+    debiased       the same, divided by the weight that it gives to batches, 1 - momentum ** t: the start does not count
+    cumulative     the mean of all batches, old + (new - old) / t
+
+What is stored is always the average itself, ready for use. Batch renormalization (`renorm`) normalizes a training batch
+with what is stored, as far as its limits allow.
 """
 
-import functools
+import dataclasses
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -15,27 +26,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from normjax import moments
 from normjax.field import EXAMPLES, Field, FieldError, axes, bind
 from normjax.theory import Normalizer, Stats
 
+AVERAGES = ("exponential", "debiased", "cumulative")
+
 
 class Running(NamedTuple):
-    """Stored statistics, None for a moment that is computed afresh. `mean` in u, `var` in u ** order."""
+    """Stored statistics, None for a moment that is computed afresh.
+
+    Attributes:
+      mean: float32 or wider, complex for complex data. [u]
+      var: float32 or wider. [u ** order]
+      mean_count: int32, of the shape of `mean`: batches that went into each element; None for exponential averages.
+      var_count: the same for `var`.
+    """
 
     mean: Any = None
     var: Any = None
+    mean_count: Any = None
+    var_count: Any = None
 
 
-def stores(normalizer: Normalizer) -> Running:
+def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     """Which moments are stored: a pair of booleans.
 
     >>> from normjax import Normalizer, TABLE
     >>> stores(TABLE["batch"]), stores(TABLE["layer"])
-    (Running(mean=True, var=True), Running(mean=False, var=False))
+    ((True, True), (False, False))
     >>> stores(Normalizer("n ...", "c"))
-    Running(mean=True, var=False)
+    (True, False)
     """
-    return Running(*(isinstance(f, Field) and f.mixes_examples for f in (normalizer.mean, normalizer.var)))
+    mean, var = (isinstance(f, Field) and f.mixes_examples for f in (normalizer.mean, normalizer.var))
+    return mean, var
 
 
 def _kept(field: Field, layout: str, ndim: int) -> tuple[int, ...]:
@@ -54,38 +78,56 @@ def _kept(field: Field, layout: str, ndim: int) -> tuple[int, ...]:
     return tuple(axis for axis in range(ndim) if axis not in dropped)
 
 
-def shapes(normalizer: Normalizer, layout: str, shape: tuple[Any, ...]) -> Running:
-    """Shapes of the stored statistics for arrays of this shape, None where nothing is stored.
+class Slot(NamedTuple):
+    """One stored array: its first value, shape and dtype."""
+
+    fill: float
+    shape: tuple[Any, ...]
+    dtype: Any
+
+    def make(self) -> jax.Array:
+        """The array as it starts."""
+        return jnp.full(self.shape, self.fill, self.dtype)
+
+
+def slots(
+    normalizer: Normalizer, layout: str, shape: tuple[Any, ...], averaging: str = "exponential"
+) -> dict[str, Slot]:
+    """What is stored for arrays of this shape, by its name in `Running`: means of zero and moments of one, as in Flax.
 
     Lengths may be None where they are not known yet.
 
     Raises:
       FieldError: a window slides over the examples.
+      ValueError: no averaging has this name.
 
     >>> from normjax import TABLE, Normalizer
-    >>> shapes(TABLE["batch"], "n ... c", (8, 32, 32, 64))
-    Running(mean=(64,), var=(64,))
-    >>> shapes(Normalizer("n ...:3", None), "n ... c", (8, 32, 32, 64))
-    Running(mean=(32, 32, 64), var=None)
+    >>> [(name, slot.shape) for name, slot in slots(TABLE["batch"], "n ... c", (8, 32, 32, 64)).items()]
+    [('mean', (64,)), ('var', (64,))]
+    >>> slots(Normalizer("n ...:3", None), "n ... c", (8, 32, 32, 64))["mean"].shape
+    (32, 32, 64)
+    >>> list(slots(TABLE["batch"], "n c", (8, 2), "debiased"))
+    ['mean', 'var', 'mean_count', 'var_count']
     """
-    found = []
-    for stored, field in zip(stores(normalizer), (normalizer.mean, normalizer.var), strict=True):
-        kept = _kept(field, layout, len(shape)) if stored and isinstance(field, Field) else None
-        found.append(None if kept is None else tuple(shape[axis] for axis in kept))
-    return Running(*found)
+    moments.choose("averaging", averaging, AVERAGES)
+    found = {}
+    stored = zip(("mean", "var"), (0.0, 1.0), stores(normalizer), (normalizer.mean, normalizer.var), strict=True)
+    for name, fill, kept, field in stored:
+        if kept and isinstance(field, Field):
+            found[name] = Slot(fill, tuple(shape[axis] for axis in _kept(field, layout, len(shape))), np.float32)
+    if averaging != "exponential":
+        found |= {f"{name}_count": Slot(0, slot.shape, np.int32) for name, slot in found.items()}
+    return found
 
 
-def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Running:
-    """Means of zero and moments of one, float32, as Flax starts.
+def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averaging: str = "exponential") -> Running:
+    """The statistics before the first batch.
 
     >>> from normjax import TABLE
-    >>> initial(TABLE["mean_only"], "n c", (8, 2))
-    Running(mean=Array([0., 0.], dtype=float32), var=None)
+    >>> initial(TABLE["mean_only"], "n c", (8, 2)).mean
+    Array([0., 0.], dtype=float32)
     """
-    mean, var = shapes(normalizer, layout, shape)
-    return Running(
-        None if mean is None else jnp.zeros(mean, jnp.float32), None if var is None else jnp.ones(var, jnp.float32)
-    )
+    return Running(**{name: slot.make() for name, slot in slots(normalizer, layout, shape, averaging).items()})
 
 
 def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
@@ -128,7 +170,7 @@ def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple
     (1, 3, 1, 1)
     """
     laid = []
-    triples = zip(("mean", "var"), running, (normalizer.mean, normalizer.var), strict=True)
+    triples = zip(("mean", "var"), running[:2], (normalizer.mean, normalizer.var), strict=True)
     for name, value, field in triples:
         if value is None or field is None:
             laid.append(None)
@@ -144,34 +186,62 @@ def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple
     return Stats(*laid)
 
 
-def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99) -> Running:
-    """The exponential average: momentum * old + (1 - momentum) * new.
+def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging: str = "exponential") -> Running:
+    """Moves the stored statistics towards those of a batch.
 
     Args:
-      running: the stored statistics.
+      running: the stored statistics, with counts unless the averaging is exponential.
       batch: those of a batch, from `observe`.
-      momentum: weight of the old value, as in Flax (PyTorch's is that of the new one).
+      momentum: weight of the old value, as in Flax (PyTorch's is that of the new one); not used by "cumulative".
+      averaging: "exponential", "debiased" or "cumulative", see above.
 
     Returns:
-      New statistics, in the dtype of the old ones (complex where the batch is). Elements without weight or not finite
-      keep the old value.
+      New statistics, float32 or wider (complex where the batch is). Elements without weight or not finite keep the old
+      value, and their count.
+
+    Raises:
+      ValueError: no averaging has this name, or `running` lacks the counts that it needs.
+
+    Source: debiased: Kingma & Ba 2015, section 3.
 
     >>> batch = Stats(mean=jnp.array([1.0, 2.0]), mean_weight=jnp.array([4.0, 0.0]))
-    >>> update(Running(jnp.zeros(2), None), batch, momentum=0.5).mean
+    >>> update(Running(jnp.zeros(2)), batch, momentum=0.5).mean
     Array([0.5, 0. ], dtype=float32)
+    >>> update(Running(jnp.zeros(2), mean_count=jnp.zeros(2, jnp.int32)), batch, 0.5, "debiased").mean
+    Array([1., 0.], dtype=float32)
     """
+    moments.choose("averaging", averaging, AVERAGES)
 
-    def step(old, new, weight):
+    def step(old, new, weight, count):
         if old is None or new is None:
-            return old
-        dtype = np.result_type(old.dtype, new.dtype) if jnp.iscomplexobj(new) else old.dtype
-        m = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
-        mixed = (m * old.astype(new.dtype) + (1 - m) * new).astype(dtype)
+            return old, count
+        if averaging == "exponential":
+            keep = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
+        elif count is None:
+            raise ValueError(f"averaging={averaging!r} needs the counts of batches beside the statistics; `initial` "
+                             "with the same averaging makes them")  # fmt: skip
+        else:
+            keep = (1 - _share(count + 1, momentum, averaging)).astype(new.dtype)
+        old = old.astype(np.result_type(moments.wide(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32))
+        mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
         seen = jnp.isfinite(new) & (True if weight is None else weight > 0)
-        old = old.astype(dtype)
-        return jax.lax.stop_gradient(jnp.where(_beside(seen, old), _beside(mixed, old), old))
+        mixed = jax.lax.stop_gradient(jnp.where(_beside(seen, old), _beside(mixed, old), old))
+        return mixed, None if count is None else count + _beside(seen, old).astype(count.dtype)
 
-    return Running(step(running.mean, batch.mean, batch.mean_weight), step(running.var, batch.var, batch.var_weight))
+    mean, mean_count = step(running.mean, batch.mean, batch.mean_weight, running.mean_count)
+    var, var_count = step(running.var, batch.var, batch.var_weight, running.var_count)
+    return Running(mean, var, mean_count, var_count)
+
+
+def _share(t: jax.Array, momentum: ArrayLike, averaging: str) -> jax.Array:
+    """The weight of batch t in the average of t batches."""
+    t = t.astype(np.float32)
+    if averaging == "cumulative":
+        return 1 / t
+    decay = jnp.log(jnp.asarray(momentum, np.float32)) if not isinstance(momentum, float | int) else np.float32(
+        math.log(momentum) if momentum > 0 else -math.inf)  # fmt: skip
+    # (1 - momentum) / (1 - momentum ** t); for a momentum of one, its limit: the mean of all batches.
+    return jnp.where(decay < 0, jnp.expm1(decay) / jnp.expm1(jnp.where(decay < 0, decay, -1) * t), 1 / t)
 
 
 def _beside(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -181,6 +251,96 @@ def _beside(new: jax.Array, old: jax.Array) -> jax.Array:
         return new
     mesh = have.mesh if want.mesh.empty else want.mesh  # statistics made outside a mesh are replicated on any
     return jax.sharding.reshard(new, jax.sharding.NamedSharding(mesh, want.spec))
+
+
+def unbias(stats: Stats, normalizer: Normalizer) -> Stats:
+    """The same statistics with the unbiased variance, var * w / (w - 1) for the weight w behind it, as PyTorch stores it.
+
+    Weights count elements here: w is their sum. Where it is one or less, no unbiased variance exists, and the weight
+    becomes 0, so that nothing is stored.
+
+    Raises:
+      ValueError: the row's moment is not a variance (order 2, A = B).
+
+    >>> from normjax import TABLE
+    >>> stats = Stats(jnp.zeros(1), jnp.array([1.5]), jnp.array([3.0]), jnp.array([3.0]))
+    >>> unbias(stats, TABLE["batch"]).var
+    Array([2.25], dtype=float32)
+    """
+    if normalizer.order != 2 or normalizer.mean is None or normalizer.mean != normalizer.var:
+        raise ValueError(f"unbiased=True needs a variance: order 2 and A = B; found {normalizer}")
+    return _unbiased(stats)
+
+
+def _unbiased(stats: Stats) -> Stats:
+    if stats.var is None:
+        return stats
+    w = jnp.asarray(stats.var_weight)
+    enough = w > 1
+    factor = jnp.where(enough, w / jnp.where(enough, w - 1, 1), 1)
+    return stats._replace(var=stats.var * factor.astype(stats.var.dtype), var_weight=jnp.where(enough, w, 0))
+
+
+def renorm(
+    stats: Stats, running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...],
+    limits: tuple[ArrayLike, ArrayLike] = (3.0, 5.0), eps: ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The corrections r and d of batch renormalization: r * y + d is y as the stored statistics would give it.
+
+    Args:
+      stats: those that normalized a batch of arrays of this shape.
+      running: the stored ones, from before the batch.
+      normalizer: a row that stores both moments.
+      layout: name of each axis.
+      shape: of the batch.
+      limits: r_max and d_max, numbers or arrays: r lies within [1 / r_max, r_max], d within [-d_max, d_max]. (1, 0) is
+        batch norm.
+      eps: as for `normalize`.
+
+    Returns:
+      r and d, which broadcast against the batch; no gradient flows into them. 1 and 0 where a field holds no weight.
+
+    Raises:
+      ValueError: the row does not store all its moments, or has a floor or keep_mean.
+
+    Source: Ioffe 2017, algorithm 1.
+
+    >>> from normjax import TABLE, normalize
+    >>> x = jnp.array([[2.0], [4.0]])
+    >>> n, stored = TABLE["batch"], Running(jnp.array([1.0]), jnp.array([4.0]))
+    >>> r, d = renorm(normalize(x, n).stats, stored, n, "n c", x.shape)
+    >>> (10 * (r * normalize(x, n).y + d)).round().tolist()                 # (x - 1) / 2
+    [[5.0], [15.0]]
+    """
+    n = normalizer
+    if stores(n) != (n.mean is not None, True) or n.floor is not None or n.keep_mean:
+        raise ValueError(f"batch renormalization needs a row that stores all its moments, a variance among them, and has "
+                         f"neither floor nor keep_mean; found {n}")  # fmt: skip
+    stored = as_stats(running, n, layout, shape)
+    eps = n.eps if eps is None else eps
+
+    def inverse(var):
+        return moments.inverse_power(eps + n.gain * var, n.power)
+
+    (r_max, d_max), before, now = limits, inverse(stored.var), inverse(stats.var)
+    weighted = (jnp.asarray(stats.var_weight) > 0) & (now > 0)
+    r = jnp.where(weighted, jnp.clip(before / jnp.where(weighted, now, 1), jnp.divide(1, r_max), r_max), 1)
+    d = jnp.zeros((), r.dtype)
+    if n.mean is not None:
+        d = jnp.where(weighted, jnp.clip((stats.mean - stored.mean) * before, jnp.negative(d_max), d_max), 0)
+    return jax.lax.stop_gradient((r, d))
+
+
+def renorm_limits(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """The paper's limits r_max and d_max at a training step: batch norm for 5000 steps, then 3 from 40,000, 5 from 25,000.
+
+    Source: Ioffe 2017, section 4.1.
+
+    >>> [float(limit) for limit in renorm_limits(15_000)]
+    [1.5714285373687744, 2.5]
+    """
+    step = jnp.asarray(step, np.float32)
+    return 1 + 2 * jnp.clip((step - 5_000) / 35_000, 0, 1), 5 * jnp.clip((step - 5_000) / 20_000, 0, 1)
 
 
 def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
@@ -206,34 +366,70 @@ def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
     """
     if order != 2 and a.var is not None:
         raise ValueError(f"moments of order {order!r} cannot be merged, only those of order 2")
-
-    def share(wa, wb):
-        total = wa + wb
-        return jnp.where(total > 0, wb / jnp.where(total > 0, total, 1), 0), total
-
-    mean = mean_weight = var = var_weight = None
-    a, b = (Stats(*(x if x is None else jnp.asarray(x) for x in s)) for s in (a, b))
-    shift: Any = 0
-    if a.mean is not None:
-        part, mean_weight = share(a.mean_weight, b.mean_weight)
-        shift = b.mean - a.mean
-        mean = a.mean + shift * part.astype(shift.dtype)
-    if a.var is not None:
-        part, var_weight = share(a.var_weight, b.var_weight)
-        var = a.var + (b.var - a.var) * part + jnp.abs(shift) ** 2 * part * (1 - part)
-    return Stats(mean, var, mean_weight, var_weight)
+    pairs = zip(a, b, strict=True)
+    return merge_stacked(Stats(*(None if p is None else jnp.stack([jnp.asarray(p), jnp.asarray(q)]) for p, q in pairs)))
 
 
-def merge_trees(before: Any, after: Any, moments: Any) -> Any:
-    """Running statistics after several micro-batches, each of which started from those before.
-
-    A layer that sowed its batch's statistics once a micro-batch gets them merged, as if it had seen all at once. Anything
-    else is averaged where it is a float; counters and random states are those of the last micro-batch.
+def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
+    """The statistics of many batches together, from those of each, stacked along a first axis.
 
     Args:
-      before: nested dictionaries of running statistics, a layer's under `mean` and `var`.
+      stats: statistics with their weights, as `observe` gives them.
+      mergeable: False takes the weighted mean of the moments, for rows whose statistics do not merge exactly.
+
+    >>> parts = Stats(jnp.array([1.0, 12.0]), jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
+    >>> merge_stacked(parts)[:2]
+    (Array(6.5, dtype=float32), Array(32.75, dtype=float32))
+    """
+
+    def mean_of(values, weights):  # around the first value: a mean large beside its spread keeps its digits
+        weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
+        total = jnp.sum(weights, 0, keepdims=True)
+        share = (weights / jnp.where(total > 0, total, 1)).astype(values.dtype)
+        first = jnp.where(jnp.isfinite(values[:1]), values[:1], 0)
+        shifted = jnp.where(weights > 0, values - first, jnp.zeros((), values.dtype))
+        return jnp.where(total > 0, first + jnp.sum(share * shifted, 0, keepdims=True), 0), total
+
+    mean = mean_weight = var = var_weight = None
+    spread: Any = 0
+    if stats.mean is not None:
+        mean, mean_weight = mean_of(stats.mean, stats.mean_weight)
+        spread = jnp.abs(stats.mean - mean) ** 2 if mergeable else 0
+    if stats.var is not None:
+        var, var_weight = mean_of(stats.var + spread, stats.var_weight)
+    return Stats(*(None if s is None else s[0] for s in (mean, var, mean_weight, var_weight)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Seen:
+    """What a layer saw of a batch, for those who store the statistics of several batches at once.
+
+    Attributes:
+      stats: from `observe`; biased where they merge.
+      momentum: as for `update`.
+      averaging: as for `update`.
+      unbiased: whether the variance is still to be corrected (`unbias`).
+      mergeable: whether the statistics of two batches give those of both.
+    """
+
+    stats: Stats
+    momentum: Any
+    averaging: str = dataclasses.field(metadata={"static": True}, default="exponential")
+    unbiased: bool = dataclasses.field(metadata={"static": True}, default=False)
+    mergeable: bool = dataclasses.field(metadata={"static": True}, default=True)
+
+
+def merge_trees(before: Any, after: Any, seen: Any) -> Any:
+    """Running statistics after several micro-batches, each of which started from those before.
+
+    A layer that left what it saw of each micro-batch gets that merged, as if it had seen all at once. Anything else is
+    averaged where it is a float; counters and random states are those of the last micro-batch.
+
+    Args:
+      before: nested dictionaries of running statistics, a layer's by their names in `Running`.
       after: the same, stacked: the result of each micro-batch along a first axis.
-      moments: nested dictionaries with `batch: ((Stats, momentum),)` under a layer's path, stacked the same.
+      seen: nested dictionaries with `batch: (Seen,)` under a layer's path, stacked the same.
 
     Returns:
       A tree like `before`.
@@ -241,7 +437,7 @@ def merge_trees(before: Any, after: Any, moments: Any) -> Any:
     >>> before = {"norm": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
     >>> after = {"norm": {"mean": jnp.array([0.5, 1.5]), "var": jnp.array([1.0, 1.0])}}       # momentum 0.5, by itself
     >>> parts = Stats(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
-    >>> merged = merge_trees(before, after, {"norm": {"batch": ((parts, jnp.array([0.5, 0.5])),)}})
+    >>> merged = merge_trees(before, after, {"norm": {"batch": (Seen(parts, jnp.array([0.5, 0.5])),)}})
     >>> merged["norm"]["mean"].item(), merged["norm"]["var"].item()                          # of both: mean 2, variance 2
     (1.0, 1.5)
     """
@@ -250,12 +446,18 @@ def merge_trees(before: Any, after: Any, moments: Any) -> Any:
         if jnp.issubdtype(after.dtype, jnp.inexact):
             return jnp.mean(after, 0).astype(after.dtype)
         return after[-1]
-    sown = moments.get("batch") if isinstance(moments, Mapping) else None
-    if sown is not None and len(sown) == 1:
-        stacked, momentum = sown[0]
-        each = [Stats(*jax.tree.map(lambda a, i=i: a[i], tuple(stacked))) for i in range(momentum.shape[0])]
-        new = update(Running(before.get("mean"), before.get("var")), functools.reduce(merge, each), momentum[0])
-        others = {k: merge_trees(before[k], after[k], {}) for k in before if k not in ("mean", "var")}
-        return others | {k: v for k, v in new._asdict().items() if k in before}
-    below = moments if isinstance(moments, Mapping) else {}
+    left = seen.get("batch") if isinstance(seen, Mapping) else None
+    if left is not None and len(left) == 1:
+        mine = {name: value for name, value in before.items() if name in Running._fields}
+        new = absorb(Running(**mine), left[0])._asdict()
+        return {k: new[k] if k in mine else merge_trees(before[k], after[k], {}) for k in before}
+    below = seen if isinstance(seen, Mapping) else {}
     return {k: merge_trees(before[k], after[k], below.get(k, {})) for k in before}
+
+
+def absorb(running: Running, seen: Seen) -> Running:
+    """The stored statistics after one update with what a layer saw of several batches, stacked along a first axis."""
+    merged = merge_stacked(seen.stats, seen.mergeable)
+    if seen.unbiased:
+        merged = _unbiased(merged)
+    return update(running, merged, seen.momentum[0], seen.averaging)

@@ -327,8 +327,7 @@ def equation(
     work = moments.wide(x.dtype)
     real = jnp.finfo(work).dtype
     weights = moments.weigh(mask, x.astype(work))
-    scale = None if scale is None else _beside(scale, x, layout, "scale", work)
-    bias = None if bias is None else _beside(bias, x, layout, "bias", work)
+    scale, bias = (_beside(p, x, layout, name, work) for p, name in ((scale, "scale"), (bias, "bias")))
     eps = jnp.asarray(n.eps if eps is None else eps, real)
     if eps.ndim and (eps.ndim != x.ndim or any(e not in (1, s) for e, s in zip(eps.shape, x.shape, strict=True))):
         raise FieldError(f"eps is a scalar, or has the rank of x and broadcasts against it: found shapes {eps.shape} "
@@ -420,8 +419,20 @@ def _fit(given: ArrayLike, x: jax.Array, name: str, dtype: Any) -> jax.Array:
     return given.astype(dtype)
 
 
-def _beside(p: ArrayLike, x: jax.Array, layout: str, name: str, dtype: Any) -> jax.Array:
+def affine(y: jax.Array, layout: str, scale: ArrayLike | None, bias: ArrayLike | None) -> jax.Array:
+    """The last line of the equation, scale * y + bias, for scale and bias as `normalize` takes them.
+
+    >>> affine(jnp.ones((1, 2)), "n c", jnp.array([2.0, 3.0]), 1.0).tolist()
+    [[3.0, 4.0]]
+    """
+    scale, bias = (_beside(p, y, layout, name, y.dtype) for p, name in ((scale, "scale"), (bias, "bias")))
+    return _affine(y, scale, bias)
+
+
+def _beside(p: ArrayLike | None, x: jax.Array, layout: str, name: str, dtype: Any) -> jax.Array | None:
     """A scale or bias, laid along the axes of x that its rank speaks of."""
+    if p is None:
+        return None
     p = jnp.asarray(p)
     if jnp.iscomplexobj(p) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise FieldError(f"a complex {name} does not fit a real array of dtype {x.dtype}")

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 from normjax import TABLE, Normalizer, normalize
 from normjax import linen as nl
+from normjax import nnx as nn
 from normjax.penalty import l1_penalty, total_penalty
-from normjax.running import Running, as_stats, initial, merge, observe, shapes, stores, update
+from normjax.running import Running, as_stats, initial, merge, observe, renorm_limits, slots, stores, unbias, update
 from normjax.theory import Stats
 from tests.rows import ROWS, example
 
@@ -24,7 +26,9 @@ def test_exactly_the_moments_whose_field_mixes_examples_are_stored():
 
 @pytest.mark.parametrize("name", STORED)
 def test_stored_shapes_are_flax_s(name):
-    assert shapes(ROWS[name], "n c ...", (8, 3, 4, 4)) == tuple((3,) if s else None for s in stores(ROWS[name]))
+    found = slots(ROWS[name], "n c ...", (8, 3, 4, 4))
+    names = [name for name, stored in zip(("mean", "var"), stores(ROWS[name]), strict=True) if stored]
+    assert {name: (slot.shape, slot.dtype) for name, slot in found.items()} == dict.fromkeys(names, ((3,), np.float32))
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -33,7 +37,7 @@ def test_an_update_moves_towards_the_batch(name):
     before = initial(n, "n ... c", x.shape)
     batch = observe(normalize(x, n).stats, n, "n ... c", x.shape)
     after = update(before, batch, 0.75)
-    for old, new, seen in zip(before, after, batch[:2], strict=True):
+    for old, new, seen in zip(before[:2], after[:2], batch[:2], strict=True):
         if old is not None:
             np.testing.assert_allclose(new, 0.75 * old + 0.25 * seen, rtol=1e-6)
             assert new.dtype == jnp.float32
@@ -112,3 +116,187 @@ def test_penalties_are_weighted_by_layer():
     assert total_penalty(losses) == 3
     assert total_penalty(losses, {"a": 10.0}, default=0.0) == 10
     assert total_penalty({}) == 0
+
+
+# How a batch moves what is stored.
+
+
+def batches(steps=5, seed=0):
+    return np.random.default_rng(seed).normal(2, 3, (steps, 8, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("averaging", ["exponential", "debiased", "cumulative"])
+def test_averages_equal_their_formula_in_float64(averaging):
+    n, momentum, seen = TABLE["batch"], 0.9, batches()
+    running = initial(n, "n c", seen.shape[1:], averaging)
+    for t, x in enumerate(seen, 1):
+        running = update(running, observe(normalize(x, n).stats, n, "n c", x.shape), momentum, averaging)
+        weights = momentum ** np.arange(t - 1, -1, -1) * (1 - momentum)
+        exact = seen[:t].astype(np.float64)
+        for got, each, start in ((running.mean, exact.mean(1), 0), (running.var, exact.var(1), 1)):
+            want = {
+                "exponential": weights @ each + momentum**t * start,
+                "debiased": weights @ each / weights.sum(),
+                "cumulative": each.mean(0),
+            }[averaging]
+            np.testing.assert_allclose(got, want, rtol=2e-6)
+    if averaging != "exponential":
+        assert running.mean_count.tolist() == running.var_count.tolist() == [5] * 4
+        assert running.mean_count.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("averaging", ["debiased", "cumulative"])
+def test_an_element_that_was_never_seen_does_not_count(averaging):
+    n, seen = TABLE["batch"], batches()
+    mask = np.ones((8, 4), bool)
+    mask[:, 1] = False
+    running = initial(n, "n c", mask.shape, averaging)
+    for x, m in ((seen[0], mask), (seen[1], None)):
+        running = update(running, observe(normalize(x, n, mask=m).stats, n, "n c", x.shape), 0.9, averaging)
+    assert running.mean_count.tolist() == [2, 1, 2, 2]
+    np.testing.assert_allclose(running.mean[1], seen[1, :, 1].mean(), rtol=1e-5)  # the start, 0, has no weight in it
+
+
+def test_a_debiased_average_with_momentum_one_is_the_cumulative_one():
+    batch = Stats(jnp.array([4.0]), None, jnp.array([1.0]), None)
+    running = Running(jnp.array([2.0]), mean_count=jnp.array([1]))
+    assert update(running, batch, 1.0, "debiased") == update(running, batch, 1.0, "cumulative")
+    assert update(running, batch, jnp.asarray(0.5), "debiased") == update(running, batch, 0.5, "debiased")
+
+
+def test_statistics_stay_float32_whatever_they_met():
+    batch = Stats(jnp.array([4.0]), jnp.array([1.0]), jnp.array([1.0]), jnp.array([1.0]))
+    after = update(Running(jnp.zeros(1, jnp.bfloat16), jnp.ones(1, jnp.float16)), batch, 0.5)
+    assert (after.mean.dtype, after.var.dtype) == (jnp.float32, jnp.float32)
+
+
+def test_unbiased_variance_counts_the_elements_of_each_block():
+    x = batches(1)[0]
+    for field, blocks in (("n", 1), ("n/2", 2)):
+        n = Normalizer(field, field)
+        got = observe(unbias(normalize(x, n).stats, n), n, "n c", x.shape)
+        want = x.astype(np.float64).reshape(blocks, -1, 4).var(1, ddof=1).mean(0)
+        np.testing.assert_allclose(got.var, want, rtol=2e-6)
+    lone = unbias(normalize(x, "batch", mask=np.arange(8)[:, None] == 0).stats, TABLE["batch"])
+    assert (np.asarray(lone.var_weight) == 0).all()  # no unbiased variance of one element: nothing is stored
+
+
+def renormalized(x, mean, var, r_max, d_max, momentum):
+    """Algorithm 1 of Ioffe 2017 in NumPy float64: y, and the statistics afterwards."""
+    m, s, stored = x.mean(0), np.sqrt(x.var(0) + 1e-5), np.sqrt(var + 1e-5)
+    r, d = np.clip(s / stored, 1 / r_max, r_max), np.clip((m - mean) / stored, -d_max, d_max)
+    return (x - m) / s * r + d, momentum * mean + (1 - momentum) * m, momentum * var + (1 - momentum) * x.var(0)
+
+
+@pytest.mark.parametrize("limits", [(1.0, 0.0), (1.2, 0.3), (3.0, 5.0)])
+def test_batch_renorm_equals_the_algorithm_in_linen_and_nnx(limits):
+    x = batches()[0].astype(np.float64)
+    mean, var = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, 4.0, 9.0, 30.0])
+    y, *after = renormalized(x, mean, var, *limits, 0.9)
+    stored = {"mean": jnp.asarray(mean, jnp.float32), "var": jnp.asarray(var, jnp.float32)}
+    given, scale = jnp.asarray(x, jnp.float32), jnp.array([1.0, 2.0, 3.0, 4.0])
+    one = nl.BatchRenorm(None, *limits, momentum=0.9)
+    got, changed = one.apply(
+        {"params": {"scale": scale, "bias": -scale}, "batch_stats": stored}, given, False, mutable=["batch_stats"]
+    )
+    two = nn.BatchRenorm(4, *limits, momentum=0.9, rngs=nnx.Rngs(0))
+    nnx.update(two, {**stored, "scale": scale, "bias": -scale})
+    for mine, stats in ((got, changed["batch_stats"]), (two(given), {"mean": two.mean[...], "var": two.var[...]})):
+        np.testing.assert_allclose(mine, y * np.asarray(scale) - np.asarray(scale), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose([stats["mean"], stats["var"]], after, rtol=1e-5)
+    # With limits that never bind, training and inference agree on the statistics from before.
+    inference = one.apply({"params": {"scale": scale, "bias": -scale}, "batch_stats": stored}, given, True)
+    assert (limits == (3.0, 5.0)) == bool(np.allclose(inference, got, atol=1e-4))
+
+
+def test_limits_at_the_call_replace_those_of_the_layer_and_may_be_traced():
+    x, layer = jnp.asarray(batches()[0]), nl.BatchRenorm(False)
+    variables = layer.init(jax.random.key(0), x)
+
+    @jax.jit
+    def at(step):
+        return layer.apply(variables, x, renorm=renorm_limits(step), mutable=["batch_stats"])[0]
+
+    np.testing.assert_allclose(at(0), normalize(x, "batch").y, atol=1e-6)
+    assert jnp.abs(at(100_000) - at(0)).max() > 0.1
+
+
+def test_batch_renorm_sends_no_gradient_through_its_corrections_and_masks_to_the_bias():
+    x, mask = jnp.asarray(batches()[0]), np.random.default_rng(1).uniform(size=(8, 4)) > 0.4
+    mask[:, 3] = False
+    stored = {"mean": jnp.ones(4), "var": jnp.full(4, 4.0)}
+    layer = nl.BatchRenorm(False, use_scale=False)
+    poisoned = jnp.where(mask, x, jnp.nan)
+
+    def value(x):
+        variables = {"batch_stats": stored, "params": {"bias": jnp.full(4, 7.0)}}
+        y, changed = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
+        return jnp.sum(jnp.cos(y)), (y, changed["batch_stats"])
+
+    gradient, (y, after) = jax.grad(value, has_aux=True)(poisoned)
+    assert (y[~mask] == 7).all()
+    assert jnp.isfinite(gradient).all()
+    assert after["mean"][3] == 1  # a channel without valid elements keeps its statistics
+    batch = normalize(poisoned, "batch", mask=mask)
+    r = jnp.sqrt(batch.stats.var + 1e-5) / jnp.sqrt(4 + 1e-5)
+    d = (batch.stats.mean - 1) / jnp.sqrt(4 + 1e-5)
+    fixed = jax.grad(lambda x: jnp.sum(jnp.cos(jnp.where(mask, normalize(x, "batch", mask=mask).y * r + d, 0) + 7)))
+    np.testing.assert_allclose(gradient, fixed(poisoned), atol=1e-6)
+
+
+@pytest.mark.parametrize("averaging", ["debiased", "cumulative"])
+def test_modules_store_counts_only_where_they_need_them(averaging):
+    x = jnp.asarray(batches()[0])
+    layer = nl.Norm("batch", "n c", use_running_average=False, averaging=averaging, unbiased=True)
+    variables = layer.init(jax.random.key(0), x)
+    assert variables["batch_stats"]["mean_count"].tolist() == [0] * 4  # never updated at init
+    _, changed = layer.apply(variables, x, mutable=["batch_stats"])
+    twin = nn.Norm("batch", 4, layout="n c", averaging=averaging, unbiased=True, rngs=nnx.Rngs(0))
+    twin(x)
+    assert {k: v.tolist() for k, v in changed["batch_stats"].items()} == {
+        k: v[...].tolist() for k, v in nnx.state(twin, nnx.BatchStat).items()
+    }
+    np.testing.assert_allclose(changed["batch_stats"]["var"], np.var(x, 0, ddof=1), rtol=1e-6)  # the first batch itself
+    assert "mean_count" not in nl.Norm("batch", "n c").init(jax.random.key(0), x, False)["batch_stats"]
+
+
+def test_a_layer_may_normalize_with_the_batch_and_store_nothing():
+    x = jnp.asarray(batches()[0])
+    layer = nl.Norm("batch", "n c", use_running_average=False, update_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    y = layer.apply(variables, x)  # nothing is mutable, and nothing has to be
+    np.testing.assert_allclose(y, normalize(x, "batch").y, atol=1e-6)
+    model = nnx.Sequential(nn.Norm("batch", 4, layout="n c", rngs=nnx.Rngs(0)))
+    kept = nnx.view(model, update_running_average=False)
+    np.testing.assert_allclose(kept(x), y, atol=1e-6)
+    assert (kept.layers[0].mean[...] == 0).all()
+    model(x)
+    assert (model.layers[0].mean[...] != 0).all()
+
+
+def test_stored_statistics_carry_sharding_names():
+    x = jnp.asarray(batches()[0])
+    for layer in (
+        nl.Norm("batch", "n c", use_running_average=False, averaging="debiased", stats_names=("model",)),
+        nl.BatchNorm(use_running_average=False, stats_names=("model",)),
+    ):
+        variables = layer.init(jax.random.key(0), x)
+        specs = linen.get_partition_spec(variables)["batch_stats"]
+        assert set(specs.values()) == {jax.sharding.PartitionSpec("model")}
+        y, changed = layer.apply(variables, x, mutable=["batch_stats"])
+        boxed = changed["batch_stats"]["mean"]
+        assert isinstance(boxed, linen.Partitioned)
+        assert boxed.names == ("model",)
+        rate = 1.0 if isinstance(layer, nl.Norm) else 0.01
+        np.testing.assert_allclose(boxed.value, rate * np.asarray(x).mean(0), rtol=1e-4)
+        np.testing.assert_allclose(y, normalize(x, "batch").y, atol=1e-6)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        for twin in (
+            nn.Norm("batch", 4, layout="n c", stats_metadata={"out_sharding": ("model",)}, rngs=nnx.Rngs(0)),
+            nn.BatchNorm(4, stats_metadata={"out_sharding": ("model",)}, rngs=nnx.Rngs(0)),
+        ):
+            assert jax.tree.leaves(nnx.get_partition_spec(nnx.state(twin, nnx.BatchStat)))[
+                0
+            ] == jax.sharding.PartitionSpec("model")
+            assert twin.mean[...].sharding.spec == jax.sharding.PartitionSpec("model")

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from normjax import nnx as our_nnx
 from tests.rows import CHANNELS, ROWS
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices, real or simulated")
-FAST = {"xla_backend_optimization_level": 0}
+FAST: Any = {"xla_backend_optimization_level": 0}
 CASES = {
     **ROWS,
     "groups_across_shards": Normalizer("... c/2", "... c/2"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import normjax
-from normjax import derivative, field, layer, linen, moments, nnx, order, penalty, running, theory, train
+from normjax import derivative, field, interop, layer, linen, moments, nnx, order, penalty, running, theory, train
 
 ROOT = Path(__file__).parents[1]
 # Each room, and the rooms of the package it may import.
@@ -27,8 +27,23 @@ ROOMS = {
     "linen": {"field", "moments", "theory", "running", "penalty", "layer"},
     "nnx": {"field", "moments", "theory", "running", "penalty", "layer"},
     "train": {"field", "moments", "theory", "running", "penalty", "layer", "linen", "nnx"},
+    "interop": set(),
 }
-PUBLIC = (field, moments, order, derivative, theory, normjax.explain, penalty, running, layer, linen, nnx, train)
+PUBLIC = (
+    field,
+    moments,
+    order,
+    derivative,
+    theory,
+    normjax.explain,
+    penalty,
+    running,
+    layer,
+    linen,
+    nnx,
+    train,
+    interop,
+)
 
 
 def imports(path):
@@ -59,6 +74,11 @@ def test_room_below_the_layers_knows_neither_flax_nor_optax(room):
 
 def test_field_needs_the_standard_library_alone():
     assert {name.split(".")[0] for name in imports(ROOT / "normjax" / "field.py")} <= set(sys.stdlib_module_names)
+
+
+def test_interop_needs_the_standard_library_and_numpy_alone():
+    names = {name.split(".")[0] for name in imports(ROOT / "normjax" / "interop.py")}
+    assert names - set(sys.stdlib_module_names) == {"numpy"}
 
 
 @pytest.mark.parametrize("folder", ["normjax", "experiments"])
