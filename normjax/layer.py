@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from normjax import moments
 from normjax.field import EXAMPLES, Field, FieldError, Span, axes
 from normjax.penalty import l1_penalty
-from normjax.running import Running, Seen, as_stats, observe, unbias, update
+from normjax.running import Running, Seen, as_stats, check_renorm, observe, unbias, update
 from normjax.running import renorm as renorm_corrections
 from normjax.theory import Normalized, Normalizer, affine, equation, normalize
 
@@ -60,6 +60,8 @@ def apply(
         with jax.numpy_dtype_promotion("standard"):
             x = x.astype(jnp.promote_types(x.dtype, dtype))
     dtype = jnp.dtype(dtype or x.dtype)
+    if renorm is not None:
+        check_renorm(normalizer)
     training = not use_running and any(stored is not None for stored in running)
     if training and renorm is not None:
         out = _renormalize(x, normalizer, layout, running, renorm, refuse, dtype, **given)

@@ -313,9 +313,7 @@ def renorm(
     [[5.0], [15.0]]
     """
     n = normalizer
-    if stores(n) != (n.mean is not None, True) or n.floor is not None or n.keep_mean:
-        raise ValueError(f"batch renormalization needs a row that stores all its moments, a variance among them, and has "
-                         f"neither floor nor keep_mean; found {n}")  # fmt: skip
+    check_renorm(n)
     stored = as_stats(running, n, layout, shape)
     eps = n.eps if eps is None else eps
 
@@ -329,6 +327,14 @@ def renorm(
     if n.mean is not None:
         d = jnp.where(weighted, jnp.clip((stats.mean - stored.mean) * before, jnp.negative(d_max), d_max), 0)
     return jax.lax.stop_gradient((r, d))
+
+
+def check_renorm(normalizer: Normalizer) -> None:
+    """Raises ValueError where batch renormalization has no meaning."""
+    n = normalizer
+    if stores(n) != (n.mean is not None, True) or n.floor is not None or n.keep_mean:
+        raise ValueError(f"batch renormalization needs a row that stores all its moments, a variance among them, and has "
+                         f"neither floor nor keep_mean; found {n}")  # fmt: skip
 
 
 def renorm_limits(step: ArrayLike) -> tuple[jax.Array, jax.Array]:

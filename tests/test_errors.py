@@ -11,7 +11,7 @@ from normjax import TABLE, Field, FieldError, Normalizer, Span, expect, explain,
 from normjax import linen as nl
 from normjax import nnx as nx
 from normjax.penalty import l1_penalty
-from normjax.running import Running, Stats, as_stats, merge, shapes
+from normjax.running import Running, Stats, as_stats, merge, slots, update
 
 IMAGE = jnp.ones((8, 12, 10, 64))
 DENSE = jnp.ones((8, 64))
@@ -142,7 +142,7 @@ CASES = {
         'order=top(65) needs 65 elements; field "c" holds 64 of shape (8, 64)',
     ),
     "window over examples": (
-        lambda: shapes(Normalizer("n:5", "n"), "n ... c", (8, 64)),
+        lambda: slots(Normalizer("n:5", "n"), "n ... c", (8, 64)),
         "field \"n:5\" slides over the examples ('n:5'), which cannot be stored",
     ),
     "another size at inference": (
@@ -178,6 +178,24 @@ CASES = {
         lambda: nx.Norm(Normalizer("n", "n"), 3, rngs=nx.nnx.Rngs(0)),
         "Normalizer('n', 'n') stores statistics along other axes than the channels: give the whole shape of an input as "
         "`features`, found 3",
+    ),
+    "averaging": (
+        lambda: nl.Norm("batch", averaging="ema").init(jax.random.key(0), DENSE, False),
+        "averaging is one of 'exponential', 'debiased', 'cumulative'; found 'ema'",
+    ),
+    "averaging without counts": (
+        lambda: update(Running(jnp.zeros(1)), Stats(jnp.ones(1), None, jnp.ones(1)), averaging="cumulative"),
+        "averaging='cumulative' needs the counts of batches beside the statistics; `initial` with the same averaging "
+        "makes them",
+    ),
+    "unbiased without a variance": (
+        lambda: nx.Norm("l1_batch", 64, unbiased=True, rngs=nx.nnx.Rngs(0))(DENSE),
+        f"unbiased=True needs a variance: order 2 and A = B; found {TABLE['l1_batch']}",
+    ),
+    "renormalization without stored statistics": (
+        lambda: nx.Norm("token", 64, renorm=(3.0, 5.0), rngs=nx.nnx.Rngs(0))(DENSE),
+        "batch renormalization needs a row that stores all its moments, a variance among them, and has neither floor nor "
+        "keep_mean; found Normalizer('c', 'c')",
     ),
     "groups of Flax's layer": (
         lambda: nl.GroupNorm(7).init(jax.random.key(0), DENSE),
