@@ -224,8 +224,8 @@ def normalize(
     """Normalizes x: centres each element over A, divides it by the spread over B.
 
     Numerical decisions: statistics accumulate in float32 or wider, windows too. The moment is taken of the centred v
-    (two passes), so it cannot be negative or cancel. Where the denominator is zero (eps = 0, constant input), y and its
-    gradient are zero. Masked elements are selected away before any arithmetic, so a NaN there reaches nothing.
+    (two passes), so it cannot be negative or cancel. Where the denominator is zero (eps = 0 and v = 0), y and its gradient
+    are zero. Masked elements are selected away before any arithmetic, so a NaN there reaches nothing.
 
     Args:
       x: array of a real or complex floating dtype, axes as named by `layout`. [units u]
@@ -350,6 +350,9 @@ def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None):
     """The equation as it stands; JAX differentiates it."""
     n = recipe.normalizer
     x = moments.silence(x.astype(moments.wide(x.dtype)), weights)
+    # Where y is x over d, an error of d counts |x| times: the variance then sheds what rounding left of the mean, E[v] ** 2.
+    exact = n.keep_mean and n.order == 2 and mean is None and recipe.a is not None and recipe.a == recipe.b
+    exact = exact and recipe.a.bound.pooled
     if recipe.a is not None and mean is None:
         mean = moments.average(x, recipe.a, weights)[0]
     v = x if mean is None else moments.silence(x - mean, weights)
@@ -357,6 +360,8 @@ def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None):
     if recipe.b is not None:
         if var is None:
             var = _moment(v, n, recipe.b, weights)
+            if exact:
+                var = jnp.maximum(var - _square(moments.average(v, recipe.b, weights)[0]), 0)
         y = y * _reciprocal(eps + n.gain * var, recipe, weights, x.shape).astype(y.dtype)
     return _affine(y, scale, bias).astype(recipe.dtype), v, mean, var
 
