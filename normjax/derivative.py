@@ -19,14 +19,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from normjax import moments
 from normjax.moments import inverse_power
 
 
 def has_rule(recipe: Any, x: jax.Array, weights: Any) -> bool:
-    """Whether this evaluation of the equation takes the rule; `recipe` as in `theory.py`."""
+    """Whether this evaluation of the equation takes the rule; `recipe` as in `theory.py`.
+
+    Not where a field is averaged over an axis of `vmap`: JAX may trace the rule after that axis is gone.
+    """
+    mapped = {span.mapped for plan in (recipe.a, recipe.b) if plan for _, span in plan.bound.spans if span.mapped}
     return (
         recipe.normalizer.order == 2
         and recipe.b is not None
@@ -35,6 +38,7 @@ def has_rule(recipe: Any, x: jax.Array, weights: Any) -> bool:
         and (recipe.a is None or recipe.a.bound.pooled)
         and weights is None
         and not jnp.iscomplexobj(x)
+        and mapped <= set(jax.sharding.get_abstract_mesh().manual_axes)
     )
 
 
@@ -93,13 +97,11 @@ def _tangent(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
 
 
 def fresh(v: jax.Array, copy: int) -> jax.Array:
-    """An exact copy of a small statistic that XLA:CPU takes for another value: a select on NaN with a payload.
+    """An exact copy of a small statistic that XLA:CPU takes for another value: other arithmetic where it is NaN.
 
     >>> fresh(jnp.array([1.0, jnp.inf]), 3).tolist()
     [1.0, inf]
     """
     if jax.default_backend() != "cpu":
         return v
-    bits = {4: np.uint32, 8: np.uint64}[v.dtype.itemsize]
-    nan = (np.array(np.nan, v.dtype).view(bits) + bits(copy)).view(v.dtype)
-    return jnp.where(v == v, v, nan)
+    return jnp.where(v != v, v + v.dtype.type(copy), v)

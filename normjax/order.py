@@ -87,6 +87,8 @@ def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -
       FieldError: the field has windows, or holds fewer than k elements.
     """
     bound = plan.bound
+    if a.size == 0:
+        return largest(a, plan)
     if not bound.pooled:
         raise FieldError(f'order=top({k}) takes whole axes and blocks; field "{bound.field}" has windows')
     size = bound.reach() * math.prod(moments.members(Span(None, mapped=m, groups=g)) for m, g in bound.collectives)
