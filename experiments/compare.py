@@ -3,6 +3,8 @@
     python -m experiments.compare                       # handwritten digits, 10 rows x 5 seeds
     python -m experiments.compare --rows batch 'batch*' --seeds 8 --dataset cifar10 --data-dir DIR
     python -m experiments.compare --resume              # go on after a kill: the same numbers
+    python -m experiments.compare --devices 2           # each batch over 2 devices, simulated on a CPU
+    python -m experiments.compare --distributed --coordinator HOST:PORT --processes 2 --process 0   # ... and 1, there
 
 A row is a normalizer; a starred row (Ren et al. 2017) smooths it (a larger eps = sigma ** 2) and
 adds the L1 penalty alpha * mean |v| on centred activations. All rows share the network (`CNN`), the
@@ -18,6 +20,12 @@ Known limits: digits are easy (all rows end within one per cent, and a held-out 
 one learning rate for all rows favours those that like it; the paper's own comparison is on CIFAR.
 A resumed run has the same bits only under the same code, libraries and number of cores. On the larger
 data sets evaluation takes most of the time on CPUs.
+
+With --devices or --distributed the batch of each step is spread over all devices of all processes, and
+running statistics stay those of the whole batch: the numbers are those of one device but for rounding. So a
+run may be resumed on another number of devices; config.json notes those it began with, under "environment".
+Each process reads its own part of the training data; process 0 alone writes, and reads on --resume. Clusters
+that `jax.distributed` knows need no more than --distributed. If a process dies, the others stop within minutes.
 """
 
 import itertools
@@ -32,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.stats
+from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -110,6 +119,8 @@ class Options:
     """Folder of the publisher's archives, for all but digits."""
     lr: float = Config.lr
     """Learning rate of every row."""
+    batch_size: int = Config.batch_size
+    """Examples a step (8 with --smoke)."""
     out: Path = Path("runs")
     """Results go to OUT/compare (OUT/compare-smoke for --smoke)."""
     smoke: bool = False
@@ -118,25 +129,66 @@ class Options:
     """Go on where a killed run stopped; keep rows that are complete."""
     overwrite: bool = False
     """Delete what the chosen rows hold so far."""
+    devices: int | None = None
+    """Spread each batch over so many devices (of each process, with --distributed), on a CPU simulated ones."""
+    distributed: bool = False
+    """This is one of several processes, each started with the same options."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0; needless, as the next two, on clusters that jax.distributed knows."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the chosen rows and reports on all rows of the folder."""
     prog = "python -m experiments.compare"
     options = cli.parse(Options, argv, prog=prog, description=DESCRIPTION)
+    start = time.perf_counter()
+    mesh = cli.connect(options.devices, options.distributed, options.coordinator, options.processes, options.process)
+    # Every process its own folders; all else must be alike.
+    cli.agree(replace(options, process=None, out=Path(), data_dir=None), "options")
+    with cli.together():
+        rows, configs, experiment, dataset = prepare(options, mesh)
+    pixels = pixel_moments(dataset)
+    devices = 1 if mesh is None else mesh.size
+    job = Job(experiment, dataset, pixels, mesh, runs.environment(devices))
+
+    width = max(map(len, rows))
+    total = sum(configs[name].steps for name in rows)
+    quiet = jax.process_index() > 0
+    with tqdm(total=total, unit="step", mininterval=0.2, dynamic_ncols=True, disable=quiet) as bar:
+        for i, name in enumerate(rows):
+            bar.set_description(f"{i + 1:2}/{len(rows)} {name:{width}}")
+            bar.set_postfix_str("compiling")
+            train(job, name, configs[name], bar)
+    with cli.together():
+        if jax.process_index() == 0:
+            write_report(job, configs)
+            print(f"The whole job took {time.perf_counter() - start:.0f} seconds.")
+
+
+def prepare(options: Options, mesh: Mesh | None) -> tuple[list[str], dict[str, "Config"], Path, data.Dataset]:
+    """Refuses what cannot be done, reads the data, and makes the folder: rows, configurations, folder and data."""
     if not options.rows:
         cli.fail("--rows needs at least one row")
     rows = [cli.pick(name.replace("-star", "*"), ROWS, "row") for name in options.rows]
     rows = list(dict.fromkeys(rows))
     cli.pick(options.dataset, data.DATASETS, "data set")
-    for name in ("seeds", "steps", "lr"):
+    for name in ("seeds", "steps", "lr", "batch_size"):
         if not getattr(options, name) > 0:
-            cli.fail(f"--{name} is a positive number; found {getattr(options, name)}")
+            cli.fail(f"--{name.replace('_', '-')} is a positive number; found {getattr(options, name)}")
     if options.resume and options.overwrite:
         cli.fail("--resume keeps results and --overwrite deletes them: choose one")
-
-    start = time.perf_counter()
     configs = {name: configure(config, options) for name, config in ROWS.items()}
+    batch_size = configs[rows[0]].batch_size
+    if mesh is not None and batch_size % mesh.size:
+        cli.fail(
+            f"a batch of {batch_size} examples does not divide over {mesh.size} devices; choose other --devices or "
+            "--batch-size"
+        )
+
     experiment = options.out / ("compare-smoke" if options.smoke else "compare")
     if options.smoke and not options.resume:
         staying, deleted = {}, [experiment]
@@ -145,30 +197,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         deleted = [runs.row_folder(experiment, name) for name in rows]
     else:
         staying, deleted = configs, []
+    writes = jax.process_index() == 0
     try:
-        runs.check(experiment, staying, rows, options.resume)
-        dataset = data.load(options.dataset, options.data_dir)
+        if writes:
+            runs.check(experiment, staying, rows, options.resume)
+        part = (jax.process_index(), jax.process_count())
+        dataset = data.load(options.dataset, options.data_dir, part)
     except (runs.RunError, data.DataError) as error:
         cli.fail(str(error))
     except OSError as error:
         cli.fail(f"cannot read or prepare {options.dataset} in {options.data_dir}: {error}")
     try:
-        for folder in deleted:
-            runs.remove(folder)
-        experiment.mkdir(parents=True, exist_ok=True)
+        if writes:
+            for folder in deleted:
+                runs.remove(folder)
+            experiment.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         cli.fail(f"cannot write to {experiment}: {error}")
-
-    environment = runs.environment()
-    width = max(map(len, rows))
-    total = sum(configs[name].steps for name in rows)
-    with tqdm(total=total, unit="step", mininterval=0.2, dynamic_ncols=True) as bar:
-        for i, name in enumerate(rows):
-            bar.set_description(f"{i + 1:2}/{len(rows)} {name:{width}}")
-            bar.set_postfix_str("compiling")
-            train(experiment, name, configs[name], dataset, environment, bar)
-    write_report(experiment, configs, dataset)
-    print(f"The whole job took {time.perf_counter() - start:.0f} seconds.")
+    return rows, configs, experiment, dataset
 
 
 def configure(config: Config, options: Options) -> Config:
@@ -179,6 +225,7 @@ def configure(config: Config, options: Options) -> Config:
         steps=options.steps,
         evaluate_every=max(1, options.steps // 10),
         dataset=options.dataset,
+        batch_size=options.batch_size,
         lr=options.lr,
     )
     if options.smoke:
@@ -187,34 +234,52 @@ def configure(config: Config, options: Options) -> Config:
     return config
 
 
-def train(
-    experiment: Path,
-    name: str,
-    config: Config,
-    dataset: data.Dataset,
-    environment: dict,
-    bar: tqdm,
-) -> None:
+class Job(NamedTuple):
+    """What the rows of one command share."""
+
+    experiment: Path
+    dataset: data.Dataset  # of several processes, this one's part
+    pixels: tuple[float, float]  # mean and standard deviation of the training images
+    mesh: Mesh | None
+    environment: dict
+
+
+def pixel_moments(dataset: data.Dataset) -> tuple[float, float]:
+    """Mean and standard deviation of the pixels of all training images, those of the other processes too."""
+    blocks = np.array_split(dataset.train["image"], 100)  # all pixels as integers would fill the memory
+    counts = loop.total(np.sum([np.bincount(block.ravel(), minlength=256) for block in blocks], axis=0))
+    values = np.arange(256)
+    mean = float(np.average(values, weights=counts))
+    return mean, float(np.average((values - mean) ** 2, weights=counts) ** 0.5)
+
+
+def train(job: Job, name: str, config: Config, bar: tqdm) -> None:
     """Trains all seeds of one row, from where its folders say that it stopped."""
-    folders = runs.seed_folders(experiment, name, config.seeds)
-    runs.create(folders, config, environment)
+    folders = runs.seed_folders(job.experiment, name, config.seeds)
+    with cli.together():
+        if jax.process_index() == 0:
+            runs.create(folders, config, job.environment)
     before = bar.n
 
     def on_chunk(step: int, evaluation: dict[str, np.ndarray]) -> None:
         bar.update(before + step - bar.n)
         bar.set_postfix_str(f"held-out accuracy {evaluation['accuracy'].mean():.1%}")
 
-    task = build(config, dataset)
+    task = build(config, job)
+    examples = min(config.examples or job.dataset.examples, job.dataset.examples)
+    mine = len(range(jax.process_index(), examples, jax.process_count()))
     loop.train(
         folders,
         task.init,
         task.step,
         task.evaluate,
-        {name: column[: config.examples] for name, column in dataset.train.items()},
-        {name: column[: config.examples] for name, column in dataset.test.items()},
+        {name: column[:mine] for name, column in job.dataset.train.items()},
+        {name: column[: config.examples] for name, column in job.dataset.test.items()},
         steps=config.steps,
         batch_size=config.batch_size,
         evaluate_every=config.evaluate_every,
+        examples=examples,
+        mesh=job.mesh,
         on_chunk=on_chunk,
     )
     bar.update(before + config.steps - bar.n)
@@ -229,21 +294,17 @@ class Task(NamedTuple):
     preactivation: Callable[[State, jax.Array], Any]  # of the first layer, [n, h, w, c]
 
 
-def build(config: Config, dataset: data.Dataset) -> Task:
+def build(config: Config, job: Job) -> Task:
     """Network, loss and optimizer of a row."""
     model = CNN(
         config.normalizer,
-        classes=dataset.classes,
+        classes=job.dataset.classes,
         channels=config.channels,
         affine=config.affine,
         l1=config.l1,
     )
     tx = optax.sgd(optax.cosine_decay_schedule(config.lr, config.steps), momentum=0.9)
-    blocks = np.array_split(dataset.train["image"], 100)  # all pixels as integers would fill the memory
-    counts = np.sum([np.bincount(block.ravel(), minlength=256) for block in blocks], axis=0)
-    pixels = np.arange(256)
-    mean = float(np.average(pixels, weights=counts))
-    std = float(np.average((pixels - mean) ** 2, weights=counts) ** 0.5)
+    mean, std = job.pixels
 
     def standardize(image: jax.Array) -> jax.Array:
         return (image.astype(jnp.float32) - mean) / std
@@ -254,10 +315,11 @@ def build(config: Config, dataset: data.Dataset) -> Task:
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         return cross_entropy.mean(), {"accuracy": jnp.mean(logits.argmax(-1) == label)}
 
-    judge = normjax.train.linen_eval(model, loss)
+    judge = normjax.train.linen_eval(model, loss, mesh=job.mesh)
+    devices = 1 if job.mesh is None else job.mesh.size
 
     def init(key: jax.Array) -> State:
-        image = jnp.zeros((1, *dataset.train["image"].shape[1:]))
+        image = jnp.zeros((1, *job.dataset.train["image"].shape[1:]))
         return normjax.train.linen_init(model, tx, key, image, train=False)
 
     def preactivation(state: State, image: jax.Array) -> Any:
@@ -267,20 +329,22 @@ def build(config: Config, dataset: data.Dataset) -> Task:
         z = preactivation(state, test["image"][:HELD_OUT_BATCH])
         examples = len(test["label"])  # all at once, or in batches that caches hold: twice as fast on MNIST
         size = examples if examples < 1000 else 100
+        size = max(size - size % devices, 1)  # so that each device has its share; the few that remain go to all
         return loop.mean_over(judge, state, test, size) | {"correlation": report.correlation(z)}
 
-    return Task(init, normjax.train.linen_step(model, loss, tx), evaluate, preactivation)
+    return Task(init, normjax.train.linen_step(model, loss, tx, mesh=job.mesh), evaluate, preactivation)
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write_report(experiment: Path, configs: Mapping[str, Config], dataset: data.Dataset) -> None:
+def write_report(job: Job, configs: Mapping[str, Config]) -> None:
     """Prints the table, and writes it with the pictures to report.md and report.html.
 
     Shown are all complete rows of the folder, whatever --rows: `runs.check` saw that they share one setting, so
     `configs` holds for every one of them.
     """
+    experiment = job.experiment
     rows = report.read_rows(experiment, list(configs))
     config = next(iter(rows.values())).config
     summary = summarize(rows)
@@ -288,14 +352,14 @@ def write_report(experiment: Path, configs: Mapping[str, Config], dataset: data.
     print(f"\n{summary}\n\n{differences}\n")
 
     smooth = config["evaluate_every"]
-    held_out = len(dataset.test["label"][: config["examples"]])
+    held_out = len(job.dataset.test["label"][: config["examples"]])
     metrics = {"test_accuracy": "held-out accuracy", "loss": "training loss (log)"}
     report.save(report.curves(rows, metrics, style, smooth), experiment / "curves.png")
     report.save(draw_responses(), experiment / "response.png")
     pictures = ""
     pairs = {star: plain for star, plain in STARS.items() if star in rows and plain in rows}
     if pairs:
-        report.save(draw_histograms(experiment, pairs, configs, dataset), experiment / "histograms.png")
+        report.save(draw_histograms(pairs, configs, job), experiment / "histograms.png")
         pictures = HISTOGRAMS
     settings = ", ".join(f"{name} {config[name]}" for name in ("dataset", "seeds", "steps", "batch_size", "lr"))
     normalizers = report.table(
@@ -395,9 +459,7 @@ def style(name: str) -> dict:
     return {"color": f"C{list(PLAIN).index(plain)}", "ls": "--" if name in STARS else "-"}
 
 
-def draw_histograms(
-    experiment: Path, pairs: Mapping[str, str], configs: Mapping[str, Config], dataset: data.Dataset
-) -> Figure:
+def draw_histograms(pairs: Mapping[str, str], configs: Mapping[str, Config], job: Job) -> Figure:
     """Joint histograms of two first-layer units before normalization, without and with a star.
 
     The two units are a typical pair of seed 0: its |correlation| is the closest to the row's mean.
@@ -406,7 +468,7 @@ def draw_histograms(
     axes = figure.subplots(2, len(pairs), squeeze=False, sharex="col", sharey="col")
     for column, (star, plain) in enumerate(pairs.items()):
         for ax, name in zip(axes[:, column], (plain, star), strict=True):
-            z = first_layer(experiment, name, configs[name], dataset)
+            z = first_layer(name, configs[name], job)
             if not np.isfinite(z).all():
                 ax.set(title=f"{name}: diverged")
                 continue
@@ -419,12 +481,12 @@ def draw_histograms(
     return figure
 
 
-def first_layer(experiment: Path, name: str, config: Config, dataset: data.Dataset) -> np.ndarray:
+def first_layer(name: str, config: Config, job: Job) -> np.ndarray:
     """Pre-activations of a row's seed 0, from its checkpoint, on the held-out batch: [samples, units]."""
-    task = build(config, dataset)
+    task = build(config, job)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
-    state = runs.load(runs.seed_folders(experiment, name, 1)[0], shapes)
-    image = jnp.asarray(dataset.test["image"][: config.examples][:HELD_OUT_BATCH])
+    state = runs.load(runs.seed_folders(job.experiment, name, 1)[0], shapes)
+    image = jnp.asarray(job.dataset.test["image"][: config.examples][:HELD_OUT_BATCH])
     z = np.asarray(task.preactivation(state, image))
     return z.reshape(-1, z.shape[-1])
 

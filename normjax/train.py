@@ -12,20 +12,42 @@ asked and what is learned from its answer is the user's `loss`:
     state, metrics = run(state, data, order, key)       # order: [steps, batch] indices; metrics: [steps] arrays
     jax.vmap(run, in_axes=(0, None, 0, 0))              # several seeds side by side
 
-Inside `jax.shard_map` a step leaves gradients to the caller: average both the loss and the gradient over the mapped axis.
+Many devices: the batch is spread over an axis of a mesh, and everything is still that of the whole batch, running
+statistics too, because XLA sums over the devices what one device sums over the examples.
+
+    mesh = jax.make_mesh((8,), ("data",))
+    state = place(state, mesh)                          # replicated, or sharded as Flax's metadata or `specs` say
+    step = jax.jit(linen_step(model, loss, tx, mesh=mesh), donate_argnums=0)
+    state, metrics = step(state, shard(batch, mesh))    # one device's numbers, but for rounding
+
+Inside `jax.shard_map` a device sees its own examples alone. There fields name the mapped axis (`"@data n ..."`), and both
+the loss and the gradient are averaged over it, the gradient before anything else in `tx`:
+
+    def loss(call, batch, train):
+        ...
+        return lax.pmean(cross_entropy, "data"), {"accuracy": lax.pmean(accuracy, "data")}
+
+    tx = optax.chain(optax.stateless(lambda grads, params: lax.pmean(grads, "data")), tx)
+
+One of the two is not enough. Under `check_vma=True`, the default, JAX itself sums the gradients of replicated
+parameters: of N local losses, which averaging afterwards leaves N times too large. Under `check_vma=False` it does not,
+and the gradient of the averaged loss is each device's own. With both averages, either setting is right.
 """
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from normjax.penalty import total_penalty
 from normjax.running import merge_trees
@@ -34,6 +56,7 @@ Batch = Any  # a pytree of arrays with the examples along their first axis
 Metrics = dict[str, Any]
 Loss = Callable[[Any, Batch, bool], tuple[Any, Metrics]]
 Step = Callable[..., tuple["State", Metrics]]
+Axis = str | tuple[str, ...]
 
 STATISTICS = ("update", "keep", "frozen")
 _SOWN = ("losses", "moments", "intermediates")
@@ -98,6 +121,9 @@ def linen_step(
     micro_batches: int = 1,
     statistics: str = "update",
     penalty_weights: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis = "data",
+    specs: Any = None,
 ) -> Step:
     """Makes the training step of a linen model.
 
@@ -106,18 +132,25 @@ def linen_step(
       loss: `loss(call, batch, train)`; `call` is `model.apply` with the variables bound, running statistics and sown
         penalties looked after, and `rngs={"dropout": key}` unless the caller gives others.
       tx: an optax transformation.
-      micro_batches: the batch is split into so many equal parts, whose gradients and metrics are averaged. Each part is
-        normalized by itself; what is stored are the statistics of all parts together, merged exactly where the row
+      micro_batches: the batch is split into so many equal parts, whose gradients and metrics are averaged: part k of p
+        takes the examples k, k + p, k + 2 p, ..., so that every device has its share of it. Each part is normalized by
+        itself; what is stored are the statistics of all parts together, merged exactly where the row
         allows it (order 2, A = B or None), else averaged.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `total_penalty`.
+      mesh: the devices to spread each batch over, with the state placed there by `place`. Axes of either type, Auto or
+        Explicit: how what is inside the step lies on the devices is left to XLA. A model that states its own shardings
+        in types does without `mesh`, since the step follows types.
+      axis: the axis of the mesh, or several, that the examples are spread over; all devices along the others see them.
+      specs: those given to `place`, so that the state stays where it is: XLA might move it, and compile again.
 
     Returns:
       `step(state, batch, key=None) -> (state, metrics)`. metrics: "loss" (of the task), "penalty", and the user's.
 
     Raises:
-      ValueError: an unknown way with statistics; a batch that does not divide; metrics that are called loss or penalty.
+      ValueError: an unknown way with statistics; a batch that does not divide into micro-batches, or these over the
+        devices; an axis that the mesh lacks; metrics that are called loss or penalty.
 
     >>> def loss(call, batch, train):
     ...     return jnp.mean((call(batch["x"]) - batch["y"]) ** 2), {}
@@ -156,7 +189,7 @@ def linen_step(
             return after
         return {**after, "batch_stats": merge_trees(before["batch_stats"], after["batch_stats"], moments)}
 
-    return _make_step(run, absorb, tx, micro_batches, statistics)
+    return _make_step(run, absorb, tx, micro_batches, statistics, _Spread(mesh, axis, specs))
 
 
 def nnx_step(
@@ -167,6 +200,9 @@ def nnx_step(
     micro_batches: int = 1,
     statistics: str = "update",
     penalty_weights: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis = "data",
+    specs: Any = None,
 ) -> Step:
     """Makes the training step of an nnx model; arguments and metrics as for `linen_step`.
 
@@ -181,6 +217,9 @@ def nnx_step(
       micro_batches: see `linen_step`.
       statistics: see `linen_step`.
       penalty_weights: see `linen_step`.
+      mesh: see `linen_step`.
+      axis: see `linen_step`.
+      specs: see `linen_step`.
 
     >>> def loss(model, batch, train):
     ...     return jnp.mean((model(batch["x"]) - batch["y"]) ** 2), {}
@@ -207,47 +246,63 @@ def nnx_step(
         nnx.replace_by_pure_dict(after, pure)
         return after
 
-    return _make_step(run, absorb, tx, micro_batches, statistics)
+    return _make_step(run, absorb, tx, micro_batches, statistics, _Spread(mesh, axis, specs))
 
 
-def linen_eval(model: nn.Module, loss: Loss) -> Callable[[State, Batch], Metrics]:
+def linen_eval(
+    model: nn.Module, loss: Loss, *, mesh: Mesh | None = None, axis: Axis = "data"
+) -> Callable[[State, Batch], Metrics]:
     """Makes the evaluation `evaluate(state, batch) -> metrics` of a linen model, "loss" among them.
+
+    With a mesh, a batch is spread over its devices as in `linen_step`; one that does not divide is evaluated by each.
 
     >>> evaluate = linen_eval(nn.Dense(1), lambda call, batch, train: (jnp.sum(call(batch)), {"train": train}))
     >>> evaluate(linen_init(nn.Dense(1), optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 3))), jnp.zeros((2, 3)))
     {'loss': Array(0., dtype=float32), 'train': False}
     """
+    spread = _Spread(mesh, axis)
 
     def evaluate(state: State, batch: Batch) -> Metrics:
         call = functools.partial(model.apply, {"params": state.params, **state.stats})
-        value, metrics = loss(call, batch, False)
+        value, metrics = loss(call, spread(batch) if spread.fits(batch) else batch, False)
         return {"loss": value, **metrics}
 
-    return evaluate
+    return spread.automatic(evaluate, lambda state: PartitionSpec())
 
 
-def nnx_eval(structure: nnx.GraphDef, loss: Loss) -> Callable[[State, Batch], Metrics]:
+def nnx_eval(
+    structure: nnx.GraphDef, loss: Loss, *, mesh: Mesh | None = None, axis: Axis = "data"
+) -> Callable[[State, Batch], Metrics]:
     """Makes the evaluation `evaluate(state, batch) -> metrics` of an nnx model, in evaluation mode.
+
+    With a mesh, a batch is spread over its devices as in `linen_eval`.
 
     >>> structure, state = nnx_init(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1))
     >>> evaluate = nnx_eval(structure, lambda model, batch, train: (jnp.sum(model(batch)), {}))
     >>> evaluate(state, jnp.zeros((2, 3)))
     {'loss': Array(0., dtype=float32)}
     """
+    spread = _Spread(mesh, axis)
 
     def evaluate(state: State, batch: Batch) -> Metrics:
         model = _view(nnx.merge(structure, state.params, state.stats, copy=True), train=False, average=True)
-        value, metrics = loss(model, batch, False)
+        value, metrics = loss(model, spread(batch) if spread.fits(batch) else batch, False)
         return {"loss": value, **metrics}
 
-    return evaluate
+    return spread.automatic(evaluate, lambda state: PartitionSpec())
 
 
-def epoch(step: Step) -> Callable[..., tuple[State, Metrics]]:
+def epoch(step: Step, *, mesh: Mesh | None = None, axis: Axis = "data") -> Callable[..., tuple[State, Metrics]]:
     """Makes `run(state, data, order, key=None)`: many steps under one `lax.scan`, the data on the device.
+
+    On many devices the data lie in one of two ways. Replicated (`place(data, mesh)`), each device picks its part of a
+    batch from its own copy, and nothing is sent. Sharded by examples (`shard(data, mesh)`), as processes that read
+    their own part of the data must have them, each device holds its part only, and the devices exchange every batch.
 
     Args:
       step: from `linen_step` or `nnx_step`.
+      mesh: the devices that each batch is spread over; the step's own.
+      axis: the axis of the mesh, or several, that the examples are spread over.
 
     Returns:
       A function of the state, data (a pytree of arrays, examples along the first axis), order (int32 indices, [steps,
@@ -258,18 +313,256 @@ def epoch(step: Step) -> Callable[..., tuple[State, Metrics]]:
     >>> epoch(step)(jnp.array(0.0), jnp.arange(4.0), jnp.array([[0, 1], [2, 3]]))
     (Array(6., dtype=float32), {'sum': Array([1., 5.], dtype=float32)})
     """
+    spread = _Spread(mesh, axis)
 
     def run(state: Any, data: Any, order: jax.Array, key: Any = None) -> tuple[Any, Metrics]:
         def one(state: Any, rows: jax.Array):
-            batch = jax.tree.map(lambda a: a[rows], data)
+            batch = spread(jax.tree.map(lambda a: a[rows], data))
             return step(state, batch, None if key is None else jax.random.fold_in(key, state.step))
 
         return lax.scan(one, state, order)
 
-    return run
+    return spread.automatic(run, _as_it_came)
 
 
-def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: str) -> Step:
+def place(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
+    """Puts a State, or any pytree, on the devices of a mesh: copies, so that a step may take them as donated.
+
+    Args:
+      tree: a State with values that all processes have alike, of a fresh start or of a checkpoint.
+      mesh: the devices.
+      specs: see `shardings`.
+
+    Returns:
+      The same with arrays on all devices of the mesh.
+
+    Raises:
+      ValueError: see `shardings`.
+
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> place({"w": jnp.ones(3)}, mesh)["w"].sharding.spec
+    P()
+    """
+    return jax.tree.map(_put, tree, shardings(tree, mesh, specs))
+
+
+def _put(a: Any, sharding: NamedSharding) -> jax.Array:
+    """A copy of an array where its sharding says."""
+    if not isinstance(a, jax.Array):
+        return jax.device_put(a, sharding)
+    if sharding.is_fully_addressable or not a.is_fully_addressable:
+        # Copied first: what stays on its device would share its memory, whatever `may_alias` says, and be donated too.
+        return jax.device_put(jnp.copy(a), sharding)
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):  # through the host, the only way to devices of other processes
+        data = jax.device_put(np.asarray(jax.random.key_data(a)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
+    return jax.device_put(np.asarray(a), sharding)
+
+
+def shard(batch: Batch, mesh: Mesh, axis: Axis = "data") -> Batch:
+    """Spreads the examples of a batch, or of a data set, over an axis of a mesh.
+
+    With several processes each gives the examples of its own devices, in their order along the axis; the result is all
+    of them, as one array.
+
+    Args:
+      batch: a pytree of arrays with the examples along their first axis.
+      mesh: the devices.
+      axis: the axis of the mesh, or several.
+
+    Raises:
+      ValueError: the examples do not divide over the devices, or the mesh lacks the axis.
+
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> shard(jnp.ones((4, 3)), mesh).sharding.spec
+    P('data',)
+    """
+    size = _Spread(mesh, axis).size  # which refuses an axis that the mesh lacks
+    sharding = NamedSharding(mesh, PartitionSpec(axis))
+    held = sharding.addressable_devices_indices_map((size,)).values()
+    mine = len({(index or (slice(0, 1),))[0].start for index in held})
+
+    def one(a: Any) -> jax.Array:
+        _divides(a.shape[0], mine, axis)
+        if jax.process_count() == 1:
+            return jax.device_put(a, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(a))
+
+    return jax.tree.map(one, batch)
+
+
+def shardings(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
+    """Where each array of a State lies: for `place`, and for `jax.jit(init, out_shardings=...)`.
+
+    A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else it
+    is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if the
+    shapes agree. Running statistics are small and replicated.
+
+    Args:
+      tree: a State of arrays or of `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
+      mesh: the devices.
+      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them: `{"Dense_0": {"kernel":
+        P(None, "model")}}`, `{"Dense_0": P("model")}` or `P("model")`.
+
+    Returns:
+      A pytree of NamedShardings like `tree`.
+
+    Raises:
+      ValueError: an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> state = State(jnp.array(0), {"w": jnp.ones((2, 4))}, {}, {"trace": {"w": jnp.ones((2, 4))}})
+    >>> mesh = jax.make_mesh((1,), ("model",))
+    >>> found = shardings(state, mesh, {"w": P(None, "model")})
+    >>> found.params["w"].spec, found.opt_state["trace"]["w"].spec, found.step.spec
+    (P(None, 'model'), P(None, 'model'), P())
+    """
+    given = {_names(path): _unboxed(spec) for path, spec in _leaves(specs)}
+    known: dict[tuple, tuple] = {}
+    if given:
+        for path, leaf in _leaves(tree.params):
+            for start in sorted((g for g in given if _names(path)[: len(g)] == g), key=len):
+                known[_names(path)] = (jnp.shape(_unboxed(leaf)), given[start], start)
+        if unused := set(given) - {start for _, _, start in known.values()}:
+            raise ValueError(f"specs name {'.'.join(min(unused))!r}, but no parameter is left there")
+
+    def one(path: tuple, leaf: Any) -> Any:
+        names, shape = _names(path), jnp.shape(_unboxed(leaf))
+        tails = (known.get(names[k:]) for k in range(1, len(names)) if names[0] in ("params", "opt_state"))
+        spec = next((spec for found, spec, _ in filter(None, tails) if found == shape), None)
+        if spec is None:
+            spec = _annotated(leaf)
+        _check(spec, shape, mesh, ".".join(names))
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_box)
+
+
+class _Spread(NamedTuple):
+    """Where a batch goes: over some axes of a mesh, or nowhere (mesh None)."""
+
+    mesh: Mesh | None
+    axis: Axis
+    specs: Any = None
+
+    @property
+    def size(self) -> int:
+        """Over how many devices the examples are spread."""
+        if self.mesh is None:
+            return 1
+        names = (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
+        for name in names:
+            if name not in self.mesh.shape:
+                raise ValueError(f"the mesh has the axes {', '.join(map(repr, self.mesh.axis_names))}; found {name!r}")
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether the examples divide over the devices."""
+        return all(a.shape[0] % self.size == 0 for a in jax.tree.leaves(batch))
+
+    def __call__(self, batch: Batch, dim: int = 0) -> Batch:
+        """The batch with its axis `dim` over the devices; how the other axes lie is left open."""
+        if (mesh := self._here()) is None:
+            return batch
+
+        def one(a: jax.Array) -> jax.Array:
+            _divides(a.shape[dim], self.size, self.axis, "micro-batch" if dim else "batch")
+            spec = [self.axis if i == dim else PartitionSpec.UNCONSTRAINED for i in range(a.ndim)]
+            return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*spec)))
+
+        return jax.tree.map(one, batch)
+
+    def settle(self, state: State) -> State:
+        """The state where `place` put it."""
+        mesh = self._here()
+        return state if mesh is None else lax.with_sharding_constraint(state, shardings(state, mesh, self.specs))
+
+    def _here(self) -> Any:
+        """The mesh as constraints want it: as the surroundings see it, if they set one."""
+        here = jax.sharding.get_abstract_mesh()
+        return self.mesh if self.mesh is None or here.empty else here
+
+    def automatic(self, run: Callable, out: Callable[[Any], Any]) -> Callable:
+        """The function `run(state, ...)` with Explicit axes made Auto inside; `out(state)` are the specs of its results.
+
+        So that any model runs on any mesh: types refuse what is ambiguous, such as a product summed over a sharded axis.
+        """
+        self.size  # noqa: B018  (refuses an axis that the mesh lacks before anything is traced)
+        mesh = self.mesh
+        if mesh is None or AxisType.Explicit not in mesh.axis_types:
+            return run
+
+        @functools.wraps(run)
+        def outside(state: Any, *args: Any) -> Any:
+            here = jax.sharding.get_abstract_mesh()
+            if not here.empty and AxisType.Explicit not in here.axis_types:  # an epoch has done it for its steps
+                return run(state, *args)
+            layout = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out(state), is_leaf=_is_spec)
+            return jax.sharding.auto_axes(run, out_sharding=layout)(state, *args)
+
+        return outside
+
+
+def _as_it_came(state: Any) -> Any:
+    """Specs of the results of a step: the state lies as before, metrics are replicated."""
+    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, state), PartitionSpec()
+
+
+def _divides(length: int, devices: int, axis: Axis, what: str = "batch") -> None:
+    if length % devices:
+        raise ValueError(
+            f"a {what} of {length} examples does not divide over the {devices} devices of mesh axis {axis!r}"
+        )
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _is_box(x: Any) -> bool:
+    """Whether Flax's metadata surround the array: a linen box or an nnx variable."""
+    return isinstance(x, nn.meta.AxisMetadata | nnx.Variable)
+
+
+def _unboxed(x: Any) -> Any:
+    return x.unbox() if isinstance(x, nn.meta.AxisMetadata) else x.get_value() if isinstance(x, nnx.Variable) else x
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    """Paths and leaves; boxes and specs are leaves."""
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: _is_box(x) or _is_spec(x))
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _annotated(leaf: Any) -> PartitionSpec:
+    """The spec that Flax's metadata give, in names of the mesh; replicated without."""
+    if isinstance(leaf, nnx.Variable):
+        return nnx.spmd.get_var_pspec(leaf) or PartitionSpec()
+    if isinstance(leaf, nn.LogicallyPartitioned):
+        return nn.spmd.logical_to_mesh_axes(leaf.names) or PartitionSpec()
+    return leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else PartitionSpec()
+
+
+def _check(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str) -> None:
+    """Raises ValueError where an array cannot lie as its spec says."""
+    if len(spec) > len(shape):
+        raise ValueError(f"{name} of shape {shape} has fewer axes than {spec}")
+    for i, entry in enumerate(spec):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        for one in names:
+            if one not in mesh.shape:
+                raise ValueError(f"{name} is to lie along {one!r}; the mesh has the axes "
+                                 f"{', '.join(map(repr, mesh.axis_names))}")  # fmt: skip
+        devices = math.prod(mesh.shape[one] for one in names)
+        if shape[i] % devices:
+            raise ValueError(f"{name} of shape {shape} does not divide: axis {i} of length {shape[i]} over the "
+                             f"{devices} devices of mesh axis {entry!r}")  # fmt: skip
+
+
+def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: str, spread: "_Spread") -> Step:
     """The step that linen and nnx share; `run` is one forward pass, `absorb` merges the statistics of several."""
 
     def objective(params: Any, stats: Any, batch: Batch, key: Any):
@@ -284,10 +577,11 @@ def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: s
         raise ValueError(f"micro_batches is at least 1; found {micro_batches!r}")
 
     def step(state: State, batch: Batch, key: Any = None) -> tuple[State, Metrics]:
+        batch = spread(batch)
         if micro_batches == 1:
             grads, (metrics, after, _) = gradient(state.params, state.stats, batch, key)
         else:
-            parts = jax.tree.map(lambda a: _split(a, micro_batches), batch)
+            parts = spread(jax.tree.map(lambda a: _split(a, micro_batches), batch), 1)
 
             def one(carry: Any, numbered: Any):
                 (total, stats), (number, part) = carry, numbered
@@ -306,9 +600,9 @@ def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: s
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         stats = after if statistics == "update" else _keep(state.stats, after)
-        return State(state.step + 1, params, stats, opt_state), metrics
+        return spread.settle(State(state.step + 1, params, stats, opt_state)), metrics
 
-    return step
+    return spread.automatic(step, _as_it_came)
 
 
 def _choose(statistics: str) -> None:
@@ -319,7 +613,8 @@ def _choose(statistics: str) -> None:
 def _split(a: jax.Array, parts: int) -> jax.Array:
     if a.shape[0] % parts:
         raise ValueError(f"a batch of {a.shape[0]} examples does not split into {parts} equal micro-batches")
-    return a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
+    # Strided: each device keeps its own examples, where contiguous parts would lie on some of the devices.
+    return a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1)
 
 
 def _keep(before: Any, after: Any) -> Any:

@@ -142,6 +142,13 @@ def test_digits_are_split_by_class_into_fixed_disjoint_parts():
     assert digest.hexdigest()[:16] == "dd2e50238603c72d"
 
 
+def test_parts_of_the_processes_are_every_pth_example_and_all_of_the_held_out_split():
+    whole, parts = data.load("digits"), [data.load("digits", part=(k, 3)) for k in range(3)]
+    for k, part in enumerate(parts):
+        assert_holds(part, {"train": {n: a[k::3] for n, a in whole.train.items()}, "test": whole.test})
+        assert part.examples == whole.examples == 1352
+
+
 # --- archives
 
 
@@ -154,6 +161,9 @@ def test_pixels_and_labels_survive_exactly_and_in_order(name, tmp_path, capfd):
     assert_holds(loaded, splits)
     assert (loaded.name, loaded.high) == (name, 255)
     assert loaded.classes == {"mnist": 10, "cifar10": 10, "cifar100": 100}[name]
+    assert loaded.examples == len(splits["train"]["label"])
+    part = {"train": {key: column[1::2] for key, column in splits["train"].items()}, "test": splits["test"]}
+    assert_holds(data.load(name, tmp_path, part=(1, 2)), part)
     assert capfd.readouterr() == ("", "")
 
 

@@ -159,6 +159,26 @@ def test_killed_run_resumes_to_the_same_bits(smoke, tmp_path, moment, n):
         assert arrays == expected_arrays
 
 
+@pytest.mark.slow
+def test_run_on_many_devices_resumed_on_one_has_the_numbers_of_one(smoke, tmp_path):
+    undisturbed, _ = smoke
+    arguments = ["--smoke", "--rows", "batch*"]
+    killed = command("-c", KILLER, "steps", "3", *arguments, "--devices", "4", folder=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = command("-m", "experiments.compare", *arguments, "--resume", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    for k in range(2):
+        seed = Path("runs") / "compare-smoke" / "batch-star" / f"seed-{k}"
+        (lines, arrays), (expected_lines, expected_arrays) = contents(tmp_path / seed), contents(undisturbed / seed)
+        for line, expected in zip(lines, expected_lines, strict=True):
+            assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert lines[1:] != expected_lines[1:]  # or the devices were not used
+        for name, expected in expected_arrays.items():
+            values, wanted = (np.frombuffer(a, np.float32) for a in (arrays[name], expected))
+            np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
+        assert json.loads((tmp_path / seed / "config.json").read_text())["environment"]["devices"] == 4
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 SMOKE = {
@@ -186,12 +206,25 @@ def refused(capsys, *arguments: str) -> str:
                                  "cifar10, cifar100"),
         (["--seeds", "0"], "--seeds is a positive number; found 0"),
         (["--lr", "-0.1"], "--lr is a positive number; found -0.1"),
+        (["--batch-size", "0"], "--batch-size is a positive number; found 0"),
+        (["--devices", "0"], "--devices is a positive number; found 0"),
+        (["--devices", "3"], "a batch of 50 examples does not divide over 3 devices; choose other --devices or "
+                             "--batch-size"),
+        (["--processes", "2"], "--coordinator, --processes and --process go with --distributed"),
         (["--resume", "--overwrite"], "--resume keeps results and --overwrite deletes them: choose one"),
     ],
 )  # fmt: skip
 def test_wrong_command_is_refused_and_writes_nothing(capsys, tmp_path, arguments, message):
     assert refused(capsys, "--out", str(tmp_path), *arguments) == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_devices_than_a_running_backend_has_are_refused(capsys, tmp_path):
+    many = jax.local_device_count() + 1
+    device = jax.local_devices()[0]
+    assert refused(capsys, "--out", str(tmp_path), "--devices", str(many)) == (
+        f"error: --devices {many}: found {many - 1} ({device.platform}: {device.device_kind})\n"
+    )
 
 
 def test_misspelt_option_names_the_closest(capsys, tmp_path):

@@ -1,4 +1,9 @@
-"""Training steps: the penalty, running statistics, micro-batches, seeds side by side; linen and nnx agree."""
+"""Training steps: the penalty, running statistics, micro-batches, seeds side by side; linen and nnx agree, and so do many
+devices with one."""
+
+import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +12,13 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
+from normjax import Normalizer, train
 from normjax import linen as nl
 from normjax import nnx as nx
-from normjax import train
 
 
 class Net(nn.Module):
@@ -228,3 +236,268 @@ def test_bad_requests_say_what_is_accepted():
         train.linen_step(model, loss, tx, micro_batches=5)(state, data())
     with pytest.raises(ValueError, match=r"the step itself reports \['loss'\]"):
         train.linen_step(model, lambda *a: (loss(*a)[0], {"loss": 0.0}), tx)(state, data())
+
+
+# --- many devices: eight, simulated (conftest.py) ---------------------------------------------------
+
+MOMENTUM = optax.sgd(0.05, momentum=0.9)
+KERNELS = ((None, "model"), ("model", None))
+
+
+def lay(names):
+    return (
+        nn.initializers.lecun_normal() if names is None else nn.with_partitioning(nn.initializers.lecun_normal(), names)
+    )
+
+
+class Masked(nn.Module):
+    """Dense, batch norm with a mask and a penalty, dropout, dense."""
+
+    names: tuple = (None, None)
+
+    @nn.compact
+    def __call__(self, x, mask, train):
+        x = nn.Dense(8, kernel_init=lay(self.names[0]))(x)
+        x = nl.Norm("batch", "n c", momentum=0.9, l1=0.1)(x, use_running_average=not train, mask=mask)
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        return nn.Dense(1, kernel_init=lay(self.names[1]))(x)
+
+
+class NNXMasked(nnx.Module):
+    def __init__(self, rngs, names=((), ())):
+        self.first = nnx.Linear(3, 8, rngs=rngs, kernel_metadata={"out_sharding": names[0]})
+        self.norm = nx.Norm("batch", 8, layout="n c", momentum=0.9, l1=0.1, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, 1, rngs=rngs, kernel_metadata={"out_sharding": names[1]})
+
+    def __call__(self, x, mask):
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x), mask=mask))))
+
+
+def masked_loss(call, batch, train):
+    kwargs = {} if isinstance(call, nnx.Module) else {"train": train}
+    error = (call(batch["x"], batch["mask"], **kwargs)[:, 0] - batch["y"]) ** 2 * batch["mask"][:, 0]
+    return jnp.sum(error) / jnp.sum(batch["mask"]), {"worst": jnp.max(error)}
+
+
+def masked_data():
+    """32 examples, unequally many of them valid on each of 8 devices: none on the first."""
+    mask = np.random.default_rng(1).random((32, 1)) < 0.6
+    mask[:4] = False
+    return data(size=32) | {"mask": jnp.asarray(mask, jnp.float32)}
+
+
+def maker(api, names=KERNELS):
+    """A first state and how to make its step, the parameters with Flax's metadata or (names None) without."""
+    batch, names = masked_data(), names or (None, None)
+    if api == "linen":
+        model = Masked(names)
+        state = train.linen_init(model, MOMENTUM, jax.random.key(0), batch["x"], batch["mask"], train=False)
+        return state, lambda **kwargs: train.linen_step(model, masked_loss, MOMENTUM, **kwargs)
+    with jax.set_mesh(jax.sharding.Mesh([[jax.local_devices()[0]]], ("data", "model"))):  # or nnx refuses the metadata
+        model = NNXMasked(nnx.Rngs(0), tuple(n or () for n in names))
+    structure, state = train.nnx_init(model, MOMENTUM)
+    # As from one device: nnx has laid the parameters out on its mesh.
+    state = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.asarray(a), state)
+    return state, lambda **kwargs: train.nnx_step(structure, masked_loss, MOMENTUM, **kwargs)
+
+
+def alike(one, other):
+    """Equal to 1e-6 of the largest element, and keys exactly."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-6 * max(1, np.abs(a).max()))
+
+
+GIVEN = {
+    "linen": {"Dense_0": {"kernel": P(None, "model")}, "Dense_1": {"kernel": P("model")}},
+    "nnx": {"first": {"kernel": P(None, "model")}, "last": {"kernel": P("model")}},
+}
+SETTINGS = {  # shape of the mesh, axis of the examples, how parameters are laid out, micro-batches
+    "replicated": ((8, 1), "data", None, 1),
+    "metadata": ((4, 2), "data", "metadata", 2),
+    "specs": ((2, 4), "data", "specs", 1),
+    "two axes": ((4, 2), ("data", "model"), None, 2),
+}
+QUICK = [("nnx", "Explicit", "specs")]  # the epoch below is linen's
+
+
+@pytest.mark.parametrize(
+    ("api", "kind", "setting"),
+    [
+        pytest.param(api, kind, setting, marks=[] if (api, kind, setting) in QUICK else pytest.mark.slow)
+        for api in ("linen", "nnx")
+        for kind in ("Auto", "Explicit")
+        for setting in SETTINGS
+    ],
+)
+def test_a_step_on_many_devices_is_one_devices_and_leaves_the_state_where_it_was(api, kind, setting):
+    shape, axis, laid, micro_batches = SETTINGS[setting]
+    mesh = jax.make_mesh(shape, ("data", "model"), (getattr(AxisType, kind),) * 2)
+    state, make = maker(api, KERNELS if laid == "metadata" else None)
+    specs = GIVEN[api] if laid == "specs" else None
+    batch, keys = masked_data(), jax.random.split(jax.random.key(7))
+    alone = jax.jit(make(micro_batches=micro_batches))
+    together = jax.jit(make(micro_batches=micro_batches, mesh=mesh, axis=axis, specs=specs), donate_argnums=0)
+    placed, spread = train.place(state, mesh, specs), train.shard(batch, mesh, axis)
+    before = jax.tree.map(lambda a: a.sharding, placed)
+    expected = state
+    for key in keys:
+        expected, wanted = alone(expected, batch, key)
+        placed, metrics = together(placed, spread, key)
+        alike(wanted, metrics)
+    alike(expected, placed)
+    moved = jax.tree.map(lambda a, s: not a.sharding.is_equivalent_to(s, a.ndim), placed, before)
+    assert not any(jax.tree.leaves(moved))
+    kernels = [a for a in jax.tree.leaves((placed.params, placed.opt_state)) if a.ndim == 2]
+    assert [a.sharding.is_fully_replicated for a in kernels] == [laid is None] * 4  # momentum lies as its parameter
+
+
+@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
+def test_an_epoch_on_many_devices_is_one_devices_however_the_data_lie(kind):
+    mesh = jax.make_mesh((8,), ("data",), (getattr(AxisType, kind),))
+    (state, make), key = maker("linen", None), jax.random.key(7)
+    order = jnp.asarray(np.random.default_rng(0).permutation(32).reshape(2, 16), jnp.int32)
+    expected = jax.jit(train.epoch(make(micro_batches=2)))(state, masked_data(), order, key)
+    run = jax.jit(train.epoch(make(micro_batches=2, mesh=mesh), mesh=mesh))
+    placed, copies = train.place(state, mesh), train.place(masked_data(), mesh)
+    compiled = run.lower(placed, copies, order, key).compile()
+    alike(expected, compiled(placed, copies, order, key))
+    # Each device picks its examples from its own copy, and those of each micro-batch from these: only sums are sent.
+    collectives = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
+    assert set(re.findall(collectives, str(compiled.as_text()))) == {"all-reduce"}
+    alike(expected, run(placed, train.shard(masked_data(), mesh), order, key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_evaluation_on_many_devices_is_one_devices_also_of_a_batch_that_does_not_divide(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (getattr(AxisType, kind),) * 2)
+    model, (state, _) = Masked(), maker("linen", None)
+    placed = train.place(state, mesh, GIVEN["linen"])
+    for size in (32, 30):
+        batch = jax.tree.map(lambda a, n=size: a[:n], masked_data())
+        expected = jax.jit(train.linen_eval(model, masked_loss))(state, batch)
+        alike(expected, jax.jit(train.linen_eval(model, masked_loss, mesh=mesh))(placed, train.place(batch, mesh)))
+
+
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_in_shard_map_a_step_that_averages_both_loss_and_gradient_is_one_devices(check_vma):
+    class Sharded(nn.Module):
+        field: str
+
+        @nn.compact
+        def __call__(self, x, train):
+            norm = nl.Norm(Normalizer(self.field, self.field), "n c", momentum=0.9, l1=0.1)
+            return nn.Dense(1)(nn.tanh(norm(nn.Dense(4)(x), use_running_average=not train)))
+
+    def averaged(call, batch, train):
+        value, metrics = loss(call, batch, train)
+        return lax.pmean(value, "data"), {"worst": lax.pmax(lax.stop_gradient(metrics["worst"]), "data")}
+
+    mesh, batch = jax.make_mesh((8,), ("data",)), data()
+    tx = optax.chain(optax.stateless(lambda grads, params: lax.pmean(grads, "data")), MOMENTUM)
+    model, whole = Sharded("@data n"), Sharded("n")
+    state = train.linen_init(whole, tx, jax.random.key(0), batch["x"], train=False)
+    local = train.linen_step(model, averaged, tx)
+    specs = {"mesh": mesh, "in_specs": (P(), P("data")), "out_specs": P(), "check_vma": check_vma}
+    got = jax.jit(jax.shard_map(local, **specs))(train.place(state, mesh), train.shard(batch, mesh))
+    alone = state._replace(opt_state=state.opt_state[1:])
+    expected, metrics = jax.jit(train.linen_step(whole, loss, optax.chain(MOMENTUM)))(alone, batch)
+    alike((expected.params, expected.stats, metrics), (got[0].params, got[0].stats, got[1]))
+
+
+def test_in_shard_map_one_average_is_right_under_one_setting_only():
+    mesh = jax.make_mesh((8,), ("data",))
+    w, x = jnp.float32(1.0), jnp.arange(1.0, 9.0)
+
+    def gradient(average_loss, average_gradient, w, x):
+        def local(w):
+            value = jnp.mean((w * x) ** 2)
+            return lax.pmean(value, "data") if average_loss else value
+
+        grads = jax.grad(local)(w)
+        return (lax.pmean(grads, "data") if average_gradient else grads).reshape(1)
+
+    def ratios(w, x):  # to the right gradient, [8] where each device has its own
+        for averages, check_vma in cases:
+            specs = {"in_specs": (P(), P("data")), "out_specs": P() if check_vma else P("data")}
+            mapped = jax.shard_map(functools.partial(gradient, *averages), mesh=mesh, check_vma=check_vma, **specs)
+            yield mapped(w, x) / 51.0
+
+    cases = [((a, b), check_vma) for a, b, check_vma in itertools.product((True, False), repeat=3)]
+    found = jax.jit(lambda w, x: list(ratios(w, x)))(w, train.shard(x, mesh))
+    assert jax.grad(lambda w: jnp.mean((w * x) ** 2))(w) == 51
+    own = np.arange(1, 9) ** 2 / 25.5
+    factors = {  # (the loss is averaged, the gradient is averaged), check_vma
+        ((True, True), True): 1, ((True, True), False): 1,
+        ((True, False), True): 1, ((True, False), False): own,
+        ((False, True), True): 8, ((False, True), False): 1,
+        ((False, False), True): 8, ((False, False), False): own,
+    }  # fmt: skip
+    for case, ratio in zip(cases, found, strict=True):
+        np.testing.assert_allclose(ratio, np.broadcast_to(factors[case], ratio.shape), rtol=1e-6, err_msg=str(case))
+
+
+def test_a_placed_state_shares_no_memory_with_the_one_it_came_from():
+    mesh = jax.make_mesh((8,), ("data",))
+    first = jnp.ones(3)
+    jax.jit(lambda a: a + 1, donate_argnums=0)(train.place(first, mesh)).block_until_ready()
+    assert first.tolist() == [1, 1, 1]
+
+
+def test_a_large_state_is_made_where_it_is_to_lie():
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+
+    def init():
+        return train.linen_init(nn.Dense(8), MOMENTUM, jax.random.key(0), jnp.ones((1, 3)))
+
+    layout = train.shardings(jax.eval_shape(init), mesh, {"kernel": P(None, "model")})
+    state = jax.jit(init, out_shardings=layout)()
+    assert [s.data.shape for s in state.params["kernel"].addressable_shards] == [(3, 4)] * 8
+    assert state.opt_state[0].trace["kernel"].sharding.spec == P(None, "model")
+    alike(init(), state)
+
+
+def test_logical_names_of_flax_are_those_of_the_mesh_under_its_rules():
+    model = nn.Dense(8, kernel_init=nn.with_logical_partitioning(nn.initializers.ones, ("in", "out")))
+    state = train.linen_init(model, MOMENTUM, jax.random.key(0), jnp.ones((1, 3)))
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    with nn.logical_axis_rules((("in", None), ("out", "model"))):
+        (kernel,) = (a for a in jax.tree.leaves(train.shardings(state, mesh).params) if a.spec)
+    assert kernel.spec == P(None, "model")
+
+
+def test_what_does_not_lie_on_the_devices_is_refused_by_name_and_number():
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    model, tx, state = start()
+
+    def refused(message, do, *args, **kwargs):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            do(*args, **kwargs)
+
+    batch = "a batch of 30 examples does not divide over the 4 devices of mesh axis 'data'"
+    refused(batch, train.shard, data(size=30), mesh)
+    refused(batch, jax.jit(train.linen_step(model, loss, tx, mesh=mesh)), state, data(size=30))
+    refused(
+        "a micro-batch of 4 examples does not divide over the 8 devices of mesh axis ('data', 'model')",
+        jax.jit(train.linen_step(model, loss, tx, micro_batches=4, mesh=mesh, axis=("data", "model"))),
+        state,
+        data(size=16),
+    )
+    for do in (train.linen_step, train.linen_eval):
+        args = (model, loss, tx)[: 3 if do is train.linen_step else 2]
+        refused("the mesh has the axes 'data', 'model'; found 'batch'", do, *args, mesh=mesh, axis="batch")
+    refused("the mesh has the axes 'data', 'model'; found 'batch'", train.shard, data(), mesh, "batch")
+    for specs, message in {
+        "Dense_1": ({"kernel": P("model", "data")}, "params.Dense_1.kernel of shape (4, 1) does not divide: axis 1 of "
+                                                    "length 1 over the 4 devices of mesh axis 'data'"),
+        "Dense_0": ({"kernel": P("expert")}, "params.Dense_0.kernel is to lie along 'expert'; the mesh has the axes "
+                                             "'data', 'model'"),
+        "Norm_0": (P(None, "model"), "params.Norm_0.bias of shape (4,) has fewer axes than P(None, 'model')"),
+        "Dense_9": ({"kernel": P("model")}, "specs name 'Dense_9.kernel', but no parameter is left there"),
+    }.items():  # fmt: skip
+        refused(message[1], train.place, state, mesh, {specs: message[0]})

@@ -63,6 +63,7 @@ class Dataset:
       test: the held-out split, the same keys.
       classes: labels are 0..classes-1.
       high: pixels are 0..high, so `image / high` is 0..1.
+      examples: how many the training split has, of which `train` may be a part.
     """
 
     name: str
@@ -70,9 +71,10 @@ class Dataset:
     test: Split
     classes: int
     high: int
+    examples: int
 
 
-def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+def load(name: str, data_dir: str | Path | None = None, part: tuple[int, int] = (0, 1)) -> Dataset:
     """Loads a data set; the first time also prepares it, and downloads it if need be.
 
     Prepared files win over an archive: delete DATA_DIR/tfds/NAME to have another archive read.
@@ -81,6 +83,8 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
       name: one of DATASETS.
       data_dir: the folder with the publisher's archives (in it, or in a subfolder called `name`),
         which takes the prepared files too; DEFAULT_DATA_DIR if None. digits does not use it.
+      part: (k, p) reads the training examples k, k + p, k + 2 p, ... only: the part of process k of p. All of
+        them read the whole held-out split.
 
     Returns:
       A Dataset; the table at the top of this file gives shapes and counts.
@@ -89,7 +93,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
       DataError: no such data set; no archive and no network; or an archive that is damaged.
     """
     if name == "digits":
-        return digits()
+        return digits(part)
     if name not in DATASETS:
         (close,) = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.0)
         known = ", ".join(DATASETS)
@@ -102,12 +106,12 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         splits = read_mnist(paths) if name == "mnist" else read_cifar(name, *paths.values())
         check_labels(name, splits, next(iter(paths.values())).parent)
         prepare(name, splits, root / "tfds")
-    train, test = (read_prepared(name, split, folder) for split in ("train", "test"))
-    return Dataset(name, train, test, classes=LABELS[name]["label"], high=255)
+    train, test = read_prepared(name, "train", folder, part), read_prepared(name, "test", folder)
+    return Dataset(name, train, test, LABELS[name]["label"], 255, sum(PARTS[name]["train"].values()))
 
 
-def digits() -> Dataset:
-    """Returns scikit-learn's bundled digits, with every fourth image of each class held out.
+def digits(part: tuple[int, int] = (0, 1)) -> Dataset:
+    """Returns scikit-learn's bundled digits, with every fourth image of each class held out; `part` as for `load`.
 
     The split depends on nothing: no seed, no generator, no version of a library.
 
@@ -123,8 +127,9 @@ def digits() -> Dataset:
     held_out = np.zeros(len(label), bool)
     for digit in range(10):
         held_out[np.flatnonzero(label == digit)[3::4]] = True
-    train, test = ({"image": image[rows], "label": label[rows]} for rows in (~held_out, held_out))
-    return Dataset("digits", train, test, classes=10, high=16)
+    mine = np.flatnonzero(~held_out)[part[0] :: part[1]]
+    train, test = ({"image": image[rows], "label": label[rows]} for rows in (mine, held_out))
+    return Dataset("digits", train, test, classes=10, high=16, examples=int(np.sum(~held_out)))
 
 
 def stock(name: str) -> Any:
@@ -277,13 +282,14 @@ def prepare(name: str, splits: dict[str, Split], root: Path) -> None:
                 raise
 
 
-def read_prepared(name: str, split: str, folder: Path) -> Split:
-    """Decodes a prepared split to {"image": uint8 [n, h, w, c], "label": int32 [n]}."""
+def read_prepared(name: str, split: str, folder: Path, part: tuple[int, int] = (0, 1)) -> Split:
+    """Decodes a prepared split, or a part of it, to {"image": uint8 [n, h, w, c], "label": int32 [n]}."""
     import tensorflow_datasets as tfds
     from PIL import Image
 
     n, shape = sum(PARTS[name][split].values()), SHAPES[name]
-    image, label = np.empty((n, *shape), np.uint8), np.empty(n, np.int32)
+    mine = range(n)[part[0] :: part[1]]
+    image, label = np.empty((len(mine), *shape), np.uint8), np.empty(len(mine), np.int32)
     # Decoded here: tfds takes twice as long, and warns where OpenCV is missing.
     decoders = {"image": tfds.decode.SkipDecoding()}
     try:
@@ -291,9 +297,9 @@ def read_prepared(name: str, split: str, folder: Path) -> Split:
         source = builder.as_data_source(split, decoders=decoders)
         if len(source) != n:
             raise DataError(f"{len(source)} images in {split}, expected {n}")
-        for start in range(0, n, 1000):
-            keys = range(start, min(start + 1000, n))
-            for i, example in zip(keys, source.__getitems__(keys), strict=True):
+        for start in range(0, len(mine), 1000):
+            keys = mine[start : start + 1000]
+            for i, example in enumerate(source.__getitems__(keys), start):
                 png = Image.open(io.BytesIO(example["image"]), formats=("PNG",))
                 image[i], label[i] = np.asarray(png).reshape(shape), example["label"]
     except Exception as error:  # array_record raises what it likes on a damaged file

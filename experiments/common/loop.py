@@ -6,6 +6,10 @@ The data lie on the device. The seeds run under one vmap. Between chunks the sta
 and metrics and checkpoints are committed (`runs.py`); a killed run continues at the last commit and
 ends with the same bits: the order of the examples is a function of (key, epoch), and a chunk
 starts at the same steps, so it is the same compiled program.
+
+On a mesh (`cli.connect`), the batch of each step is spread over the devices, and the states lie on all
+of them. The numbers are those of one device but for rounding, so a run may also go on with another
+number of devices. Of several processes, each holds its part of the data, and process 0 alone writes.
 """
 
 import functools
@@ -17,9 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import normjax.train
-from experiments.common import runs
+from experiments.common import cli, runs
 
 State = Any
 Batch = Any  # a pytree of arrays with a leading axis of examples
@@ -37,6 +43,8 @@ def train(
     steps: int,
     batch_size: int,
     evaluate_every: int,
+    examples: int | None = None,
+    mesh: Mesh | None = None,
     on_chunk: Callable[[int, dict[str, np.ndarray]], None] = lambda step, metrics: None,
 ) -> State:
     """Trains one row to `steps`, from where its folders say that it stopped.
@@ -51,39 +59,43 @@ def train(
       init: makes the state of one seed from a key.
       step: one training step of one seed.
       evaluate: metrics (scalars) of one seed's state on all of `test`.
-      data: training examples.
-      test: held-out examples.
+      data: training examples; of process k of p, the examples k, k + p, k + 2 p, ... of all.
+      test: held-out examples, all of them in every process.
       steps: number of training steps.
       batch_size: examples a step.
       evaluate_every: steps in a chunk; the last one may be shorter.
+      examples: number of training examples in all processes, by default those in `data`.
+      mesh: the devices that each batch is spread over, for which `step` was made as well; None for one alone.
       on_chunk: called as on_chunk(step, evaluation) with each evaluation, [seeds] each.
 
     Returns:
       The states after the last step, with a leading axis of seeds.
     """
     init_keys, order_keys = keys(len(folders))
-    examples = len(jax.tree.leaves(data)[0])
-    data, test = jax.tree.map(jnp.asarray, (data, test))
+    examples = len(jax.tree.leaves(data)[0]) if examples is None else examples
+    first_process = jax.process_index() == 0
 
     shapes = jax.eval_shape(jax.vmap(init), init_keys)
-    restored = runs.rewind(folders, shapes)
-    if restored is not None:
-        done, states = restored
-        seconds = runs.read(folders[0] / "metrics.jsonl")[-1]["seconds"]
-        if done == steps:
-            return states
-    else:
+    nothing = np.int64(-1), np.float64(0), jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    done, seconds, states = _from_process_0(lambda: _restore(folders, nothing), nothing)
+    done, seconds = int(done), float(seconds)
+    if done == steps:
+        return states
+    if fresh := done < 0:
         # Not under jit: that would compile the generators anew for every row, for seconds.
-        done, states, seconds = 0, jax.vmap(init)(init_keys), 0.0
+        done, states = 0, jax.vmap(init)(init_keys)
     # Through the host, so that first and restored states are alike to the compiler.
-    states = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), states)
+    states = _everywhere(jax.tree.map(np.asarray, states), mesh)
+    data, test = _spread(data, examples, mesh), _everywhere(test, mesh)
 
-    judge = jax.jit(jax.vmap(evaluate, in_axes=(0, None)))
-    advance = jax.jit(jax.vmap(normjax.train.epoch(step), in_axes=(0, None, 0)))
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    judge = jax.jit(jax.vmap(evaluate, in_axes=(0, None)), out_shardings=replicated)
+    run = jax.vmap(normjax.train.epoch(step, mesh=mesh), in_axes=(0, None, 0))
+    advance = jax.jit(run, out_shardings=replicated)
 
     @functools.cache
     def compiled(length: int) -> Callable[..., tuple[State, Metrics]]:
-        order = jax.ShapeDtypeStruct((len(folders), length, batch_size), jnp.int32)
+        order = jax.ShapeDtypeStruct((len(folders), length, batch_size), jnp.int32, sharding=replicated)
         return advance.lower(states, data, order).compile()
 
     def evaluated() -> dict[str, np.ndarray]:
@@ -91,18 +103,84 @@ def train(
         on_chunk(done, metrics)
         return metrics
 
-    if restored is None:
-        runs.commit(folders, 0, _lines(0, {}, evaluated(), seconds), states)
+    def commit(first: int, metrics: Metrics, evaluation: dict[str, np.ndarray]) -> None:
+        with cli.together():
+            if first_process:
+                runs.commit(folders, done, _lines(first, metrics, evaluation, seconds), states)
+
+    if fresh:
+        commit(0, {}, evaluated())
     while done < steps:
         stop = min(done + evaluate_every - done % evaluate_every, steps)
         run = compiled(stop - done)
-        order = batches(order_keys, examples, batch_size, done, stop)
+        order = _everywhere(_rows(batches(order_keys, examples, batch_size, done, stop), examples, mesh), mesh)
         start = time.perf_counter()
         states, metrics = jax.block_until_ready(run(states, data, order))
         seconds += time.perf_counter() - start
         first, done = done + 1, stop
-        runs.commit(folders, done, _lines(first, metrics, evaluated(), seconds), states)
+        commit(first, metrics, evaluated())
     return states
+
+
+def _restore(folders: Sequence[Path], nothing: tuple) -> tuple:
+    """The step, the seconds so far and the states at the last common checkpoint, or `nothing`."""
+    restored = runs.rewind(folders, nothing[2])
+    if restored is None:
+        return nothing
+    seconds = runs.read(folders[0] / "metrics.jsonl")[-1]["seconds"]
+    return np.int64(restored[0]), np.float64(seconds), restored[1]
+
+
+def _from_process_0(make: Callable[[], Any], like: Any) -> Any:
+    """What `make` returns in process 0, bit for bit in all: a pytree of NumPy arrays of the shapes of `like`."""
+    with cli.together():
+        made = make() if jax.process_index() == 0 else like
+    if jax.process_count() == 1:
+        return made
+    leaves, tree = jax.tree.flatten(made)
+    # As bytes: what is sent is added up, and a sum knows no -0.0.
+    sent = np.concatenate([np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
+    pieces = np.split(received, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
+    whole = [piece.view(leaf.dtype).reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)]
+    return jax.tree.unflatten(tree, whole)
+
+
+def _everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """The arrays on every device of the mesh."""
+    return jax.tree.map(jnp.asarray, tree) if mesh is None else normjax.train.place(tree, mesh)
+
+
+def _spread(data: Batch, examples: int, mesh: Mesh | None) -> Batch:
+    """The training examples on the devices: all on each, or where there are several processes, a part on each."""
+    if mesh is None or jax.process_count() == 1:
+        return _everywhere(data, mesh)
+    rows = _rows_each(examples, mesh)
+    padded = jax.tree.map(lambda a: np.pad(a, [(0, rows - len(a)), *[(0, 0)] * (a.ndim - 1)]), data)
+    return normjax.train.shard(padded, mesh)
+
+
+def _rows_each(examples: int, mesh: Mesh) -> int:
+    """How many rows each process adds to the whole array: its examples, and padding for equal parts on its devices."""
+    return -(-examples // mesh.size) * (mesh.size // jax.process_count())
+
+
+def _rows(order: np.ndarray, examples: int, mesh: Mesh | None) -> np.ndarray:
+    """Where the examples with these numbers lie in the whole array of `_spread`."""
+    if mesh is None or jax.process_count() == 1:
+        return order
+    return order % jax.process_count() * _rows_each(examples, mesh) + order // jax.process_count()
+
+
+def total(counts: np.ndarray) -> np.ndarray:
+    """Sums integer counts below 2 ** 31 over the processes.
+
+    >>> total(np.array([1, 2]))
+    array([1, 2])
+    """
+    if jax.process_count() == 1:
+        return counts
+    return multihost_utils.process_allgather(counts.astype(np.int32)).astype(np.int64).sum(0)
 
 
 def keys(seeds: int) -> tuple[jax.Array, jax.Array]:
@@ -115,7 +193,7 @@ def keys(seeds: int) -> tuple[jax.Array, jax.Array]:
     return weights, order
 
 
-def batches(order_keys: jax.Array, examples: int, size: int, start: int, stop: int) -> jax.Array:
+def batches(order_keys: jax.Array, examples: int, size: int, start: int, stop: int) -> np.ndarray:
     """Indices of the examples of steps start + 1 .. stop, int32 [seeds, steps, size].
 
     An epoch is a permutation drawn from (key, epoch); what does not fill a batch is left out of it.
@@ -137,7 +215,7 @@ def batches(order_keys: jax.Array, examples: int, size: int, start: int, stop: i
     ]
     steps = np.concatenate(order, axis=1).reshape(len(order_keys), -1, size)
     offset = first * per_epoch
-    return jnp.asarray(steps[:, start - offset : stop - offset], jnp.int32)
+    return steps[:, start - offset : stop - offset].astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -10,6 +10,8 @@ checkpoint. `commit` keeps that step whole under `kill -9` by its order: metrics
 checkpoints of all seeds, then the older checkpoints go. Whatever is cut off in between lies
 beyond the last common checkpoint, and `rewind` drops it. A checkpoint is written under another
 name and renamed (Orbax does that), config.json as well; only a last line of metrics can be torn.
+
+Where several processes train together, process 0 alone calls what is here.
 """
 
 import dataclasses
@@ -101,13 +103,15 @@ def as_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=repr))
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device, commit and date: what a number may depend on besides its configuration."""
+def environment(devices: int = 1) -> dict[str, Any]:
+    """Versions, devices, commit and date: what a number may depend on besides its configuration."""
     device = jax.devices()[0]
     return {
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "normjax": normjax.__version__,
         "device": f"{device.platform}: {device.device_kind}",
+        "devices": devices,
+        "processes": jax.process_count(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -198,7 +202,7 @@ def commit(folders: Sequence[Path], step: int, lines: Sequence[Sequence[Line]], 
     for folder, added in zip(folders, lines, strict=True):
         append(folder / "metrics.jsonl", added)
     states = jax.tree.map(np.asarray, states)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         for k, folder in enumerate(folders):
             state = jax.tree.map(lambda a, k=k: a[k], states)
             checkpointer.save((folder / "checkpoint" / str(step)).absolute(), state)
@@ -230,7 +234,7 @@ def rewind(folders: Sequence[Path], like: Any) -> tuple[int, Any] | None:
     if step is None:
         return None
     target = jax.tree.map(lambda a: np.empty(a.shape[1:], a.dtype), like)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         states = [checkpointer.restore((f / "checkpoint" / str(step)).absolute(), target) for f in folders]
     return step, jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
@@ -241,8 +245,14 @@ def load(folder: Path, like: Any) -> Any:
     if step is None:
         raise RunError(f"{folder} has no checkpoint")
     target = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         return checkpointer.restore((folder / "checkpoint" / str(step)).absolute(), target)
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Orbax without its waiting for other processes, which do not call it."""
+    alone = {"active_processes": {0}, "barrier_sync_key_prefix": "process-0"} if jax.process_count() > 1 else {}
+    return ocp.StandardCheckpointer(multiprocessing_options=ocp.options.MultiprocessingOptions(**alone))
 
 
 def _remove_checkpoints(folder: Path, except_step: int | None) -> None:
