@@ -16,8 +16,9 @@ from jax.typing import ArrayLike
 from normjax import moments
 from normjax.field import EXAMPLES, Field, FieldError, Span, axes
 from normjax.penalty import l1_penalty
-from normjax.running import Running, Seen, as_stats, check_renorm, observe, unbias, update
-from normjax.running import renorm as renorm_corrections
+from normjax.renorm import check, corrections
+from normjax.running import Running, as_stats, observe, unbias, update
+from normjax.seen import Seen
 from normjax.theory import Normalized, Normalizer, affine, equation, normalize
 
 Axes = int | Sequence[int]
@@ -61,7 +62,7 @@ def apply(
             x = x.astype(jnp.promote_types(x.dtype, dtype))
     dtype = jnp.dtype(dtype or x.dtype)
     if renorm is not None:
-        check_renorm(normalizer)
+        check(normalizer)
     training = not use_running and any(stored is not None for stored in running)
     if training and renorm is not None:
         out = _renormalize(x, normalizer, layout, running, renorm, refuse, dtype, **given)
@@ -88,7 +89,7 @@ def _renormalize(
     """Batch renormalization: r * y + d in place of y, zero where masked."""
     wide = x.astype(moments.wide(x.dtype))
     out = (normalize if refuse else equation)(wide, normalizer, layout, mask=mask, eps=eps)
-    r, d = renorm_corrections(out.stats, running, normalizer, layout, x.shape, limits, eps)
+    r, d = corrections(out.stats, running, normalizer, layout, x.shape, limits, eps)
     y = moments.silence(r * out.y + d, moments.weigh(mask, wide))
     return out._replace(y=affine(y, layout, scale, bias).astype(dtype))
 

@@ -43,7 +43,7 @@ class Norm(nn.Module):
       averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `running.py`.
       unbiased: whether the unbiased variance is stored, as PyTorch does.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
-      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.renorm`; here or at the call, where they
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; here or at the call, where they
         may be arrays. None is plain.
       stats_names: names of the stored axes for sharding, as in `nn.with_partitioning`; None attaches no metadata.
       use_scale: whether a factor is learned, `[c]`.
@@ -401,7 +401,7 @@ class BatchRenorm(nn.Module):
     """Batch renormalization: in training, y is what the stored statistics would give, within limits; row "batch" of TABLE.
 
     The paper trains with limits (1, 0), which is batch norm, for 5000 steps, and widens them to (3, 5); a schedule passes
-    them at the call: `layer(x, renorm=normjax.running.renorm_limits(step))`.
+    them at the call: `layer(x, renorm=normjax.renorm.limits_at(step))`.
 
     Attributes:
       use_running_average: see `Norm`.

@@ -42,7 +42,7 @@ class Penalty(nnx.Intermediate):
 
 
 class Moments(nnx.Intermediate):
-    """What a layer saw of the batch (`normjax.running.Seen`), as `nnx.capture(model, Moments)` finds it."""
+    """What a layer saw of the batch (`normjax.seen.Seen`), as `nnx.capture(model, Moments)` finds it."""
 
 
 def _parameter(make: Initializer, use: bool, shape: tuple[int, ...], dtype: Dtype, metadata: Metadata, rngs: nnx.Rngs):
@@ -92,7 +92,7 @@ class Norm(nnx.Module):
       averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `running.py`.
       unbiased: whether the unbiased variance is stored, as PyTorch does.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; `nnx.view` sets it.
-      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.renorm`; None is plain.
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; None is plain.
       use_scale: whether a factor is learned, `[c]`.
       use_bias: whether an addend is learned, `[c]`.
       learn_sigma: whether sigma is learned, one scalar; eps = sigma ** 2.
@@ -172,9 +172,12 @@ class Norm(nnx.Module):
                 f"{self.normalizer} stores statistics along other axes than the channels: give the whole shape of an "
                 f"input as `features`, found {features!r}"
             )
-        for name in Running._fields:
-            stored = nnx.BatchStat(found[name].make(), **stats_metadata) if name in found else nnx.data(None)
-            setattr(self, name, stored)
+
+        def stored(name: str) -> Any:
+            return nnx.BatchStat(found[name].make(), **stats_metadata) if name in found else nnx.data(None)
+
+        self.mean, self.var = stored("mean"), stored("var")
+        self.mean_count, self.var_count = stored("mean_count"), stored("var_count")
 
     def __call__(
         self,

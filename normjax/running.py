@@ -11,14 +11,10 @@ How a batch moves what is stored, by `averaging` (t counts the batches seen, one
     debiased       the same, divided by the weight that it gives to batches, 1 - momentum ** t: the start does not count
     cumulative     the mean of all batches, old + (new - old) / t
 
-What is stored is always the average itself, ready for use. Batch renormalization (`renorm`) normalizes a training batch
-with what is stored, as far as its limits allow.
+What is stored is always the average itself, ready for use.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -269,84 +265,17 @@ def unbias(stats: Stats, normalizer: Normalizer) -> Stats:
     """
     if normalizer.order != 2 or normalizer.mean is None or normalizer.mean != normalizer.var:
         raise ValueError(f"unbiased=True needs a variance: order 2 and A = B; found {normalizer}")
-    return _unbiased(stats)
+    return unbiased(stats)
 
 
-def _unbiased(stats: Stats) -> Stats:
+def unbiased(stats: Stats) -> Stats:
+    """`unbias` for statistics that are known to be of a variance."""
     if stats.var is None:
         return stats
     w = jnp.asarray(stats.var_weight)
     enough = w > 1
     factor = jnp.where(enough, w / jnp.where(enough, w - 1, 1), 1)
     return stats._replace(var=stats.var * factor.astype(stats.var.dtype), var_weight=jnp.where(enough, w, 0))
-
-
-def renorm(
-    stats: Stats, running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...],
-    limits: tuple[ArrayLike, ArrayLike] = (3.0, 5.0), eps: ArrayLike | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """The corrections r and d of batch renormalization: r * y + d is y as the stored statistics would give it.
-
-    Args:
-      stats: those that normalized a batch of arrays of this shape.
-      running: the stored ones, from before the batch.
-      normalizer: a row that stores both moments.
-      layout: name of each axis.
-      shape: of the batch.
-      limits: r_max and d_max, numbers or arrays: r lies within [1 / r_max, r_max], d within [-d_max, d_max]. (1, 0) is
-        batch norm.
-      eps: as for `normalize`.
-
-    Returns:
-      r and d, which broadcast against the batch; no gradient flows into them. 1 and 0 where a field holds no weight.
-
-    Raises:
-      ValueError: the row does not store all its moments, or has a floor or keep_mean.
-
-    Source: Ioffe 2017, algorithm 1.
-
-    >>> from normjax import TABLE, normalize
-    >>> x = jnp.array([[2.0], [4.0]])
-    >>> n, stored = TABLE["batch"], Running(jnp.array([1.0]), jnp.array([4.0]))
-    >>> r, d = renorm(normalize(x, n).stats, stored, n, "n c", x.shape)
-    >>> (10 * (r * normalize(x, n).y + d)).round().tolist()                 # (x - 1) / 2
-    [[5.0], [15.0]]
-    """
-    n = normalizer
-    check_renorm(n)
-    stored = as_stats(running, n, layout, shape)
-    eps = n.eps if eps is None else eps
-
-    def inverse(var):
-        return moments.inverse_power(eps + n.gain * var, n.power)
-
-    (r_max, d_max), before, now = limits, inverse(stored.var), inverse(stats.var)
-    weighted = (jnp.asarray(stats.var_weight) > 0) & (now > 0)
-    r = jnp.where(weighted, jnp.clip(before / jnp.where(weighted, now, 1), jnp.divide(1, r_max), r_max), 1)
-    d = jnp.zeros((), r.dtype)
-    if n.mean is not None:
-        d = jnp.where(weighted, jnp.clip((stats.mean - stored.mean) * before, jnp.negative(d_max), d_max), 0)
-    return jax.lax.stop_gradient((r, d))
-
-
-def check_renorm(normalizer: Normalizer) -> None:
-    """Raises ValueError where batch renormalization has no meaning."""
-    n = normalizer
-    if stores(n) != (n.mean is not None, True) or n.floor is not None or n.keep_mean:
-        raise ValueError(f"batch renormalization needs a row that stores all its moments, a variance among them, and has "
-                         f"neither floor nor keep_mean; found {n}")  # fmt: skip
-
-
-def renorm_limits(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """The paper's limits r_max and d_max at a training step: batch norm for 5000 steps, then 3 from 40,000, 5 from 25,000.
-
-    Source: Ioffe 2017, section 4.1.
-
-    >>> [float(limit) for limit in renorm_limits(15_000)]
-    [1.5714285373687744, 2.5]
-    """
-    step = jnp.asarray(step, np.float32)
-    return 1 + 2 * jnp.clip((step - 5_000) / 35_000, 0, 1), 5 * jnp.clip((step - 5_000) / 20_000, 0, 1)
 
 
 def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
@@ -404,66 +333,3 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     if stats.var is not None:
         var, var_weight = mean_of(stats.var + spread, stats.var_weight)
     return Stats(*(None if s is None else s[0] for s in (mean, var, mean_weight, var_weight)))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Seen:
-    """What a layer saw of a batch, for those who store the statistics of several batches at once.
-
-    Attributes:
-      stats: from `observe`; biased where they merge.
-      momentum: as for `update`.
-      averaging: as for `update`.
-      unbiased: whether the variance is still to be corrected (`unbias`).
-      mergeable: whether the statistics of two batches give those of both.
-    """
-
-    stats: Stats
-    momentum: Any
-    averaging: str = dataclasses.field(metadata={"static": True}, default="exponential")
-    unbiased: bool = dataclasses.field(metadata={"static": True}, default=False)
-    mergeable: bool = dataclasses.field(metadata={"static": True}, default=True)
-
-
-def merge_trees(before: Any, after: Any, seen: Any) -> Any:
-    """Running statistics after several micro-batches, each of which started from those before.
-
-    A layer that left what it saw of each micro-batch gets that merged, as if it had seen all at once. Anything else is
-    averaged where it is a float; counters and random states are those of the last micro-batch.
-
-    Args:
-      before: nested dictionaries of running statistics, a layer's by their names in `Running`.
-      after: the same, stacked: the result of each micro-batch along a first axis.
-      seen: nested dictionaries with `batch: (Seen,)` under a layer's path, stacked the same.
-
-    Returns:
-      A tree like `before`.
-
-    >>> before = {"norm": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
-    >>> after = {"norm": {"mean": jnp.array([0.5, 1.5]), "var": jnp.array([1.0, 1.0])}}       # momentum 0.5, by itself
-    >>> parts = Stats(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
-    >>> merged = merge_trees(before, after, {"norm": {"batch": (Seen(parts, jnp.array([0.5, 0.5])),)}})
-    >>> merged["norm"]["mean"].item(), merged["norm"]["var"].item()                          # of both: mean 2, variance 2
-    (1.0, 1.5)
-    """
-    if not isinstance(before, Mapping):
-        after = jnp.asarray(after)
-        if jnp.issubdtype(after.dtype, jnp.inexact):
-            return jnp.mean(after, 0).astype(after.dtype)
-        return after[-1]
-    left = seen.get("batch") if isinstance(seen, Mapping) else None
-    if left is not None and len(left) == 1:
-        mine = {name: value for name, value in before.items() if name in Running._fields}
-        new = absorb(Running(**mine), left[0])._asdict()
-        return {k: new[k] if k in mine else merge_trees(before[k], after[k], {}) for k in before}
-    below = seen if isinstance(seen, Mapping) else {}
-    return {k: merge_trees(before[k], after[k], below.get(k, {})) for k in before}
-
-
-def absorb(running: Running, seen: Seen) -> Running:
-    """The stored statistics after one update with what a layer saw of several batches, stacked along a first axis."""
-    merged = merge_stacked(seen.stats, seen.mergeable)
-    if seen.unbiased:
-        merged = _unbiased(merged)
-    return update(running, merged, seen.momentum[0], seen.averaging)

@@ -351,10 +351,10 @@ def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None):
     n = recipe.normalizer
     x = moments.silence(x.astype(moments.wide(x.dtype)), weights)
     # Where y is x over d, an error of d counts |x| times: the variance then sheds what rounding left of the mean, E[v] ** 2.
-    exact = n.keep_mean and n.order == 2 and mean is None and recipe.a is not None and recipe.a == recipe.b
-    exact = exact and recipe.a.bound.pooled
-    if recipe.a is not None and mean is None:
-        mean = moments.average(x, recipe.a, weights)[0]
+    a = recipe.a
+    exact = n.keep_mean and n.order == 2 and mean is None and a is not None and a == recipe.b and a.bound.pooled
+    if a is not None and mean is None:
+        mean = moments.average(x, a, weights)[0]
     v = x if mean is None else moments.silence(x - mean, weights)
     y = x if n.keep_mean else v
     if recipe.b is not None:

@@ -36,27 +36,29 @@ and the gradient of the averaged loss is each device's own. With both averages, 
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from normjax.mesh import Axis, Batch, Spread, as_it_came, place, shard, shardings
 from normjax.penalty import total_penalty
-from normjax.running import merge_trees
+from normjax.seen import merge_trees, recalibrated
 
-Batch = Any  # a pytree of arrays with the examples along their first axis
+__all__ = [
+    "State", "epoch", "linen_eval", "linen_init", "linen_recalibrate", "linen_step", "nnx_eval", "nnx_init",
+    "nnx_recalibrate", "nnx_step", "place", "shard", "shardings",
+]  # fmt: skip
+
 Metrics = dict[str, Any]
 Loss = Callable[[Any, Batch, bool], tuple[Any, Metrics]]
 Step = Callable[..., tuple["State", Metrics]]
-Axis = str | tuple[str, ...]
 
 STATISTICS = ("update", "keep", "frozen")
 _SOWN = ("losses", "moments", "intermediates")
@@ -163,33 +165,16 @@ def linen_step(
     (2.0, 4.0)
     """
     _choose(statistics)
-
-    def run(params: Any, stats: Any, batch: Batch, key: Any):
-        box = {"variables": {"params": params, **stats}, "moments": {}, "losses": {}}
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if key is not None:
-                kwargs.setdefault("rngs", {"dropout": key})
-            asked = kwargs.pop("mutable", ())
-            mutable = [*stats, "losses", "moments", *([asked] if isinstance(asked, str) else asked)]
-            variables = {**box["variables"], "losses": box["losses"], "moments": box["moments"]}
-            with nn.intercept_methods(_freeze) if statistics == "frozen" else contextlib.nullcontext():
-                y, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
-            changed = dict(changed)
-            box["losses"], box["moments"] = changed.pop("losses", {}), changed.pop("moments", {})
-            box["variables"] |= {name: changed.pop(name) for name in stats if name in changed}
-            return (y, changed) if asked else y
-
-        value, metrics = loss(call, batch, True)
-        after = {name: box["variables"][name] for name in stats}
-        return value, metrics, total_penalty(box["losses"], penalty_weights), after, box["moments"]
+    run = _linen_run(model, loss, average=True if statistics == "frozen" else None, penalty_weights=penalty_weights)
 
     def absorb(before: Any, after: Any, moments: Any) -> Any:
         if "batch_stats" not in before:
             return after
-        return {**after, "batch_stats": merge_trees(before["batch_stats"], after["batch_stats"], moments)}
+        old, new = (nn.meta.unbox(stats["batch_stats"]) for stats in (before, after))
+        merged = merge_trees(old, new, moments)
+        return {**after, "batch_stats": nn.meta.replace_boxed(before["batch_stats"], merged)}
 
-    return _make_step(run, absorb, tx, micro_batches, statistics, _Spread(mesh, axis, specs))
+    return _make_step(run, absorb, tx, micro_batches, statistics, Spread(mesh, axis, specs))
 
 
 def nnx_step(
@@ -229,24 +214,60 @@ def nnx_step(
     >>> sorted(metrics), int(state.step)
     (['loss', 'penalty'], 1)
     """
-    from normjax.nnx import Moments, Penalty
-
     _choose(statistics)
-
-    def run(params: Any, stats: Any, batch: Batch, key: Any):
-        model = _view(nnx.merge(structure, params, stats, copy=True), train=True, average=statistics == "frozen")
-        captured: Any = nnx.capture(lambda m: loss(m, batch, True), Penalty, Moments)(model)
-        (value, metrics), penalties, moments = captured
-        penalty = total_penalty(nnx.to_pure_dict(penalties), penalty_weights)
-        after = nnx.split(model, nnx.Param, ...)[2]
-        return value, metrics, penalty, after, nnx.to_pure_dict(moments)
+    run = _nnx_run(structure, loss, average=statistics == "frozen", penalty_weights=penalty_weights)
 
     def absorb(before: Any, after: Any, moments: Any) -> Any:
         pure = merge_trees(nnx.to_pure_dict(before), nnx.to_pure_dict(after), moments)
         nnx.replace_by_pure_dict(after, pure)
         return after
 
-    return _make_step(run, absorb, tx, micro_batches, statistics, _Spread(mesh, axis, specs))
+    return _make_step(run, absorb, tx, micro_batches, statistics, Spread(mesh, axis, specs))
+
+
+def _linen_run(model: Any, loss: Loss, *, average: bool | None, train: bool = True, penalty_weights: Any = None):
+    """One forward pass of a linen model: loss, metrics, penalty, the collections afterwards, what the layers saw.
+
+    `average` makes every layer normalize with the stored statistics (True) or with the batch's (False); None leaves it to
+    the model.
+    """
+
+    def run(params: Any, stats: Any, batch: Batch, key: Any):
+        box = {"variables": {"params": params, **stats}, "moments": {}, "losses": {}}
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if key is not None:
+                kwargs.setdefault("rngs", {"dropout": key})
+            asked = kwargs.pop("mutable", ())
+            mutable = [*stats, "losses", "moments", *([asked] if isinstance(asked, str) else asked)]
+            variables = {**box["variables"], "losses": box["losses"], "moments": box["moments"]}
+            with contextlib.nullcontext() if average is None else nn.intercept_methods(_forced(average)):
+                y, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
+            changed = dict(changed)
+            box["losses"], box["moments"] = changed.pop("losses", {}), changed.pop("moments", {})
+            box["variables"] |= {name: changed.pop(name) for name in stats if name in changed}
+            return (y, changed) if asked else y
+
+        value, metrics = loss(call, batch, train)
+        after = {name: box["variables"][name] for name in stats}
+        return value, metrics, total_penalty(box["losses"], penalty_weights), after, box["moments"]
+
+    return run
+
+
+def _nnx_run(structure: Any, loss: Loss, *, average: bool, train: bool = True, penalty_weights: Any = None):
+    """One forward pass of an nnx model; see `_linen_run`."""
+    from normjax.nnx import Moments, Penalty
+
+    def run(params: Any, stats: Any, batch: Batch, key: Any):
+        model = _view(nnx.merge(structure, params, stats, copy=True), train=train, average=average)
+        captured: Any = nnx.capture(lambda m: loss(m, batch, train), Penalty, Moments)(model)
+        (value, metrics), penalties, moments = captured
+        penalty = total_penalty(nnx.to_pure_dict(penalties), penalty_weights)
+        after = nnx.split(model, nnx.Param, ...)[2]
+        return value, metrics, penalty, after, nnx.to_pure_dict(moments)
+
+    return run
 
 
 def linen_eval(
@@ -260,7 +281,7 @@ def linen_eval(
     >>> evaluate(linen_init(nn.Dense(1), optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 3))), jnp.zeros((2, 3)))
     {'loss': Array(0., dtype=float32), 'train': False}
     """
-    spread = _Spread(mesh, axis)
+    spread = Spread(mesh, axis)
 
     def evaluate(state: State, batch: Batch) -> Metrics:
         call = functools.partial(model.apply, {"params": state.params, **state.stats})
@@ -282,7 +303,7 @@ def nnx_eval(
     >>> evaluate(state, jnp.zeros((2, 3)))
     {'loss': Array(0., dtype=float32)}
     """
-    spread = _Spread(mesh, axis)
+    spread = Spread(mesh, axis)
 
     def evaluate(state: State, batch: Batch) -> Metrics:
         model = _view(nnx.merge(structure, state.params, state.stats, copy=True), train=False, average=True)
@@ -290,6 +311,82 @@ def nnx_eval(
         return {"loss": value, **metrics}
 
     return spread.automatic(evaluate, lambda state: PartitionSpec())
+
+
+def linen_recalibrate(
+    model: nn.Module, loss: Loss, *, mesh: Mesh | None = None, axis: Axis = "data"
+) -> Callable[..., State]:
+    """Makes `recalibrate(state, data, order) -> state`: the running statistics of the parameters as they are now.
+
+    An average over the steps of training mixes the statistics of many earlier parameters. This one evaluates the model
+    (`train` is False: no dropout) on every batch, except that each layer normalizes with the batch's own statistics, and
+    stores those of all batches together: exact where the row merges (order 2, A = B or None), else their mean.
+
+    Args:
+      model: a linen module.
+      loss: as for `linen_step`; only what the layers see matters.
+      mesh: as for `linen_eval`.
+      axis: as for `linen_eval`.
+
+    Returns:
+      A function of the state, data and order, which are those of `epoch`. Statistics of elements that no batch has
+      seen, and everything else of the state, stay.
+
+    Raises:
+      ValueError: a layer with running statistics saw no batch: it is not one of normjax's.
+
+    Source: Wu & Johnson 2021, section 3 ("precise" batch norm statistics).
+
+    >>> from normjax.linen import BatchNorm
+    >>> model, data = BatchNorm(), jnp.array([[1.0], [3.0], [5.0], [7.0]])
+    >>> state = linen_init(model, optax.sgd(0.1), jax.random.key(0), data, use_running_average=True)
+    >>> loss = lambda call, batch, train: (jnp.sum(call(batch, use_running_average=not train)), {})
+    >>> state = linen_recalibrate(model, loss)(state, data, jnp.array([[0, 1], [2, 3]]))
+    >>> state.stats["batch_stats"]["mean"], state.stats["batch_stats"]["var"]
+    (Array([4.], dtype=float32), Array([5.], dtype=float32))
+    """
+    run = _linen_run(model, loss, average=False, train=False)
+
+    def absorb(stats: Any, seen: Any) -> Any:
+        stored = stats.get("batch_stats", {})
+        pure = recalibrated(nn.meta.unbox(stored), seen)
+        return {**stats, "batch_stats": nn.meta.replace_boxed(stored, pure)} if stored else stats
+
+    return _make_recalibrate(run, absorb, Spread(mesh, axis))
+
+
+def nnx_recalibrate(
+    structure: nnx.GraphDef, loss: Loss, *, mesh: Mesh | None = None, axis: Axis = "data"
+) -> Callable[..., State]:
+    """Makes `recalibrate(state, data, order) -> state` for an nnx model; see `linen_recalibrate`.
+
+    >>> from normjax.nnx import BatchNorm
+    >>> structure, state = nnx_init(BatchNorm(1, rngs=nnx.Rngs(0)), optax.sgd(0.1))
+    >>> data, loss = jnp.array([[1.0], [3.0], [5.0], [7.0]]), lambda model, batch, train: (jnp.sum(model(batch)), {})
+    >>> nnx_recalibrate(structure, loss)(state, data, jnp.array([[0, 1], [2, 3]])).stats["var"][...]
+    Array([5.], dtype=float32)
+    """
+    run = _nnx_run(structure, loss, average=False, train=False)
+
+    def absorb(stats: Any, seen: Any) -> Any:
+        after = jax.tree.map(lambda a: a, stats)  # a copy: the caller's variables stay as they are
+        stored = nnx.to_pure_dict(nnx.filter_state(stats, nnx.BatchStat))
+        nnx.replace_by_pure_dict(after, recalibrated(stored, seen))
+        return after
+
+    return _make_recalibrate(run, absorb, Spread(mesh, axis))
+
+
+def _make_recalibrate(run: Any, absorb: Any, spread: Spread) -> Callable[..., State]:
+    def recalibrate(state: State, data: Batch, order: jax.Array) -> State:
+        def one(_: None, rows: jax.Array):
+            batch = spread(jax.tree.map(lambda a: a[rows], data))
+            return None, run(state.params, state.stats, batch, None)[-1]
+
+        _, seen = lax.scan(one, None, order)
+        return state._replace(stats=absorb(state.stats, seen))
+
+    return spread.automatic(recalibrate, lambda state: as_it_came(state)[0])
 
 
 def epoch(step: Step, *, mesh: Mesh | None = None, axis: Axis = "data") -> Callable[..., tuple[State, Metrics]]:
@@ -313,7 +410,7 @@ def epoch(step: Step, *, mesh: Mesh | None = None, axis: Axis = "data") -> Calla
     >>> epoch(step)(jnp.array(0.0), jnp.arange(4.0), jnp.array([[0, 1], [2, 3]]))
     (Array(6., dtype=float32), {'sum': Array([1., 5.], dtype=float32)})
     """
-    spread = _Spread(mesh, axis)
+    spread = Spread(mesh, axis)
 
     def run(state: Any, data: Any, order: jax.Array, key: Any = None) -> tuple[Any, Metrics]:
         def one(state: Any, rows: jax.Array):
@@ -322,247 +419,10 @@ def epoch(step: Step, *, mesh: Mesh | None = None, axis: Axis = "data") -> Calla
 
         return lax.scan(one, state, order)
 
-    return spread.automatic(run, _as_it_came)
+    return spread.automatic(run, as_it_came)
 
 
-def place(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
-    """Puts a State, or any pytree, on the devices of a mesh: copies, so that a step may take them as donated.
-
-    Args:
-      tree: a State with values that all processes have alike, of a fresh start or of a checkpoint.
-      mesh: the devices.
-      specs: see `shardings`.
-
-    Returns:
-      The same with arrays on all devices of the mesh.
-
-    Raises:
-      ValueError: see `shardings`.
-
-    >>> mesh = jax.make_mesh((1,), ("data",))
-    >>> place({"w": jnp.ones(3)}, mesh)["w"].sharding.spec
-    P()
-    """
-    return jax.tree.map(_put, tree, shardings(tree, mesh, specs))
-
-
-def _put(a: Any, sharding: NamedSharding) -> jax.Array:
-    """A copy of an array where its sharding says."""
-    if not isinstance(a, jax.Array):
-        return jax.device_put(a, sharding)
-    if sharding.is_fully_addressable or not a.is_fully_addressable:
-        # Copied first: what stays on its device would share its memory, whatever `may_alias` says, and be donated too.
-        return jax.device_put(jnp.copy(a), sharding)
-    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):  # through the host, the only way to devices of other processes
-        data = jax.device_put(np.asarray(jax.random.key_data(a)), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
-    return jax.device_put(np.asarray(a), sharding)
-
-
-def shard(batch: Batch, mesh: Mesh, axis: Axis = "data") -> Batch:
-    """Spreads the examples of a batch, or of a data set, over an axis of a mesh.
-
-    With several processes each gives the examples of its own devices, in their order along the axis; the result is all
-    of them, as one array.
-
-    Args:
-      batch: a pytree of arrays with the examples along their first axis.
-      mesh: the devices.
-      axis: the axis of the mesh, or several.
-
-    Raises:
-      ValueError: the examples do not divide over the devices, or the mesh lacks the axis.
-
-    >>> mesh = jax.make_mesh((1,), ("data",))
-    >>> shard(jnp.ones((4, 3)), mesh).sharding.spec
-    P('data',)
-    """
-    size = _Spread(mesh, axis).size  # which refuses an axis that the mesh lacks
-    sharding = NamedSharding(mesh, PartitionSpec(axis))
-    held = sharding.addressable_devices_indices_map((size,)).values()
-    mine = len({(index or (slice(0, 1),))[0].start for index in held})
-
-    def one(a: Any) -> jax.Array:
-        _divides(a.shape[0], mine, axis)
-        if jax.process_count() == 1:
-            return jax.device_put(a, sharding)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(a))
-
-    return jax.tree.map(one, batch)
-
-
-def shardings(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
-    """Where each array of a State lies: for `place`, and for `jax.jit(init, out_shardings=...)`.
-
-    A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else it
-    is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if the
-    shapes agree. Running statistics are small and replicated.
-
-    Args:
-      tree: a State of arrays or of `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
-      mesh: the devices.
-      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them: `{"Dense_0": {"kernel":
-        P(None, "model")}}`, `{"Dense_0": P("model")}` or `P("model")`.
-
-    Returns:
-      A pytree of NamedShardings like `tree`.
-
-    Raises:
-      ValueError: an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
-
-    >>> from jax.sharding import PartitionSpec as P
-    >>> state = State(jnp.array(0), {"w": jnp.ones((2, 4))}, {}, {"trace": {"w": jnp.ones((2, 4))}})
-    >>> mesh = jax.make_mesh((1,), ("model",))
-    >>> found = shardings(state, mesh, {"w": P(None, "model")})
-    >>> found.params["w"].spec, found.opt_state["trace"]["w"].spec, found.step.spec
-    (P(None, 'model'), P(None, 'model'), P())
-    """
-    given = {_names(path): _unboxed(spec) for path, spec in _leaves(specs)}
-    known: dict[tuple, tuple] = {}
-    if given:
-        for path, leaf in _leaves(tree.params):
-            for start in sorted((g for g in given if _names(path)[: len(g)] == g), key=len):
-                known[_names(path)] = (jnp.shape(_unboxed(leaf)), given[start], start)
-        if unused := set(given) - {start for _, _, start in known.values()}:
-            raise ValueError(f"specs name {'.'.join(min(unused))!r}, but no parameter is left there")
-
-    def one(path: tuple, leaf: Any) -> Any:
-        names, shape = _names(path), jnp.shape(_unboxed(leaf))
-        tails = (known.get(names[k:]) for k in range(1, len(names)) if names[0] in ("params", "opt_state"))
-        spec = next((spec for found, spec, _ in filter(None, tails) if found == shape), None)
-        if spec is None:
-            spec = _annotated(leaf)
-        _check(spec, shape, mesh, ".".join(names))
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
-
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_box)
-
-
-class _Spread(NamedTuple):
-    """Where a batch goes: over some axes of a mesh, or nowhere (mesh None)."""
-
-    mesh: Mesh | None
-    axis: Axis
-    specs: Any = None
-
-    @property
-    def size(self) -> int:
-        """Over how many devices the examples are spread."""
-        if self.mesh is None:
-            return 1
-        names = (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
-        for name in names:
-            if name not in self.mesh.shape:
-                raise ValueError(f"the mesh has the axes {', '.join(map(repr, self.mesh.axis_names))}; found {name!r}")
-        return math.prod(self.mesh.shape[name] for name in names)
-
-    def fits(self, batch: Batch) -> bool:
-        """Whether the examples divide over the devices."""
-        return all(a.shape[0] % self.size == 0 for a in jax.tree.leaves(batch))
-
-    def __call__(self, batch: Batch, dim: int = 0) -> Batch:
-        """The batch with its axis `dim` over the devices; how the other axes lie is left open."""
-        if (mesh := self._here()) is None:
-            return batch
-
-        def one(a: jax.Array) -> jax.Array:
-            _divides(a.shape[dim], self.size, self.axis, "micro-batch" if dim else "batch")
-            spec = [self.axis if i == dim else PartitionSpec.UNCONSTRAINED for i in range(a.ndim)]
-            return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*spec)))
-
-        return jax.tree.map(one, batch)
-
-    def settle(self, state: State) -> State:
-        """The state where `place` put it."""
-        mesh = self._here()
-        return state if mesh is None else lax.with_sharding_constraint(state, shardings(state, mesh, self.specs))
-
-    def _here(self) -> Any:
-        """The mesh as constraints want it: as the surroundings see it, if they set one."""
-        here = jax.sharding.get_abstract_mesh()
-        return self.mesh if self.mesh is None or here.empty else here
-
-    def automatic(self, run: Callable, out: Callable[[Any], Any]) -> Callable:
-        """The function `run(state, ...)` with Explicit axes made Auto inside; `out(state)` are the specs of its results.
-
-        So that any model runs on any mesh: types refuse what is ambiguous, such as a product summed over a sharded axis.
-        """
-        self.size  # noqa: B018  (refuses an axis that the mesh lacks before anything is traced)
-        mesh = self.mesh
-        if mesh is None or AxisType.Explicit not in mesh.axis_types:
-            return run
-
-        @functools.wraps(run)
-        def outside(state: Any, *args: Any) -> Any:
-            here = jax.sharding.get_abstract_mesh()
-            if not here.empty and AxisType.Explicit not in here.axis_types:  # an epoch has done it for its steps
-                return run(state, *args)
-            layout = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out(state), is_leaf=_is_spec)
-            return jax.sharding.auto_axes(run, out_sharding=layout)(state, *args)
-
-        return outside
-
-
-def _as_it_came(state: Any) -> Any:
-    """Specs of the results of a step: the state lies as before, metrics are replicated."""
-    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, state), PartitionSpec()
-
-
-def _divides(length: int, devices: int, axis: Axis, what: str = "batch") -> None:
-    if length % devices:
-        raise ValueError(
-            f"a {what} of {length} examples does not divide over the {devices} devices of mesh axis {axis!r}"
-        )
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
-
-
-def _is_box(x: Any) -> bool:
-    """Whether Flax's metadata surround the array: a linen box or an nnx variable."""
-    return isinstance(x, nn.meta.AxisMetadata | nnx.Variable)
-
-
-def _unboxed(x: Any) -> Any:
-    return x.unbox() if isinstance(x, nn.meta.AxisMetadata) else x.get_value() if isinstance(x, nnx.Variable) else x
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    """Paths and leaves; boxes and specs are leaves."""
-    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: _is_box(x) or _is_spec(x))
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-
-
-def _annotated(leaf: Any) -> PartitionSpec:
-    """The spec that Flax's metadata give, in names of the mesh; replicated without."""
-    if isinstance(leaf, nnx.Variable):
-        return nnx.spmd.get_var_pspec(leaf) or PartitionSpec()
-    if isinstance(leaf, nn.LogicallyPartitioned):
-        return nn.spmd.logical_to_mesh_axes(leaf.names) or PartitionSpec()
-    return leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else PartitionSpec()
-
-
-def _check(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str) -> None:
-    """Raises ValueError where an array cannot lie as its spec says."""
-    if len(spec) > len(shape):
-        raise ValueError(f"{name} of shape {shape} has fewer axes than {spec}")
-    for i, entry in enumerate(spec):
-        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        for one in names:
-            if one not in mesh.shape:
-                raise ValueError(f"{name} is to lie along {one!r}; the mesh has the axes "
-                                 f"{', '.join(map(repr, mesh.axis_names))}")  # fmt: skip
-        devices = math.prod(mesh.shape[one] for one in names)
-        if shape[i] % devices:
-            raise ValueError(f"{name} of shape {shape} does not divide: axis {i} of length {shape[i]} over the "
-                             f"{devices} devices of mesh axis {entry!r}")  # fmt: skip
-
-
-def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: str, spread: "_Spread") -> Step:
+def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: str, spread: "Spread") -> Step:
     """The step that linen and nnx share; `run` is one forward pass, `absorb` merges the statistics of several."""
 
     def objective(params: Any, stats: Any, batch: Batch, key: Any):
@@ -602,7 +462,7 @@ def _make_step(run: Any, absorb: Any, tx: Any, micro_batches: int, statistics: s
         stats = after if statistics == "update" else _keep(state.stats, after)
         return spread.settle(State(state.step + 1, params, stats, opt_state)), metrics
 
-    return spread.automatic(step, _as_it_came)
+    return spread.automatic(step, as_it_came)
 
 
 def _choose(statistics: str) -> None:
@@ -630,13 +490,17 @@ def _view(model: Any, train: bool, average: bool) -> Any:
     return nnx.view(model, raise_if_not_found=False, **flags)
 
 
-def _freeze(next_method: Any, args: tuple, kwargs: dict, context: Any) -> Any:
-    """Makes every layer that can normalize with stored statistics do so, whatever the model asks of it."""
-    module = context.module
-    if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
-        return next_method(*args, **kwargs)
-    if module.use_running_average is not None:
-        object.__setattr__(module, "use_running_average", True)  # the layer is bound afresh at every apply
-        return next_method(*args, **kwargs)
-    kwargs.pop("use_running_average", None)
-    return next_method(*args[:1], use_running_average=True, **kwargs)
+def _forced(average: bool) -> Any:
+    """Makes every layer that can normalize with stored statistics do so, or not, whatever the model asks of it."""
+
+    def intercept(next_method: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
+            return next_method(*args, **kwargs)
+        if module.use_running_average is not None:
+            object.__setattr__(module, "use_running_average", average)  # the layer is bound afresh at every apply
+            return next_method(*args, **kwargs)
+        kwargs.pop("use_running_average", None)
+        return next_method(*args[:1], use_running_average=average, **kwargs)
+
+    return intercept

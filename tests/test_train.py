@@ -501,3 +501,79 @@ def test_what_does_not_lie_on_the_devices_is_refused_by_name_and_number():
         "Dense_9": ({"kernel": P("model")}, "specs name 'Dense_9.kernel', but no parameter is left there"),
     }.items():  # fmt: skip
         refused(message[1], train.place, state, mesh, {specs: message[0]})
+
+
+# Recalibration: the running statistics of the parameters as they are.
+
+
+class Two(nn.Module):
+    """Two normalized layers with dropout between them; the flag at the call or at construction."""
+
+    unbiased: bool = False
+    second: str = "batch"
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nl.Norm("batch", "n c", unbiased=self.unbiased, averaging="debiased", stats_names=("model",))(x, not train)
+        x = nn.Dropout(0.5, deterministic=not train)(nn.tanh(x))
+        return nn.Dense(1)(nl.Norm(self.second, "n c", use_running_average=not train)(x))
+
+
+@pytest.mark.parametrize("second", ["batch", "l1_batch"])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_recalibrated_statistics_are_those_of_the_data_set(second, unbiased):
+    model, _, state = start(Two(unbiased, second))
+    order = jnp.arange(24, dtype=jnp.int32).reshape(4, 6)
+    after = jax.jit(train.linen_recalibrate(model, loss))(state, data(), order)
+    stored = after.stats["batch_stats"]
+    x = np.asarray(data()["x"], np.float64)
+    first = {name: box.unbox() for name, box in stored["Norm_0"].items()}
+    assert stored["Norm_0"]["mean"].names == ("model",)
+    np.testing.assert_allclose(first["mean"], x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(first["var"], x.var(0, ddof=unbiased), rtol=1e-5)
+    assert first["mean_count"].tolist() == [4] * 3
+    # The second layer sees each batch normalized by its own statistics, and no dropout.
+    batches = x.reshape(4, 6, 3)
+    h = np.tanh((batches - batches.mean(1, keepdims=True)) / np.sqrt(batches.var(1, keepdims=True) + 1e-5))
+    np.testing.assert_allclose(stored["Norm_1"]["mean"], h.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    spread = np.abs(h - h.mean(1, keepdims=True)).mean((0, 1)) if second == "l1_batch" else h.var((0, 1))
+    np.testing.assert_allclose(stored["Norm_1"]["var"], spread, rtol=1e-4)
+    close(after.params, state.params)
+    assert after.step == state.step
+
+
+def test_nnx_models_and_meshes_recalibrate_alike():
+    model, _, state = start(Net(l1=0.0))
+    structure, other = twin(state)
+    order = jnp.asarray(np.random.default_rng(0).permutation(24).reshape(3, 8), jnp.int32)
+    one = train.linen_recalibrate(model, loss)(state, data(), order).stats["batch_stats"]["Norm_0"]
+    before = jax.tree.map(jnp.copy, other.stats)
+    two = train.nnx_recalibrate(structure, loss)(other, data(), order).stats["norm"]
+    for name in ("mean", "var"):
+        close(one[name], two[name][...])
+    close(before, other.stats)  # the caller's variables are as they were
+    mesh = jax.make_mesh((4,), ("data",))
+    spread = train.linen_recalibrate(model, loss, mesh=mesh)
+    close(
+        one, jax.jit(spread)(train.place(state, mesh), train.place(data(), mesh), order).stats["batch_stats"]["Norm_0"]
+    )
+
+
+def test_a_layer_that_leaves_nothing_is_named():
+    class Foreign(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.BatchNorm()(x, use_running_average=not train)
+
+    with jax.numpy_rank_promotion("allow"):
+        model, _, state = start(Foreign())
+        with pytest.raises(ValueError, match="layer 'BatchNorm_0' stores mean, var but saw no batch: it is not one of"):
+            train.linen_recalibrate(model, loss)(state, data(), jnp.arange(24).reshape(4, 6))
+
+
+def test_micro_batches_merge_statistics_that_carry_names_and_counts():
+    model, tx, state = start(Two(unbiased=True))
+    whole, _ = jax.jit(train.linen_step(model, loss, tx))(state, data(), jax.random.key(1))
+    parts, _ = jax.jit(train.linen_step(model, loss, tx, micro_batches=3))(state, data(), jax.random.key(1))
+    close(parts.stats["batch_stats"]["Norm_0"], whole.stats["batch_stats"]["Norm_0"])
+    assert parts.stats["batch_stats"]["Norm_0"]["var_count"].unbox().tolist() == [1] * 3

@@ -1,0 +1,83 @@
+"""Batch renormalization: a training batch is normalized with what is stored, as far as limits allow (Ioffe 2017).
+
+With the batch's own statistics, y = (x - mean) / sigma. With r = sigma / sigma_stored and d = (mean - mean_stored) /
+sigma_stored, r * y + d is y as inference would give it. Both are taken as constants and kept within limits, which a
+schedule widens.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.running import Running, as_stats, stores
+from normjax.theory import Normalizer, Stats
+
+
+def corrections(
+    stats: Stats, running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...],
+    limits: tuple[ArrayLike, ArrayLike] = (3.0, 5.0), eps: ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The corrections r and d of batch renormalization: r * y + d is y as the stored statistics would give it.
+
+    Args:
+      stats: those that normalized a batch of arrays of this shape.
+      running: the stored ones, from before the batch.
+      normalizer: a row that stores both moments.
+      layout: name of each axis.
+      shape: of the batch.
+      limits: r_max and d_max, numbers or arrays: r lies within [1 / r_max, r_max], d within [-d_max, d_max]. (1, 0) is
+        batch norm.
+      eps: as for `normalize`.
+
+    Returns:
+      r and d, which broadcast against the batch; no gradient flows into them. 1 and 0 where a field holds no weight.
+
+    Raises:
+      ValueError: the row does not store all its moments, or has a floor or keep_mean.
+
+    Source: Ioffe 2017, algorithm 1.
+
+    >>> from normjax import TABLE, normalize
+    >>> x = jnp.array([[2.0], [4.0]])
+    >>> n, stored = TABLE["batch"], Running(jnp.array([1.0]), jnp.array([4.0]))
+    >>> r, d = corrections(normalize(x, n).stats, stored, n, "n c", x.shape)
+    >>> (10 * (r * normalize(x, n).y + d)).round().tolist()                 # (x - 1) / 2
+    [[5.0], [15.0]]
+    """
+    n = normalizer
+    check(n)
+    stored = as_stats(running, n, layout, shape)
+    eps = n.eps if eps is None else eps
+
+    def inverse(var):
+        return moments.inverse_power(eps + n.gain * var, n.power)
+
+    (r_max, d_max), before, now = limits, inverse(stored.var), inverse(stats.var)
+    weighted = (jnp.asarray(stats.var_weight) > 0) & (now > 0)
+    r = jnp.where(weighted, jnp.clip(before / jnp.where(weighted, now, 1), jnp.divide(1, r_max), r_max), 1)
+    d = jnp.zeros((), r.dtype)
+    if n.mean is not None:
+        d = jnp.where(weighted, jnp.clip((stats.mean - stored.mean) * before, jnp.negative(d_max), d_max), 0)
+    return jax.lax.stop_gradient((r, d))
+
+
+def check(normalizer: Normalizer) -> None:
+    """Raises ValueError where batch renormalization has no meaning."""
+    n = normalizer
+    if stores(n) != (n.mean is not None, True) or n.floor is not None or n.keep_mean:
+        raise ValueError(f"batch renormalization needs a row that stores all its moments, a variance among them, and has "
+                         f"neither floor nor keep_mean; found {n}")  # fmt: skip
+
+
+def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """The paper's limits r_max and d_max at a training step: batch norm for 5000 steps, then 3 from 40,000, 5 from 25,000.
+
+    Source: Ioffe 2017, section 4.1.
+
+    >>> [float(limit) for limit in limits_at(15_000)]
+    [1.5714285373687744, 2.5]
+    """
+    step = jnp.asarray(step, np.float32)
+    return 1 + 2 * jnp.clip((step - 5_000) / 35_000, 0, 1), 5 * jnp.clip((step - 5_000) / 20_000, 0, 1)
