@@ -62,7 +62,7 @@ def apply(
             x = x.astype(jnp.promote_types(x.dtype, dtype))
     dtype = jnp.dtype(dtype or x.dtype)
     if renorm is not None:
-        check(normalizer)
+        check(normalizer, renorm)
     training = not use_running and any(stored is not None for stored in running)
     if training and renorm is not None:
         out = _renormalize(x, normalizer, layout, running, renorm, refuse, dtype, **given)
@@ -76,7 +76,7 @@ def apply(
     batch = observe(out.stats, normalizer, layout, x.shape)
     corrected = observe(unbias(out.stats, normalizer), normalizer, layout, x.shape) if unbiased else batch
     stored = update(running, corrected, momentum, averaging)
-    exact = mergeable(normalizer)
+    exact = mergeable(normalizer, layout)
     momentum = jnp.asarray(momentum, jnp.float32)
     seen = Seen(batch if exact else corrected, momentum, averaging, unbiased and exact, exact)
     return Applied(out.y, stored, seen, out.centered)
@@ -94,11 +94,24 @@ def _renormalize(
     return out._replace(y=affine(y, layout, scale, bias).astype(dtype))
 
 
-def mergeable(normalizer: Normalizer) -> bool:
-    """Whether the statistics of two batches give those of both: order 2, one field (or no mean), no blocks of examples."""
-    same = normalizer.mean in (None, normalizer.var) or normalizer.var is None
-    blocks = any(s.blocks for field in normalizer.fields for s in field.spans if s.axis == EXAMPLES)
-    return normalizer.order == 2 and same and not blocks
+def mergeable(normalizer: Normalizer, layout: str) -> bool:
+    """Whether the statistics of two batches give those of both, by `running.merge`.
+
+    A moment around a mean needs order 2 and A = B; no windows, since elements of one window have different means; and no
+    examples that stand beside each other with statistics of their own (blocks of n, or n unnamed beside `@n`).
+
+    >>> from normjax import TABLE
+    >>> mergeable(TABLE["batch"], "n ... c"), mergeable(TABLE["ghost"], "n ... c")
+    (True, False)
+    """
+    a, b = normalizer.mean, normalizer.var
+    if b is None:
+        return True
+    if a is None or normalizer.order != 2:
+        return normalizer.order == 2
+    assert isinstance(b, Field)
+    named = EXAMPLES not in layout.split() or any(span.axis == EXAMPLES for span in b.spans)
+    return a == b and named and not any(span.window or (span.blocks and span.axis == EXAMPLES) for span in b.spans)
 
 
 def layer_penalty(centered: jax.Array, alpha: float, normalizer: Normalizer, mask: Any, axis_name: Any) -> jax.Array:

@@ -41,11 +41,11 @@ class Norm(nn.Module):
       use_running_average: whether to normalize with the stored statistics; here or at the call.
       momentum: weight of the old value in the running average.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `running.py`.
-      unbiased: whether the unbiased variance is stored, as PyTorch does.
+      unbiased: whether the unbiased variance is stored, as PyTorch does; none is where the weights sum to 1 or less.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
       renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; here or at the call, where they
         may be arrays. None is plain.
-      stats_names: names of the stored axes for sharding, as in `nn.with_partitioning`; None attaches no metadata.
+      stats_names: names of the axes of every stored statistic, as in `nn.with_partitioning`; None attaches no metadata.
       use_scale: whether a factor is learned, `[c]`.
       use_bias: whether an addend is learned, `[c]`.
       learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
@@ -145,11 +145,14 @@ def _apply_norm(
     if module.learn_sigma:
         start = n.eps**0.5 if sigma_init is None else sigma_init
         eps = jnp.square(module.param("sigma", initializers.constant(start), (), module.param_dtype))
+    found = slots(whole, module.layout, x.shape, averaging)
+    use_running = bool(found) and nn.merge_param("use_running_average", default, average)
+    counting = starting or (storing.get("update_running", True) and not use_running)
     stored = {
         name: _stored(module, name, slot, stats_names)
-        for name, slot in slots(whole, module.layout, x.shape, averaging).items()
+        for name, slot in found.items()
+        if counting or not name.endswith("_count")
     }
-    use_running = bool(stored) and nn.merge_param("use_running_average", default, average)
     out = layer.apply(
         x, n, module.layout, Running(**{name: variable.value for name, variable in stored.items()}), refuse=not starting,
         use_running=use_running, averaging=averaging, renorm=None if starting else renorm, dtype=module.dtype,
@@ -253,9 +256,8 @@ class BatchNorm(nn.Module):
         starting = self.is_initializing()
         n = reading.normalizer.local() if starting else reading.normalizer
         sizes = tuple(wide.shape[axis] for axis in features)
-        store_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = _stored(self, "mean", Slot(0, sizes, store_dtype), self.stats_names)
-        var = _stored(self, "var", Slot(1, sizes, store_dtype), self.stats_names)
+        mean = _stored(self, "mean", Slot(0, sizes, jnp.float32), self.stats_names)
+        var = _stored(self, "var", Slot(1, sizes, jnp.float32), self.stats_names)
         scale, bias = _parameters(self, features, wide.shape)
         out = layer.apply(
             wide, n, reading.layout, Running(mean.value, var.value), use_running=average, momentum=self.momentum,
@@ -397,28 +399,19 @@ class InstanceNorm(nn.Module):
             axis_name=self.axis_name, groups=self.axis_index_groups), mask)  # fmt: skip
 
 
-class BatchRenorm(nn.Module):
+class BatchRenorm(Norm):
     """Batch renormalization: in training, y is what the stored statistics would give, within limits; row "batch" of TABLE.
 
     The paper trains with limits (1, 0), which is batch norm, for 5000 steps, and widens them to (3, 5); a schedule passes
     them at the call: `layer(x, renorm=normjax.renorm.limits_at(step))`.
 
     Attributes:
-      use_running_average: see `Norm`.
+      normalizer: "batch", or another row that stores all its moments.
       r_max: limit of the ratio of the batch's spread to the stored one.
       d_max: limit of the shift, in units of the stored spread.
-      momentum: weight of the old value in the running average.
       epsilon: added to the variance. [units of x squared]
-      normalizer: another row that stores both moments.
-      layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
-      l1: weight of the L1 penalty, see `Norm`.
-      l1_axis_name: see `Norm`.
+
+    All others are those of `Norm`.
 
     Source: Ioffe 2017, algorithm 1.
 
@@ -429,40 +422,15 @@ class BatchRenorm(nn.Module):
     [[5.0], [15.0]]
     """
 
-    use_running_average: bool | None = None
+    normalizer: Normalizer | str = "batch"
     r_max: float = 3.0
     d_max: float = 5.0
-    momentum: float = 0.99
     epsilon: float = 1e-5
-    normalizer: Normalizer | str = "batch"
-    layout: str = "n ... c"
-    use_scale: bool = True
-    use_bias: bool = True
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    scale_init: Initializer = initializers.ones
-    bias_init: Initializer = initializers.zeros
-    l1: float = 0.0
-    l1_axis_name: str | Sequence[str] | None = None
-    learn_sigma = False
 
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        renorm: Any = None,
-        mask=None,
-        scale=None,
-        bias=None,
-    ) -> jax.Array:
-        """Normalizes x; arguments as for `Norm`."""
-        n = dataclasses.replace(row(self.normalizer), eps=self.epsilon)
-        return _apply_norm(
-            self, n, x, mask=mask, scale=scale, bias=bias, average=use_running_average, default=self.use_running_average,
-            momentum=self.momentum, renorm=(self.r_max, self.d_max) if renorm is None else renorm,
-        )  # fmt: skip
+    def __post_init__(self):
+        self.normalizer = dataclasses.replace(row(self.normalizer), eps=self.epsilon)
+        self.renorm = (self.r_max, self.d_max)
+        super().__post_init__()
 
 
 class DivisiveNorm(nn.Module):

@@ -221,7 +221,14 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, nn.meta.AxisMetadata | nnx.Variable)
 
 
+def bare(tree: Any) -> Any:
+    """The tree with its arrays out of Flax's boxes, as they are: `nn.unbox` would also constrain where they lie."""
+    return jax.tree.map(_unboxed, tree, is_leaf=_is_box)
+
+
 def _unboxed(x: Any) -> Any:
+    if isinstance(x, nn.Partitioned):
+        return x.value
     return x.unbox() if isinstance(x, nn.meta.AxisMetadata) else x.get_value() if isinstance(x, nnx.Variable) else x
 
 

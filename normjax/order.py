@@ -34,8 +34,8 @@ def largest(a: jax.Array, plan: Plan) -> jax.Array:
     if pooled.bound.spans:
         most = lax.stop_gradient(_pooled_maximum(lax.stop_gradient(a), pooled))
         winner = (a >= most * (1 - 4 * jnp.finfo(a.dtype).eps)).astype(a.dtype)
-        mean = moments.total(a * winner, pooled) / jnp.maximum(moments.total(winner, pooled), 1)
-        a = most + (mean - lax.stop_gradient(mean))
+        mean = moments.total(a * (winner / jnp.maximum(moments.total(winner, pooled), 1)), pooled)
+        a = most + jnp.where(jnp.isfinite(mean), mean - lax.stop_gradient(mean), 0)
     for axis, span in windows.bound.by("window"):
         a = _window_maximum(a, axis, span, plan)
     return a

@@ -35,7 +35,8 @@ def corrections(
       r and d, which broadcast against the batch; no gradient flows into them. 1 and 0 where a field holds no weight.
 
     Raises:
-      ValueError: the row does not store all its moments, or has a floor or keep_mean.
+      ValueError: the row does not store all its moments, or has a floor or keep_mean; limits below (1, 0).
+      TypeError: complex data.
 
     Source: Ioffe 2017, algorithm 1.
 
@@ -47,25 +48,34 @@ def corrections(
     [[5.0], [15.0]]
     """
     n = normalizer
-    check(n)
-    stored = as_stats(running, n, layout, shape)
-    eps = n.eps if eps is None else eps
+    check(n, limits)
+    if jnp.iscomplexobj(stats.mean) or jnp.iscomplexobj(running.mean):
+        raise TypeError("batch renormalization keeps a shift within limits, which complex numbers have not")
+    work = stats.var.dtype
+    stored = Stats(*(None if s is None else s.astype(work) for s in as_stats(running, n, layout, shape)[:2]))
+    eps, r_max, d_max = (jnp.asarray(value).astype(work) for value in (n.eps if eps is None else eps, *limits))
 
     def inverse(var):
         return moments.inverse_power(eps + n.gain * var, n.power)
 
-    (r_max, d_max), before, now = limits, inverse(stored.var), inverse(stats.var)
+    before, now = inverse(stored.var), inverse(stats.var)  # 0 for a spread of 0
     weighted = (jnp.asarray(stats.var_weight) > 0) & (now > 0)
-    r = jnp.where(weighted, jnp.clip(before / jnp.where(weighted, now, 1), jnp.divide(1, r_max), r_max), 1)
-    d = jnp.zeros((), r.dtype)
+    r = jnp.where(before > 0, before / jnp.where(weighted, now, 1), jnp.inf)
+    r = jnp.where(weighted, jnp.clip(r, 1 / r_max, r_max), 1)
+    d = jnp.zeros((), work)
     if n.mean is not None:
-        d = jnp.where(weighted, jnp.clip((stats.mean - stored.mean) * before, jnp.negative(d_max), d_max), 0)
+        d = jnp.where(weighted, jnp.clip((stats.mean - stored.mean) * before, -d_max, d_max), 0)
     return jax.lax.stop_gradient((r, d))
 
 
-def check(normalizer: Normalizer) -> None:
+def check(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
     """Raises ValueError where batch renormalization has no meaning."""
     n = normalizer
+    if not isinstance(limits, tuple | list) or len(limits) != 2:
+        raise ValueError(f"renorm is a pair of limits (r_max, d_max); found {limits!r}")
+    for name, limit, least in zip(("r_max", "d_max"), limits, (1, 0), strict=True):
+        if isinstance(limit, int | float) and not limit >= least:
+            raise ValueError(f"{name} is at least {least}; found {limit!r}")
     if stores(n) != (n.mean is not None, True) or n.floor is not None or n.keep_mean:
         raise ValueError(f"batch renormalization needs a row that stores all its moments, a variance among them, and has "
                          f"neither floor nor keep_mean; found {n}")  # fmt: skip

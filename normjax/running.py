@@ -220,7 +220,7 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
             keep = (1 - _share(count + 1, momentum, averaging)).astype(new.dtype)
         old = old.astype(np.result_type(moments.wide(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32))
         mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
-        seen = jnp.isfinite(new) & (True if weight is None else weight > 0)
+        seen = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
         mixed = jax.lax.stop_gradient(jnp.where(_beside(seen, old), _beside(mixed, old), old))
         return mixed, None if count is None else count + _beside(seen, old).astype(count.dtype)
 
@@ -256,15 +256,16 @@ def unbias(stats: Stats, normalizer: Normalizer) -> Stats:
     becomes 0, so that nothing is stored.
 
     Raises:
-      ValueError: the row's moment is not a variance (order 2, A = B).
+      ValueError: the row's moment is not a variance (order 2, A = B, no windows).
 
     >>> from normjax import TABLE
     >>> stats = Stats(jnp.zeros(1), jnp.array([1.5]), jnp.array([3.0]), jnp.array([3.0]))
     >>> unbias(stats, TABLE["batch"]).var
     Array([2.25], dtype=float32)
     """
-    if normalizer.order != 2 or normalizer.mean is None or normalizer.mean != normalizer.var:
-        raise ValueError(f"unbiased=True needs a variance: order 2 and A = B; found {normalizer}")
+    windows = any(span.window for field in normalizer.fields for span in field.spans)
+    if normalizer.order != 2 or normalizer.mean is None or normalizer.mean != normalizer.var or windows:
+        raise ValueError(f"unbiased=True needs a variance: order 2 and A = B, without windows; found {normalizer}")
     return unbiased(stats)
 
 

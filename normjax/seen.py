@@ -63,7 +63,7 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
             return jnp.mean(after, 0).astype(after.dtype)
         return after[-1]
     left = seen.get("batch") if isinstance(seen, Mapping) else None
-    if left is not None and len(left) == 1:
+    if isinstance(left, tuple) and len(left) == 1:  # a layer may be called "batch" too
         mine = {name: value for name, value in before.items() if name in Running._fields}
         new = absorb(Running(**mine), left[0])._asdict()
         return {k: new[k] if k in mine else merge_trees(before[k], after[k], {}) for k in before}
@@ -72,14 +72,18 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
 
 
 def absorb(running: Running, seen: Seen) -> Running:
-    """The stored statistics after one update with what a layer saw of several batches, stacked along a first axis."""
-    return update(running, _together(seen.stats, seen), seen.momentum[0], seen.averaging)
+    """The stored statistics after one update with what a layer saw of several batches, stacked along a first axis.
 
+    Layers side by side (`vmap`, `scan`) have their own axes after that one.
+    """
 
-def _together(stats: Stats, seen: Seen) -> Stats:
-    """The statistics of stacked batches as one, to be stored."""
-    merged = merge_stacked(stats, seen.mergeable)
-    return unbiased(merged) if seen.unbiased else merged
+    def one(running: Running, seen: Seen) -> Running:
+        merged = merge_stacked(seen.stats, seen.mergeable)
+        return update(running, unbiased(merged) if seen.unbiased else merged, seen.momentum[0], seen.averaging)
+
+    for _ in range(seen.momentum.ndim - 1):
+        one = jax.vmap(one, in_axes=(0, 1))
+    return one(running, seen)
 
 
 def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
@@ -92,7 +96,7 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
       path: of `before`, for errors.
 
     Returns:
-      A tree like `before`; counts are the number of batches. Elements without weight keep what was stored.
+      A tree like `before`; counts are those of the batches. Elements without weight keep what was stored.
 
     Raises:
       ValueError: a layer with running statistics left nothing.
@@ -107,19 +111,17 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
     seen = seen if isinstance(seen, Mapping) else {}
     stored = {k: v for k, v in before.items() if k in Running._fields and not isinstance(v, Mapping)}
     new: dict[str, Any] = {}
-    if stored and not seen.get("batch"):
-        raise ValueError(f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's, or it "
-                         "was not called")  # fmt: skip
     if stored:
-        calls = seen["batch"]
-        stats = Stats(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *(tuple(call.stats) for call in calls)))
-        merged = merge_stacked(stats, calls[0].mergeable)
-        found = update(
-            Running(stored.get("mean"), stored.get("var")), unbiased(merged) if calls[0].unbiased else merged, 0.0
-        )
-        counts = {k: jnp.full_like(v, len(calls[0].momentum)) for k, v in stored.items() if k.endswith("_count")}
-        new = {**{k: v for k, v in found._asdict().items() if k in stored}, **counts}
-    return {
-        k: new[k] if k in new else recalibrated(v, seen.get(k, {}), f"{path}.{k}" if path else k)
-        for k, v in before.items()
-    }
+        calls = seen.get("batch")
+        if not isinstance(calls, tuple):
+            raise ValueError(f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's, or "
+                             "it was not called")  # fmt: skip
+        whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *calls)
+        whole = dataclasses.replace(whole, momentum=jnp.zeros_like(whole.momentum), averaging="exponential")
+        new = absorb(Running(stored.get("mean"), stored.get("var")), whole)._asdict()
+        for name in ("mean", "var"):
+            if (old := stored.get(f"{name}_count")) is not None:
+                batches = jnp.sum(getattr(whole.stats, f"{name}_weight") > 0, 0)
+                new[f"{name}_count"] = jnp.where(batches > 0, batches, old).astype(old.dtype)
+    below = {k: (v, seen.get(k, {}), f"{path}.{k}" if path else k) for k, v in before.items() if k not in stored}
+    return {k: new[k] if k in stored else recalibrated(*below[k]) for k in before}

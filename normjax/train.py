@@ -47,7 +47,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from normjax.mesh import Axis, Batch, Spread, as_it_came, place, shard, shardings
+from normjax.mesh import Axis, Batch, Spread, as_it_came, bare, place, shard, shardings
 from normjax.penalty import total_penalty
 from normjax.seen import merge_trees, recalibrated
 
@@ -137,7 +137,8 @@ def linen_step(
       micro_batches: the batch is split into so many equal parts, whose gradients and metrics are averaged: part k of p
         takes the examples k, k + p, k + 2 p, ..., so that every device has its share of it. Each part is normalized by
         itself; what is stored are the statistics of all parts together, merged exactly where the row
-        allows it (order 2, A = B or None), else averaged.
+        allows it (order 2, A = B or None, no windows), else averaged. Layers that are lifted (`nn.scan`,
+        `nn.vmap`) merge if the collection `moments` is lifted with them.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `total_penalty`.
@@ -170,7 +171,7 @@ def linen_step(
     def absorb(before: Any, after: Any, moments: Any) -> Any:
         if "batch_stats" not in before:
             return after
-        old, new = (nn.meta.unbox(stats["batch_stats"]) for stats in (before, after))
+        old, new = (bare(stats["batch_stats"]) for stats in (before, after))
         merged = merge_trees(old, new, moments)
         return {**after, "batch_stats": nn.meta.replace_boxed(before["batch_stats"], merged)}
 
@@ -320,7 +321,7 @@ def linen_recalibrate(
 
     An average over the steps of training mixes the statistics of many earlier parameters. This one evaluates the model
     (`train` is False: no dropout) on every batch, except that each layer normalizes with the batch's own statistics, and
-    stores those of all batches together: exact where the row merges (order 2, A = B or None), else their mean.
+    stores those of all batches together: exact where the row merges (order 2, A = B or None, no windows), else their mean.
 
     Args:
       model: a linen module.
@@ -349,7 +350,7 @@ def linen_recalibrate(
 
     def absorb(stats: Any, seen: Any) -> Any:
         stored = stats.get("batch_stats", {})
-        pure = recalibrated(nn.meta.unbox(stored), seen)
+        pure = recalibrated(bare(stored), seen)
         return {**stats, "batch_stats": nn.meta.replace_boxed(stored, pure)} if stored else stats
 
     return _make_recalibrate(run, absorb, Spread(mesh, axis))

@@ -190,12 +190,20 @@ CASES = {
     ),
     "unbiased without a variance": (
         lambda: nx.Norm("l1_batch", 64, unbiased=True, rngs=nx.nnx.Rngs(0))(DENSE),
-        f"unbiased=True needs a variance: order 2 and A = B; found {TABLE['l1_batch']}",
+        f"unbiased=True needs a variance: order 2 and A = B, without windows; found {TABLE['l1_batch']}",
     ),
     "renormalization without stored statistics": (
         lambda: nx.Norm("token", 64, renorm=(3.0, 5.0), rngs=nx.nnx.Rngs(0))(DENSE),
         "batch renormalization needs a row that stores all its moments, a variance among them, and has neither floor nor "
         "keep_mean; found Normalizer('c', 'c')",
+    ),
+    "limits that bind everything": (
+        lambda: nx.BatchRenorm(64, r_max=0.5, rngs=nx.nnx.Rngs(0))(DENSE),
+        "r_max is at least 1; found 0.5",
+    ),
+    "one limit": (
+        lambda: nx.Norm("batch", 64, renorm=cast(Any, 3.0), rngs=nx.nnx.Rngs(0))(DENSE),
+        "renorm is a pair of limits (r_max, d_max); found 3.0",
     ),
     "groups of Flax's layer": (
         lambda: nl.GroupNorm(7).init(jax.random.key(0), DENSE),

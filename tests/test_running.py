@@ -12,7 +12,7 @@ from normjax import TABLE, Normalizer, normalize
 from normjax import linen as nl
 from normjax import nnx as nn
 from normjax.penalty import l1_penalty, total_penalty
-from normjax.renorm import limits_at
+from normjax.renorm import corrections, limits_at
 from normjax.running import Running, as_stats, initial, merge, observe, slots, stores, unbias, update
 from normjax.theory import Stats
 from tests.rows import ROWS, example
@@ -213,7 +213,7 @@ def test_batch_renorm_equals_the_algorithm_in_linen_and_nnx(limits):
 
 
 def test_limits_at_the_call_replace_those_of_the_layer_and_may_be_traced():
-    x, layer = jnp.asarray(batches()[0]), nl.BatchRenorm(False)
+    x, layer = jnp.asarray(batches()[0]), nl.BatchRenorm(use_running_average=False)
     variables = layer.init(jax.random.key(0), x)
 
     @jax.jit
@@ -228,7 +228,7 @@ def test_batch_renorm_sends_no_gradient_through_its_corrections_and_masks_to_the
     x, mask = jnp.asarray(batches()[0]), np.random.default_rng(1).uniform(size=(8, 4)) > 0.4
     mask[:, 3] = False
     stored = {"mean": jnp.ones(4), "var": jnp.full(4, 4.0)}
-    layer = nl.BatchRenorm(False, use_scale=False)
+    layer = nl.BatchRenorm(use_running_average=False, use_scale=False)
     poisoned = jnp.where(mask, x, jnp.nan)
 
     def value(x):
@@ -302,3 +302,31 @@ def test_stored_statistics_carry_sharding_names():
             specs = jax.tree.leaves(nnx.get_partition_spec(nnx.state(twin, nnx.BatchStat)))
             assert specs == [jax.sharding.PartitionSpec("model")] * 2
             assert cast(Any, twin.mean[...].sharding).spec == specs[0]
+
+
+def test_inference_needs_no_counts():
+    x = jnp.asarray(batches()[0])
+    layer: Any = nl.Norm("batch", "n c", averaging="debiased", use_scale=False, use_bias=False)
+    plain = {"batch_stats": {"mean": jnp.ones(4), "var": jnp.full(4, 4.0)}}  # a checkpoint of Flax
+    np.testing.assert_allclose(layer.apply(plain, x, True), (x - 1) / np.sqrt(4 + 1e-5), rtol=1e-5, atol=1e-6)
+
+
+def test_a_value_that_float32_cannot_hold_is_not_stored():
+    with jax.enable_x64(True):
+        batch = Stats(jnp.array([1.0]), jnp.array([1e50]), jnp.array([2.0]), jnp.array([2.0]))
+        after = update(Running(jnp.zeros(1, jnp.float32), jnp.ones(1, jnp.float32)), batch, 0.5)
+    assert (after.mean.item(), after.var.item()) == (0.5, 1.0)
+
+
+def test_batch_renorm_takes_any_dtypes_and_a_stored_spread_of_zero():
+    n = Normalizer("n", "n", eps=0.0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(batches()[0], jnp.float64)
+        stored = Running(jnp.zeros(4, jnp.float32), jnp.array([0.0, 1.0, 4.0, 9.0], jnp.float32))
+        limits = (jnp.asarray(3.0, jnp.bfloat16), 5.0)
+        r, d = corrections(normalize(x, n, "n c").stats, stored, n, "n c", x.shape, limits)
+        assert r.dtype == d.dtype == jnp.float64
+        want = np.clip(np.std(x, 0)[1:] / np.array([1.0, 2.0, 3.0]), 1 / 3, 3)
+        np.testing.assert_allclose(r[0], [3.0, *want], rtol=1e-6)  # against nothing, everything is large
+    with pytest.raises(TypeError, match="which complex numbers have not"):
+        nn.BatchRenorm(4, rngs=nnx.Rngs(0))(jnp.ones((8, 4), jnp.complex64))

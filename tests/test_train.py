@@ -4,6 +4,7 @@ devices with one."""
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from normjax import Normalizer, train
+from normjax import Normalizer, normalize, train
 from normjax import linen as nl
 from normjax import nnx as nx
 
@@ -577,3 +578,81 @@ def test_micro_batches_merge_statistics_that_carry_names_and_counts():
     parts, _ = jax.jit(train.linen_step(model, loss, tx, micro_batches=3))(state, data(), jax.random.key(1))
     close(parts.stats["batch_stats"]["Norm_0"], whole.stats["batch_stats"]["Norm_0"])
     assert parts.stats["batch_stats"]["Norm_0"]["var_count"].unbox().tolist() == [1] * 3
+
+
+def square(call, batch, train):
+    return jnp.mean((call(batch["x"]) - 1) ** 2), {}
+
+
+class Named(nn.Module):
+    """A layer whose name is that under which layers leave what they saw."""
+
+    normalizer: Any = "batch"
+
+    def setup(self):
+        self.batch = nl.Norm(self.normalizer, use_running_average=False)
+
+    def __call__(self, x):
+        return self.batch(x)
+
+
+class SideBySide(nn.Module):
+    """Three layers under one vmap, what they saw with them."""
+
+    @nn.compact
+    def __call__(self, x):
+        axes: Any = {"params": 0, "batch_stats": 0, "moments": 0}
+        each = nn.vmap(nl.Norm, variable_axes=axes, split_rngs={"params": True}, axis_size=3)
+        return each("batch", use_running_average=False)(jnp.stack([x, 2 * x, x + 3]))
+
+
+class NNXSideBySide(nnx.Module):
+    def __init__(self):
+        self.batch = nnx.vmap(lambda k: nx.Norm("batch", 3, rngs=nnx.Rngs(0)))(jnp.arange(3))
+
+    def __call__(self, x):
+        return nnx.vmap(lambda layer, x: layer(x))(self.batch, jnp.stack([x, 2 * x, x + 3]))
+
+
+@pytest.mark.parametrize("model", [Named(), SideBySide(), NNXSideBySide], ids=lambda m: getattr(m, "__name__", str(m)))
+def test_micro_batches_merge_whatever_layers_are_called_and_however_they_are_lifted(model):
+    batch, tx, seen = {"x": data()["x"]}, optax.sgd(0.1), []
+    for parts in (1, 3):
+        if isinstance(model, nn.Module):
+            step = train.linen_step(model, square, tx, micro_batches=parts)
+            state = train.linen_init(model, tx, jax.random.key(0), batch["x"])
+        else:
+            structure, state = train.nnx_init(model(), tx)
+            step = train.nnx_step(structure, square, tx, micro_batches=parts)
+        stats = jax.jit(step)(state, batch)[0].stats
+        seen.append(stats if isinstance(model, nn.Module) else nnx.to_pure_dict(stats))
+    close(*seen)
+
+
+def test_windows_beside_examples_are_averaged_over_micro_batches():
+    x = jnp.asarray(np.random.default_rng(0).normal(np.arange(5.0), 1, (8, 5)).astype(np.float32)[..., None])
+    model, tx = Named(Normalizer("n ...:3", "n ...:3")), optax.sgd(0.1)
+    state = train.linen_init(model, tx, jax.random.key(0), x)
+    after, _ = jax.jit(train.linen_step(model, square, tx, micro_batches=2))(state, {"x": x})
+    parts = [normalize(x[k::2], model.normalizer).stats.var[0] for k in range(2)]
+    close(after.stats["batch_stats"]["batch"]["var"], 0.99 + 0.01 * (parts[0] + parts[1]) / 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_statistics_with_names_of_the_mesh_train_inside_it(kind):
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nl.Norm("batch", use_running_average=False, stats_names=("model",))(x)
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32))
+    model, tx = Boxed(), optax.sgd(0.1)
+    state = train.linen_init(model, tx, jax.random.key(0), x)
+    want, _ = jax.jit(train.linen_step(model, square, tx))(state, {"x": x})
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        placed = train.place(state, mesh)
+        assert placed.stats["batch_stats"]["Norm_0"]["mean"].value.sharding.spec == P("model")
+        step = jax.jit(train.linen_step(model, square, tx, micro_batches=2, mesh=mesh))
+        got, _ = step(placed, train.shard({"x": x}, mesh))
+    close(got.stats, want.stats)
