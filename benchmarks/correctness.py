@@ -549,6 +549,29 @@ def micro_batches():
     return LACKS, error(run, {"batch_stats": {"mean": 0.1 * mean, "var": 0.9 + 0.1 * var}})
 
 
+@case("running statistics recalibrated over a data set, and none of dropout in them", 1e-5)
+def recalibrated():
+    x = random(16, 3) * np.linspace(1, 3, 16, dtype=np.float32)[:, None]
+    mean, var = (m[0] for m in moments(x, 0))
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            x = linen.Dropout(0.5, deterministic=not train)(x)
+            return normjax.linen.BatchNorm()(x, use_running_average=not train)
+
+    def loss(call, batch, train):
+        return jnp.mean(call(batch, train)), {}
+
+    def run():
+        model = Model()
+        state = normjax.train.linen_init(model, optax.sgd(0.1), jax.random.key(0), x, False)
+        recalibrate = jax.jit(normjax.train.linen_recalibrate(model, loss))
+        return recalibrate(state, x, np.arange(16).reshape(4, 4)).stats["batch_stats"]["BatchNorm_0"]
+
+    return LACKS, error(run, {"mean": mean, "var": var})
+
+
 @case("ghost batch norm whose parts do not depend on the number of devices", 1e-5)
 def ghost():
     x = random(16, 6, 3)
