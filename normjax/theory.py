@@ -227,8 +227,8 @@ def normalize(
     (two passes), so it cannot be negative or cancel. Where the denominator is zero (eps = 0 and v = 0), y and its gradient
     are zero. Masked elements are selected away before any arithmetic, so a NaN there reaches nothing.
 
-    Arrays that are sharded over devices under `jit` are normalized as wholes. Inside `shard_map`, `pmap` and `vmap` an array
-    is one shard or one example, and a field reaches beyond it only along the axes that it maps: `"@data n ..."`, `"h:5@rows"`.
+    Arrays that are sharded over devices under `jit` are normalized as wholes. Inside `shard_map`, `pmap` and `vmap` an
+    array is one shard or one example; a field reaches beyond it along the axes that it maps: `"@data n ..."`, `"h:5@rows"`.
 
     Args:
       x: array of a real or complex floating dtype, axes as named by `layout`. [units u]
