@@ -222,7 +222,11 @@ def _is_box(x: Any) -> bool:
 
 
 def bare(tree: Any) -> Any:
-    """The tree with its arrays out of Flax's boxes, as they are: `nn.unbox` would also constrain where they lie."""
+    """The tree with its arrays out of Flax's boxes, as they are: `nn.unbox` would also constrain where they lie.
+
+    >>> bare({"mean": nn.Partitioned(jnp.ones(2), names=("model",))})
+    {'mean': Array([1., 1.], dtype=float32)}
+    """
     return jax.tree.map(_unboxed, tree, is_leaf=_is_box)
 
 

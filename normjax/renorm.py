@@ -29,10 +29,11 @@ def corrections(
       shape: of the batch.
       limits: r_max and d_max, numbers or arrays: r lies within [1 / r_max, r_max], d within [-d_max, d_max]. (1, 0) is
         batch norm.
-      eps: as for `normalize`.
+      eps: as for `normalize`. [units of x ** order]
 
     Returns:
-      r and d, which broadcast against the batch; no gradient flows into them. 1 and 0 where a field holds no weight.
+      r and d, float32 or wider, of the rank of the batch, which they broadcast against; no units where order * power = 1.
+      No gradient flows into them. 1 and 0 where a field holds no weight.
 
     Raises:
       ValueError: the row does not store all its moments, or has a floor or keep_mean; limits below (1, 0).
@@ -69,7 +70,14 @@ def corrections(
 
 
 def check(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
-    """Raises ValueError where batch renormalization has no meaning."""
+    """Raises ValueError where batch renormalization has no meaning.
+
+    >>> from normjax import TABLE
+    >>> check(TABLE["batch"], (0.5, 5.0))
+    Traceback (most recent call last):
+    ...
+    ValueError: r_max is at least 1; found 0.5
+    """
     n = normalizer
     if not isinstance(limits, tuple | list) or len(limits) != 2:
         raise ValueError(f"renorm is a pair of limits (r_max, d_max); found {limits!r}")
@@ -83,6 +91,12 @@ def check(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
 
 def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """The paper's limits r_max and d_max at a training step: batch norm for 5000 steps, then 3 from 40,000, 5 from 25,000.
+
+    Args:
+      step: number of updates made, a number or an array.
+
+    Returns:
+      Two float32 arrays of the shape of `step`.
 
     Source: Ioffe 2017, section 4.1.
 

@@ -221,8 +221,8 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
         old = old.astype(np.result_type(moments.wide(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32))
         mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
         seen = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
-        mixed = jax.lax.stop_gradient(jnp.where(_beside(seen, old), _beside(mixed, old), old))
-        return mixed, None if count is None else count + _beside(seen, old).astype(count.dtype)
+        mixed = jax.lax.stop_gradient(jnp.where(_lying_as(seen, old), _lying_as(mixed, old), old))
+        return mixed, None if count is None else count + _lying_as(seen, old).astype(count.dtype)
 
     mean, mean_count = step(running.mean, batch.mean, batch.mean_weight, running.mean_count)
     var, var_count = step(running.var, batch.var, batch.var_weight, running.var_count)
@@ -240,7 +240,7 @@ def _share(t: jax.Array, momentum: ArrayLike, averaging: str) -> jax.Array:
     return jnp.where(decay < 0, jnp.expm1(decay) / jnp.expm1(jnp.where(decay < 0, decay, -1) * t), 1 / t)
 
 
-def _beside(new: jax.Array, old: jax.Array) -> jax.Array:
+def _lying_as(new: jax.Array, old: jax.Array) -> jax.Array:
     """The new value sharded as the stored one, which matters on meshes with explicit axes: a scan carries one type."""
     have, want = jax.typeof(new).sharding, jax.typeof(old).sharding
     if have.spec == want.spec:
@@ -270,7 +270,11 @@ def unbias(stats: Stats, normalizer: Normalizer) -> Stats:
 
 
 def unbiased(stats: Stats) -> Stats:
-    """`unbias` for statistics that are known to be of a variance."""
+    """`unbias` for statistics that are known to be of a variance.
+
+    >>> unbiased(Stats(None, jnp.array([1.0, 1.0]), None, jnp.array([2.0, 1.0])))[1::2]
+    (Array([2., 1.], dtype=float32), Array([2., 0.], dtype=float32))
+    """
     if stats.var is None:
         return stats
     w = jnp.asarray(stats.var_weight)

@@ -75,6 +75,10 @@ def absorb(running: Running, seen: Seen) -> Running:
     """The stored statistics after one update with what a layer saw of several batches, stacked along a first axis.
 
     Layers side by side (`vmap`, `scan`) have their own axes after that one.
+
+    >>> parts = Stats(jnp.array([1.0, 3.0]), None, jnp.array([2.0, 2.0]), None)
+    >>> absorb(Running(jnp.array(0.0)), Seen(parts, jnp.array([0.5, 0.5]))).mean
+    Array(1., dtype=float32)
     """
 
     def one(running: Running, seen: Seen) -> Running:

@@ -134,6 +134,17 @@ def test_html_report_needs_no_other_file(smoke):
     assert "<em>" not in html  # the stars of the rows' names are no Markdown
 
 
+def killed_and_resumed(undisturbed, folder, moment, n, *options):
+    """What each seed of a run that was killed and resumed left, beside what that of an undisturbed one left."""
+    arguments = ["--smoke", "--rows", "batch*"]
+    killed = command("-c", KILLER, moment, str(n), *arguments, *options, folder=folder)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = command("-m", "experiments.compare", *arguments, "--resume", folder=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    seeds = [Path("runs") / "compare-smoke" / "batch-star" / f"seed-{k}" for k in range(2)]
+    return [(contents(folder / seed), contents(undisturbed / seed)) for seed in seeds]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "n"),
@@ -146,37 +157,23 @@ def test_html_report_needs_no_other_file(smoke):
     ],
 )
 def test_killed_run_resumes_to_the_same_bits(smoke, tmp_path, moment, n):
-    undisturbed, _ = smoke
-    arguments = ["--smoke", "--rows", "batch*"]
-    killed = command("-c", KILLER, moment, str(n), *arguments, folder=tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = command("-m", "experiments.compare", *arguments, "--resume", folder=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    for k in range(2):
-        seed = Path("runs") / "compare-smoke" / "batch-star" / f"seed-{k}"
-        (lines, arrays), (expected_lines, expected_arrays) = contents(tmp_path / seed), contents(undisturbed / seed)
+    for (lines, arrays), (expected_lines, expected_arrays) in killed_and_resumed(smoke[0], tmp_path, moment, n):
         assert lines == expected_lines
         assert arrays == expected_arrays
 
 
 @pytest.mark.slow
 def test_run_on_many_devices_resumed_on_one_has_the_numbers_of_one(smoke, tmp_path):
-    undisturbed, _ = smoke
-    arguments = ["--smoke", "--rows", "batch*"]
-    killed = command("-c", KILLER, "steps", "3", *arguments, "--devices", "4", folder=tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = command("-m", "experiments.compare", *arguments, "--resume", folder=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    for k in range(2):
-        seed = Path("runs") / "compare-smoke" / "batch-star" / f"seed-{k}"
-        (lines, arrays), (expected_lines, expected_arrays) = contents(tmp_path / seed), contents(undisturbed / seed)
+    pairs = killed_and_resumed(smoke[0], tmp_path, "steps", 3, "--devices", "4")
+    for (lines, arrays), (expected_lines, expected_arrays) in pairs:
         for line, expected in zip(lines, expected_lines, strict=True):
             assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert lines[1:] != expected_lines[1:]  # or the devices were not used
         for name, expected in expected_arrays.items():
             values, wanted = (np.frombuffer(a, np.float32) for a in (arrays[name], expected))
             np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
-        assert json.loads((tmp_path / seed / "config.json").read_text())["environment"]["devices"] == 4
+    configs = [json.loads(path.read_text()) for path in tmp_path.rglob("seed-*/config.json")]
+    assert [config["environment"]["devices"] for config in configs] == [4, 4]
 
 
 # --- what is refused ------------------------------------------------------------------------------
