@@ -1,24 +1,33 @@
 """The derivative rule of the equation, for the rows that gain by it: whole axes and blocks, order 2, no mask.
 
-The tangent of y is the equation's own. For dx -> dy, with q = eps + gain m and d = q ** power:
+The tangent of y is the equation's own. For dx -> dy, with q = eps + gain m, d = q ** power and r = 1 / d:
 
-    dv = dx - E_A[dx]        dm = 2 E_B[v dv]        dq = gain dm + deps        dy = dv / d - power y dq / q
+    dv = dx - E_A[dx]        dm = 2 E_B[v dv]        dq = gain dm + deps        dy = scale r (dv - power v dq / q) + ...
 
 It is a `jax.custom_jvp`, so that every transformation works (JAX transposes it for reverse mode, and differentiates it
 again for second derivatives), and it is checkpointed, so that what JAX keeps for the backward pass is x and the small
 statistics, where plain differentiation keeps several arrays of the size of x. Rows with windows keep plain
 differentiation, which is faster there.
 
-`fresh` is a matter of one compiler. XLA:CPU writes out every array of the size of x that two reductions share, such as
-x - mean. If each term uses its own copy of the small statistics, the reductions share nothing but x itself.
+Two forms of the same tangent, by what is small. Where statistics, scale and bias all vary along few elements (batch,
+group and instance norm), dy = alpha dx + gamma v + beta with small alpha, beta and gamma; transposed, these ask
+for two sums over x, of g and of g v, from which the gradients of x, scale and bias follow alike. Where the scale varies
+along the axes that are averaged (layer norm), the products with it are of the size of x.
+
+`fresh` is a matter of one compiler. XLA:CPU computes a reduction and what follows from it in one pass over x, held in cache,
+but writes out every array of the size of x that two such passes share, such as x - mean. So y, the gradient of x and the
+gradient of the scale each take their own copy of the small statistics, and share nothing but x itself.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from normjax import moments
 from normjax.moments import inverse_power
@@ -43,57 +52,113 @@ def has_rule(recipe: Any, x: jax.Array, weights: Any) -> bool:
 
 
 def with_rule(plain: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Gives `plain(recipe, x, weights, eps, scale, bias) -> (y, v, mean, var)` the rule; weights are None."""
+    """Gives `plain(recipe, x, weights, eps, scale, bias, apart) -> (y, v, mean, var)` the rule; weights are None.
 
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-    def ruled(recipe, x, weights, eps, scale, bias):
-        return plain(recipe, x, weights, eps, scale, bias)
+    `apart` asks for a y that shares nothing big with the statistics.
+    """
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+    def ruled(recipe, apart, x, weights, eps, scale, bias):
+        return plain(recipe, x, weights, eps, scale, bias, apart=apart)
 
     @ruled.defjvp
-    def derive(recipe, primals, tangents):
-        x, _, eps, scale, _ = primals
+    def derive(recipe, apart, primals, tangents):
+        x, _, eps, scale, bias = primals
         dx, _, deps, dscale, dbias = tangents
-        out = ruled(recipe, *primals)
+        out = ruled(recipe, True, *primals)
         _, _, mean, var = out
-        keep_x = jax.checkpoint(functools.partial(_tangent, recipe), prevent_cse=False)
+        form = _pooled if _is_small(x, mean, var, scale, bias) else _rowwise
+        keep_x = jax.checkpoint(functools.partial(form, recipe), prevent_cse=False)
         return out, keep_x(x, mean, var, eps, scale, dx, deps, dscale, dbias)
 
     return ruled
 
 
-def _tangent(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
-    """Tangents of (y, v, mean, var), linear in dx, deps, dscale and dbias."""
-    n, a, b = recipe.normalizer, recipe.a, recipe.b
+def _is_small(x, *parts) -> bool:
+    """Whether these vary together along few elements of x."""
+    joint = np.broadcast_shapes(*(part.shape for part in parts if part is not None))
+    return 16 * math.prod(joint) <= x.size
 
-    def centred(copy):
-        return x.astype(var.dtype) if mean is None else x.astype(var.dtype) - fresh(mean, copy)
 
-    def divided(copy):  # what is divided by d: v, or x itself
-        return x.astype(var.dtype) if n.keep_mean else centred(copy)
-
-    def scaled(term, copy):
-        return term if scale is None else term * fresh(scale, copy)
-
-    dx = dx.astype(var.dtype)
-    dmean = None if a is None else moments.average(dx, a)[0]
-    if dmean is not None and a == b:
-        # E[v dv] without a chained reduction. E[v] is what rounding left of the mean: not small beside the v of a small
-        # field, or where the mean is large.
-        dm = 2 * (moments.average(centred(1) * dx, b)[0] - moments.average(centred(2), b)[0] * dmean)
-    else:
-        dm = 2 * moments.average(centred(1) * (dx if a is None else dx - dmean), b)[0]
+def _pooled(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
+    """Tangents of (y, v, mean, var), linear in dx, deps, dscale and dbias: dy = alpha dx + gamma v + beta."""
+    n = recipe.normalizer
+    x, dx = x.astype(var.dtype), dx.astype(var.dtype)
+    v = x if mean is None else x - fresh(mean, 1)
+    dmean, dv, dm = _moments_of(recipe, v, dx)
     q, dq = eps + n.gain * var, n.gain * dm + deps
-    r = inverse_power(q, n.power)
-    dy = scaled(dx * fresh(r, 1), 1)
-    if dmean is not None and not n.keep_mean:
-        dy = dy - scaled(dmean * fresh(r, 2), 2)
-    dy = dy - scaled(divided(3) * (n.power * fresh(r, 3) * inverse_power(q, 1.0) * dq), 3)
+    r = inverse_power(q, n.power, recipe.positive)
+    alpha = r if scale is None else r * scale
+    gamma = -n.power * alpha * inverse_power(q, 1.0, recipe.positive) * dq
+    beta = None if dmean is None or n.keep_mean else -alpha * dmean
+    spread = functools.partial(moments.spread, x=x)
+    if n.keep_mean:
+        dy = spread(alpha) * dx + spread(gamma) * x
+        if dscale is not None:
+            dy = dy + spread(r * dscale) * x
+    else:
+        if dscale is not None:
+            gamma = gamma + r * dscale
+        dy = spread(alpha) * dx + spread(gamma) * v
+    if dbias is not None:
+        beta = dbias if beta is None else beta + dbias
+    if beta is not None:
+        dy = dy + spread(beta)
+    return dy.astype(recipe.dtype), dv, dmean, dm
+
+
+def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
+    """The same tangents, where the products with scale are of the size of x.
+
+    The statistics lose the axes of length 1 here: reshapes would break the one pass of XLA:CPU.
+    """
+    n, a, b = recipe.normalizer, recipe.a, recipe.b
+    power = functools.partial(inverse_power, positive=recipe.positive)
+    whole = b.bound.whole
+    bare = 0 < len(whole) == len(b.bound.spans) and not b.bound.collectives and a in (None, b)
+    bare = bare and moments.along_one_shard(x, whole)
+    kept = tuple(i for i in range(x.ndim) if i not in whole)
+
+    def narrow(s):
+        return s.reshape([x.shape[i] for i in kept]) if bare else s
+
+    def wide(s):
+        return lax.broadcast_in_dim(s, x.shape, kept) if bare else s
+
+    def average(z, plan):
+        return jnp.sum(z, whole) / math.prod(x.shape[i] for i in whole) if bare else moments.average(z, plan)[0]
+
+    x, dx = x.astype(var.dtype), dx.astype(var.dtype)
+    v = x if mean is None else x - wide(fresh(narrow(mean), 1))
+    dmean = None if a is None else average(dx, a)
+    dv = dx if a is None else dx - wide(dmean)
+    dm = 2 * average(v * (dx if a == b else dv), b)
+    # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
+    m = average(v * v, b) if bare and jax.default_backend() == "cpu" else fresh(narrow(var), 1)
+    q, dq = eps + n.gain * m, n.gain * dm + deps
+    r = power(q, n.power)
+    dy = wide(r) * (dx if n.keep_mean else dv) - (x if n.keep_mean else v) * wide(n.power * r * power(q, 1.0) * dq)
+    if scale is not None:
+        dy = dy * fresh(scale, 1)
     if dscale is not None:
-        dy = dy + divided(4) * fresh(r, 4) * dscale
+        r = power(eps + n.gain * fresh(narrow(var), 2), n.power)
+        dy = dy + (x if mean is None or n.keep_mean else x - wide(fresh(narrow(mean), 2))) * wide(r) * dscale
     if dbias is not None:
         dy = dy + dbias
-    dv = dx if dmean is None else dx - dmean
+    restore = [1 if i in whole else size for i, size in enumerate(x.shape)]
+    dmean, dm = (s if s is None or not bare else s.reshape(restore) for s in (dmean, dm))
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype), dv, dmean, dm
+
+
+def _moments_of(recipe, v, dx):
+    """Tangents of the mean, of v and of the moment."""
+    a, b = recipe.a, recipe.b
+    if a is None:
+        return None, dx, 2 * moments.average(v * dx, b)[0]
+    dmean = moments.average(dx, a)[0]
+    dv = dx - dmean
+    # E_B[v dv] = E_B[v dx] if A = B: there E_B[v] = 0, but for the rounding of the mean, an error that y has as well.
+    return dmean, dv, 2 * moments.average(v * (dx if a == b else dv), b)[0]
 
 
 def fresh(v: jax.Array, copy: int) -> jax.Array:

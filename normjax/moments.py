@@ -21,6 +21,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax.field import Bound, Field, FieldError, Span, bind
+from normjax.window import slide
 
 BORDERS = ("truncate", "zero")
 WINDOWS = ("box", "gaussian")
@@ -250,7 +251,8 @@ def total(x: jax.Array, plan: Plan) -> jax.Array:
     """The sum of x over the field around each element; axes summed whole keep length 1."""
     bound = plan.bound
     if bound.whole:
-        x = jnp.sum(x, bound.whole, keepdims=True)
+        for axes in steps(bound.whole, x.shape):
+            x = apart(jnp.sum(x, axes, keepdims=True))
     for name, groups in bound.collectives:
         axis_size(name)
         x = lax.psum(x, name, axis_index_groups=groups and [list(g) for g in groups])
@@ -259,6 +261,34 @@ def total(x: jax.Array, plan: Plan) -> jax.Array:
     for axis, span in bound.by("window"):
         x = _window_total(x, axis, span, plan)
     return x
+
+
+def steps(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Which of the axes to sum first, and which then.
+
+    XLA:CPU sums axes between others on one thread if the last axis is short: the innermost of them goes first.
+    """
+    kept = [i for i in range(len(shape)) if i not in axes]
+    narrow = len(axes) > 1 and kept and kept[0] < min(axes) and kept[-1] > max(axes) and shape[kept[0]] > 1
+    if jax.default_backend() != "cpu" or not narrow or math.prod(shape[max(axes) + 1 :]) >= 256:
+        return [axes]
+    return [(max(axes),), tuple(sorted(axes)[:-1])]
+
+
+def spread(small: jax.Array, x: jax.Array) -> jax.Array:
+    """A small array broadcast against x, in the steps in which x is summed: the transpose is such a sum."""
+    small = small.reshape((1,) * (x.ndim - small.ndim) + small.shape)
+    long = tuple(axis for axis, (n, m) in enumerate(zip(small.shape, x.shape, strict=True)) if n == 1 < m)
+    if not along_one_shard(x, long):
+        return small
+    for axes in reversed(steps(long, x.shape)):
+        small = jnp.broadcast_to(apart(small), [x.shape[i] if i in axes else n for i, n in enumerate(small.shape)])
+    return small
+
+
+def apart(x: jax.Array) -> jax.Array:
+    """Keeps XLA:CPU from merging two steps into one."""
+    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def local_blocks(bound: Bound, axis: int, span: Span) -> int:
@@ -292,6 +322,11 @@ def by_blocks(reduce, x: jax.Array, axis: int, blocks: int) -> jax.Array:
     return partitioned(apply, x, (axis,))
 
 
+def along_one_shard(x: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether the type of x says of none of these axes that it is sharded."""
+    return all(jax.typeof(x).sharding.spec[axis] is None for axis in axes)
+
+
 def partitioned(
     f: Callable[[jax.Array], jax.Array], x: jax.Array, along: tuple[int, ...], reduced: tuple[int, ...] = ()
 ) -> jax.Array:
@@ -301,7 +336,7 @@ def partitioned(
     for the transpose of a window over one: the compiler partitions these, and the result is sharded as x is.
     """
     sharding = jax.typeof(x).sharding
-    if all(sharding.spec[axis] is None for axis in along):
+    if along_one_shard(x, along):
         return f(x)
     spec = [None if axis in reduced else name for axis, name in enumerate(sharding.spec)]
     out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
@@ -320,31 +355,8 @@ def _window_total(x: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:
         # A window is never wider than the axis on either side: what lies further is zero.
         left, right = min(before, length - 1), min(after, length - 1)
         taps = taps[before - left : len(taps) - (after - right)]
-    if plan.window == "gaussian":
-        parts = [functools.partial(_weighted_window, taps=taps, padding=(left, right))]
-    elif left and right and 3 * len(taps) > 2 * length:
-        # In two parts, up to the element and behind it: where the axis is sharded, the compiler would gather it for so
-        # wide a window; for the parts it asks the neighbours.
-        parts = [functools.partial(_box, width=left + 1, padding=(left, 0))]
-        parts += [functools.partial(_box, width=right, padding=(-1, right))]
-    else:
-        parts = [functools.partial(_box, width=len(taps), padding=(left, right))]
-    return functools.reduce(jnp.add, [partitioned(functools.partial(f, axis=axis), x, (axis,)) for f in parts])
-
-
-def _box(x: jax.Array, axis: int, width: int, padding: tuple[int, int]) -> jax.Array:
-    """The sum over each window of `width` elements."""
-    dims = [width if i == axis else 1 for i in range(x.ndim)]
-    pads = [padding if i == axis else (0, 0) for i in range(x.ndim)]
-    return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, dims, [1] * x.ndim, pads)
-
-
-def _weighted_window(x: jax.Array, axis: int, taps: np.ndarray, padding: tuple[int, int]) -> jax.Array:
-    """The sum of shifted copies of x, each times its tap."""
-    length = x.shape[axis] + sum(padding) - len(taps) + 1
-    x = jnp.pad(x, [padding if i == axis else (0, 0) for i in range(x.ndim)])
-    shifted = [x.dtype.type(tap) * lax.slice_in_dim(x, i, i + length, axis=axis) for i, tap in enumerate(taps)]
-    return functools.reduce(jnp.add, shifted)
+    weights = tuple(taps.tolist()) if plan.window == "gaussian" else len(taps)
+    return partitioned(functools.partial(slide, axis=axis, taps=weights, padding=(left, right)), x, (axis,))
 
 
 def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> jax.Array:
@@ -373,17 +385,17 @@ def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> j
     return jnp.concatenate(pieces, axis)
 
 
-def inverse_power(q: jax.Array, power: float) -> jax.Array:
-    """The power q ** -power, zero where q is zero; square roots where they do, since a general power is slow."""
-    positive = q > 0
-    q = jnp.where(positive | jnp.isnan(q), q, 1)
+def inverse_power(q: jax.Array, power: float, positive: bool = False) -> jax.Array:
+    """The power q ** -power, zero where q is zero; square roots where they do, since a general power is slow.
+
+    `positive` promises that q is positive: a select would break a chain that XLA:CPU computes in one pass.
+    """
+    if not positive:
+        found = (q > 0) | jnp.isnan(q)
+        return jnp.where(found, inverse_power(jnp.where(found, q, 1), power, True), 0)
     if power == 0.5:
-        r = lax.rsqrt(q)
-    elif power == 0.75:
+        return lax.rsqrt(q)
+    if power == 0.75:
         root = lax.rsqrt(q)
-        r = root * lax.sqrt(root)
-    elif power == 1:
-        r = 1 / q
-    else:
-        r = q**-power
-    return jnp.where(positive | jnp.isnan(q), r, 0)
+        return root * lax.sqrt(root)
+    return 1 / q if power == 1 else q**-power

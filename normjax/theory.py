@@ -293,13 +293,17 @@ def _refuse_single_element(normalizer: Normalizer, layout: str, shape: tuple[int
 
 @dataclass(frozen=True)
 class _Recipe:
-    """All that is static about one evaluation of the equation; `a`, `b`, `floor` are the bound fields."""
+    """All that is static about one evaluation of the equation; `a`, `b`, `floor` are the bound fields.
+
+    `positive` says that eps alone keeps the denominator from zero.
+    """
 
     normalizer: Normalizer
     a: Plan | None
     b: Plan | None
     floor: Plan | None
     dtype: Any
+    positive: bool
 
 
 def equation(
@@ -326,7 +330,9 @@ def equation(
     def plan(field: Any) -> Plan | None:
         return None if field is None else Plan(bind(field, layout, x.shape), n.border, n.window, n.lean)
 
-    recipe = _Recipe(n, plan(n.mean), plan(n.var), plan(n.floor), jnp.dtype(dtype or x.dtype))
+    recipe = _Recipe(
+        n, plan(n.mean), plan(n.var), plan(n.floor), jnp.dtype(dtype or x.dtype), eps is None and n.eps > 1e-30
+    )
     work = moments.wide(x.dtype)
     real = jnp.finfo(work).dtype
     weights = moments.weigh(mask, x.astype(work))
@@ -339,7 +345,7 @@ def equation(
     mean = None if mean is None or n.mean is None else _fit(mean, x, "mean", work)
     var = None if var is None or n.var is None else _fit(var, x, "var", real)
     if mean is None and var is None and derivative.has_rule(recipe, x, weights):
-        y, v, mean, var = _ruled(recipe, x, weights, eps, scale, bias)
+        y, v, mean, var = _ruled(recipe, False, x, weights, eps, scale, bias)
         given = (False, False)
     else:
         given = (mean is not None, var is not None)
@@ -349,8 +355,8 @@ def equation(
     return Normalized(y, v, Stats(mean, var, *counted))
 
 
-def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None):
-    """The equation as it stands; JAX differentiates it."""
+def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None, apart=False):
+    """The equation as it stands; JAX differentiates it. `apart` as in `derivative.py`."""
     n = recipe.normalizer
     x = moments.silence(x.astype(moments.wide(x.dtype)), weights)
     # Where y is x over d, an error of d counts |x| times: the variance then sheds what rounding left of the mean, E[v] ** 2.
@@ -365,7 +371,10 @@ def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None):
             var = _moment(v, n, recipe.b, weights)
             if exact:
                 var = jnp.maximum(var - _square(moments.average(v, recipe.b, weights)[0]), 0)
-        y = y * _reciprocal(eps + n.gain * var, recipe, weights, x.shape).astype(y.dtype)
+        q = eps + n.gain * (derivative.fresh(var, 3) if apart else var)
+        if apart and mean is not None and not n.keep_mean:
+            y = x - derivative.fresh(mean, 3)
+        y = y * _reciprocal(q, recipe, weights, x.shape).astype(y.dtype)
     return _affine(y, scale, bias).astype(recipe.dtype), v, mean, var
 
 
@@ -397,7 +406,7 @@ def _reciprocal(q, recipe: _Recipe, weights: Weights | None, shape: tuple[int, .
     """1 / d, for q = eps + gain * m; zero where d is zero."""
     n = recipe.normalizer
     if recipe.floor is None:
-        return inverse_power(q, n.power)
+        return inverse_power(q, n.power, recipe.positive)
     d = q * inverse_power(q, 1 - n.power) if n.power < 1 else jnp.where(q > 0, jnp.where(q > 0, q, 1) ** n.power, 0)
     named = {axis for axis, _ in recipe.floor.bound.spans}
     over = jnp.broadcast_to(d, [shape[i] if i in named else size for i, size in enumerate(d.shape)])

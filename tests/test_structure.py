@@ -23,13 +23,15 @@ from normjax import (
     running,
     theory,
     train,
+    window,
 )
 
 ROOT = Path(__file__).parents[1]
 # Each room, and the rooms of the package it may import.
 ROOMS = {
     "field": set(),
-    "moments": {"field"},
+    "window": set(),
+    "moments": {"field", "window"},
     "order": {"field", "moments"},
     "derivative": {"moments"},
     "theory": {"field", "moments", "order", "derivative"},
@@ -47,6 +49,7 @@ ROOMS = {
 }
 PUBLIC = (
     field,
+    window,
     moments,
     order,
     derivative,

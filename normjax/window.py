@@ -1,0 +1,121 @@
+"""The sum over a sliding window along one axis, as one linear operation with its own transpose.
+
+A sum of shifted copies is a fast way to a wide window, and JAX's transpose of it a slow one: it pads and adds every
+shift. But the transpose of a window sum is the window sum that leans the other way. So `slide` is a primitive that JAX
+differentiates, transposes and batches as a whole, and that is written out only when it is compiled, for the platform.
+
+Nothing here is a difference of running sums: that would cancel.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+DIRECT = 9  # widths up to this: `reduce_window` costs little more than a copy, and is the shortest to compile
+
+slide_p = Primitive("slide")
+
+
+def slide(x: jax.Array, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> jax.Array:
+    """The sum over each window along an axis, weighted by taps (a number: so many ones), with zeros past the edges.
+
+    Element i of the result is the sum of taps[t] * x[i - padding[0] + t]. Negative padding cuts.
+
+    >>> slide(jnp.arange(4.0), 0, 3, (1, 1)).tolist()
+    [1.0, 3.0, 6.0, 5.0]
+    >>> slide(jnp.arange(4.0), 0, (1.0, 0.5), (0, 0)).tolist()
+    [0.5, 2.0, 3.5]
+    """
+    return slide_p.bind(x, axis=axis, taps=taps, padding=padding)
+
+
+def _width(taps: int | tuple[float, ...]) -> int:
+    return taps if isinstance(taps, int) else len(taps)
+
+
+def _abstract(x: Any, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> Any:
+    length = x.shape[axis] + sum(padding) - _width(taps) + 1
+    return x.update(shape=(*x.shape[:axis], length, *x.shape[axis + 1 :]), weak_type=False)
+
+
+def _transpose(ct: Any, x: Any, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> list:
+    over = _width(taps) - 1
+    turned = taps if isinstance(taps, int) else taps[::-1]
+    return [slide(ct, axis, turned, (over - padding[0], over - padding[1]))]
+
+
+def _batch(args: Any, dims: Any, *, axis: int, **params: Any) -> tuple[jax.Array, int]:
+    (x,), (dim,) = args, dims
+    return slide_p.bind(x, axis=axis + (dim <= axis), **params), dim
+
+
+def reduced(x: jax.Array, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> jax.Array:
+    """The form that the compiler can partition where the axis is sharded: it asks the neighbours for what it needs."""
+    if not isinstance(taps, int):
+        return _shifted(_pad(x, axis, padding), axis, taps, 1)
+    before, after = padding
+    if 0 < before < taps - 1 and 0 < after and 3 * taps > 2 * x.shape[axis]:
+        # In two parts, up to the element and behind it: for so wide a window the compiler would gather the axis.
+        near = _direct(x, axis, before + 1, (before, after + before + 1 - taps))
+        return near + _direct(x, axis, taps - before - 1, (-1, after))
+    return _direct(x, axis, taps, padding)
+
+
+def _direct(x: jax.Array, axis: int, taps: int, padding: tuple[int, int]) -> jax.Array:
+    if taps == 1:  # XLA's simplifier forgets the padding of a window of one
+        return _pad(x, axis, padding)
+    dims, pads = [1] * x.ndim, [(0, 0)] * x.ndim
+    dims[axis], pads[axis] = taps, padding
+    return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, dims, [1] * x.ndim, pads)
+
+
+def in_two_steps(x: jax.Array, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> jax.Array:
+    """For one CPU: sums over m elements, and of every m-th of these; m + width / m additions instead of width."""
+    if not isinstance(taps, int):
+        return reduced(x, axis=axis, taps=taps, padding=padding)
+    if taps <= DIRECT:
+        return _direct(x, axis, taps, padding)
+    length = x.shape[axis] + sum(padding) - taps + 1
+    if padding[0] >= 0 <= padding[1] and taps >= x.shape[axis] + max(padding):  # every window sees all of the axis
+        whole = [length if i == axis else n for i, n in enumerate(x.shape)]
+        return jnp.broadcast_to(jnp.sum(x, axis, keepdims=True), whole)
+    m = min(DIRECT, round(taps**0.5))
+    many, rest = divmod(taps, m)
+    before, after = padding
+    near = lax.optimization_barrier(_direct(x, axis, m, (before, after - rest)))
+    y = _shifted(near, axis, (1.0,) * many, m)
+    if rest:
+        y = y + _direct(x, axis, rest, (before - m * many, after))
+    return y
+
+
+def _pad(x: jax.Array, axis: int, padding: tuple[int, int]) -> jax.Array:
+    return lax.pad(x, np.zeros((), x.dtype), [(*padding, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)])
+
+
+def _shifted(x: jax.Array, axis: int, taps: tuple[float, ...], step: int) -> jax.Array:
+    """The weighted sum of shifted copies: of every element, the next at a distance of `step`, and so on."""
+    length = x.shape[axis] - step * (len(taps) - 1)
+    parts = [lax.slice_in_dim(x, step * i, step * i + length, axis=axis) for i in range(len(taps))]
+    parts = [part if tap == 1 else x.dtype.type(tap) * part for part, tap in zip(parts, taps, strict=True)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _lower_on_cpu(context: Any, x: Any, **params: Any) -> Any:
+    """Two steps for a program of one device; where an axis may be sharded, the form that can be partitioned."""
+    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
+    return mlir.lower_fun(in_two_steps if alone else reduced, multiple_results=False)(context, x, **params)
+
+
+slide_p.def_impl(reduced)
+slide_p.def_abstract_eval(_abstract)
+ad.deflinear2(slide_p, _transpose)
+batching.primitive_batchers[slide_p] = _batch
+mlir.register_lowering(slide_p, mlir.lower_fun(reduced, multiple_results=False))
+mlir.register_lowering(slide_p, _lower_on_cpu, platform="cpu")
