@@ -1,4 +1,4 @@
-"""The derivative rule of the equation, for the rows that gain by it: whole axes and blocks, order 2, no mask.
+"""The derivative rule of the equation, for the rows that gain by it: order 2, no mask, and small statistics.
 
 The tangent of y is the equation's own. For dx -> dy, with q = eps + gain m, d = q ** power and r = 1 / d:
 
@@ -6,13 +6,14 @@ The tangent of y is the equation's own. For dx -> dy, with q = eps + gain m, d =
 
 It is a `jax.custom_jvp`, so that every transformation works (JAX transposes it for reverse mode, and differentiates it
 again for second derivatives), and it is checkpointed, so that what JAX keeps for the backward pass is x and the small
-statistics, where plain differentiation keeps several arrays of the size of x. Rows with windows keep plain
-differentiation, which is faster there.
+statistics, where plain differentiation keeps several arrays of the size of x. Windows of arrays that
+nothing pools keep plain differentiation, since there the statistics are as large as x.
 
-Two forms of the same tangent, by what is small. Where statistics, scale and bias all vary along few elements (batch,
+Three forms of the same tangent, by what is small. Where statistics, scale and bias all vary along few elements (batch,
 group and instance norm), dy = alpha dx + gamma v + beta with small alpha, beta and gamma; transposed, these ask
 for two sums over x, of g and of g v, from which the gradients of x, scale and bias follow alike. Where the scale varies
-along the axes that are averaged (layer norm), the products with it are of the size of x.
+along the axes that are averaged (layer norm), the products with it are of the size of x. Where windows follow the pooling
+(divisive norm), they slide over small maps.
 
 `fresh` is a matter of one compiler. XLA:CPU computes a reduction and what follows from it in one pass over x, held in cache,
 but writes out every array of the size of x that two such passes share, such as x - mean. So y, the gradient of x and the
@@ -43,12 +44,19 @@ def has_rule(recipe: Any, x: jax.Array, weights: Any) -> bool:
         recipe.normalizer.order == 2
         and recipe.b is not None
         and recipe.floor is None
-        and recipe.b.bound.pooled
-        and (recipe.a is None or recipe.a.bound.pooled)
+        and (all(p is None or p.bound.pooled for p in (recipe.a, recipe.b)) or _shrinks(recipe, x))
         and weights is None
         and not jnp.iscomplexobj(x)
         and mapped <= set(jax.sharding.get_abstract_mesh().manual_axes)
     )
+
+
+def _shrinks(recipe: Any, x: jax.Array) -> bool:
+    """Whether A = B has windows, but only after pooling has made the array small."""
+    a, b = recipe.a, recipe.b
+    few = math.prod(1 if axis in b.bound.whole else size for axis, size in enumerate(x.shape))
+    local = not any(span.mapped or span.blocks for _, span in b.bound.spans)
+    return a in (None, b) and local and 16 * few <= x.size
 
 
 def with_rule(plain: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -68,6 +76,7 @@ def with_rule(plain: Callable[..., tuple]) -> Callable[..., tuple]:
         out = ruled(recipe, True, *primals)
         _, _, mean, var = out
         form = _pooled if _is_small(x, mean, var, scale, bias) else _rowwise
+        form = form if recipe.b.bound.pooled else _windowed
         keep_x = jax.checkpoint(functools.partial(form, recipe), prevent_cse=False)
         return out, keep_x(x, mean, var, eps, scale, dx, deps, dscale, dbias)
 
@@ -148,6 +157,43 @@ def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     restore = [1 if i in whole else size for i, size in enumerate(x.shape)]
     dmean, dm = (s if s is None or not bare else s.reshape(restore) for s in (dmean, dm))
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype), dv, dmean, dm
+
+
+def _windowed(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
+    """The same tangents, where the array is pooled first and the windows are windows of small maps.
+
+    The windows stand between the sums over x and the gradient of x, so that each sum has its own copies.
+    """
+    n, b = recipe.normalizer, recipe.b
+    pool, slide = (functools.partial(moments.total, plan=plan) for plan in moments.split(b))
+    count = moments.counts(b, var.dtype).astype(var.dtype)
+    x, dx = x.astype(var.dtype), dx.astype(var.dtype)
+
+    def centred(copy):
+        return x if mean is None else x - fresh(mean, copy)
+
+    def divided(copy):
+        return x if n.keep_mean else centred(copy)
+
+    def scaled(term, copy):
+        return term if scale is None else term * fresh(scale, copy)
+
+    # Copy 3 is that of y. Each factor below is small, so that no copy of the cotangent is made for its sign.
+    seen = pool(centred(1) * dx)
+    dmean = None if recipe.a is None else slide(pool(dx)) / count
+    if dmean is not None:
+        seen = seen - dmean * pool(centred(2))
+    dm = 2 * slide(seen) / count
+    q, dq = eps + n.gain * var, n.gain * dm + deps
+    r = inverse_power(q, n.power, recipe.positive)
+    dy = scaled(dx, 1) * r + scaled(divided(4), 4) * (-n.power * r * inverse_power(q, 1.0, recipe.positive) * dq)
+    if dmean is not None and not n.keep_mean:
+        dy = dy + scaled(jnp.broadcast_to(-r * dmean, x.shape), 6)
+    if dscale is not None:
+        dy = dy + divided(5) * fresh(r, 5) * dscale
+    if dbias is not None:
+        dy = dy + dbias
+    return dy.astype(recipe.dtype), dx if dmean is None else dx - dmean, dmean, dm
 
 
 def _moments_of(recipe, v, dx):
