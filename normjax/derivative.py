@@ -94,7 +94,7 @@ def _pooled(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     n = recipe.normalizer
     x, dx = x.astype(var.dtype), dx.astype(var.dtype)
     v = x if mean is None else x - fresh(mean, 1)
-    dmean, dv, dm = _moments_of(recipe, v, dx)
+    dmean, dv, dm = _moments_of(recipe, v, dx, x if mean is None else x - fresh(mean, 5))
     q, dq = eps + n.gain * var, n.gain * dm + deps
     r = inverse_power(q, n.power, recipe.positive)
     alpha = r if scale is None else r * scale
@@ -134,19 +134,24 @@ def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     def wide(s):
         return lax.broadcast_in_dim(s, x.shape, kept) if bare else s
 
-    def average(z, plan):
-        return jnp.sum(z, whole) / math.prod(x.shape[i] for i in whole) if bare else moments.average(z, plan)[0]
+    def average(z):
+        return jnp.sum(z, whole) / math.prod(x.shape[i] for i in whole)
 
     x, dx = x.astype(var.dtype), dx.astype(var.dtype)
     v = x if mean is None else x - wide(fresh(narrow(mean), 1))
-    dmean = None if a is None else average(dx, a)
-    dv = dx if a is None else dx - wide(dmean)
-    dm = 2 * average(v * (dx if a == b else dv), b)
+    if bare:
+        v = v if a is None else v - wide(average(v))  # what rounding left of the mean; as below
+        dmean = None if a is None else average(dx)
+        dv, dm = dx if dmean is None else dx - wide(dmean), 2 * average(v * dx)
+    else:
+        dmean, dv, dm = _moments_of(recipe, v, dx, v)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
-    m = average(v * v, b) if bare and jax.default_backend() == "cpu" else fresh(narrow(var), 1)
+    m = average(v * v) if bare and jax.default_backend() == "cpu" else fresh(narrow(var), 1)
     q, dq = eps + n.gain * m, n.gain * dm + deps
     r = power(q, n.power)
-    dy = wide(r) * (dx if n.keep_mean else dv) - (x if n.keep_mean else v) * wide(n.power * r * power(q, 1.0) * dq)
+    dy = wide(r) * dx - (x if n.keep_mean else v) * wide(n.power * r * power(q, 1.0) * dq)
+    if dmean is not None and not n.keep_mean:
+        dy = dy - wide(r * dmean)
     if scale is not None:
         dy = dy * fresh(scale, 1)
     if dscale is not None:
@@ -196,15 +201,18 @@ def _windowed(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     return dy.astype(recipe.dtype), dx if dmean is None else dx - dmean, dmean, dm
 
 
-def _moments_of(recipe, v, dx):
-    """Tangents of the mean, of v and of the moment."""
+def _moments_of(recipe, v, dx, same):
+    """Tangents of the mean, of v and of the moment; `same` is another copy of v."""
     a, b = recipe.a, recipe.b
     if a is None:
         return None, dx, 2 * moments.average(v * dx, b)[0]
     dmean = moments.average(dx, a)[0]
     dv = dx - dmean
-    # E_B[v dv] = E_B[v dx] if A = B: there E_B[v] = 0, but for the rounding of the mean, an error that y has as well.
-    return dmean, dv, 2 * moments.average(v * (dx if a == b else dv), b)[0]
+    if a != b:
+        return dmean, dv, 2 * moments.average(v * dv, b)[0]
+    # E[v dv] without a chained reduction. E[v] is what rounding left of the mean: not small beside the v of a small field,
+    # or where the mean is large.
+    return dmean, dv, 2 * (moments.average(v * dx, b)[0] - moments.average(same, b)[0] * dmean)
 
 
 def fresh(v: jax.Array, copy: int) -> jax.Array:
