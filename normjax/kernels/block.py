@@ -1,0 +1,132 @@
+"""The arithmetic of a block of rows, in plain JAX: each row is normalized over its length, and its gradient taken.
+
+The kernels run these functions on the blocks that they load; on a whole array `[rows, length]` they are the plain twin.
+With v = x - mean, q = eps + gain E[v ** 2] and r = q ** -power, the output is y = scale v r + bias. For a cotangent g
+of y, and h = g scale:
+
+    dq = -power (r / q) sum(h v)        k = 2 (gain dq + gvar) / length        dx = u - E[u] + gmean / length, u = h r + k v
+
+E[u] and gmean only where rows are centred. E[v] is in there: it is what rounding left of the mean.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from normjax.moments import inverse_power
+
+
+@dataclass(frozen=True)
+class How:
+    """All that is static about one call.
+
+    Attributes:
+      centre: whether the mean is subtracted.
+      gain: factor of the variance.
+      power: exponent of the denominator.
+      dtype: of y.
+      biased: whether there is a bias.
+      run: "pallas" (the kernel of the platform), "interpret" (the GPU's kernel, interpreted) or "interpret tpu".
+    """
+
+    centre: bool
+    gain: float
+    power: float
+    dtype: Any
+    biased: bool = False
+    run: str = "pallas"
+
+
+def forward(
+    how: How, x: jax.Array, eps: jax.Array, scale: jax.Array | None, bias: jax.Array | None, *,
+    length: int | None = None, valid: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
+    """Normalizes rows.
+
+    Args:
+      how: what is static.
+      x: the rows, `[rows, length]`, of a floating dtype of 32 bits or fewer.
+      eps: `[1, 1]` float32.
+      scale: `[1, length]` float32, or None.
+      bias: `[1, length]` float32, or None.
+      length: of a row, where x is wider.
+      valid: where x is wider, which columns belong to the row, `[1, width]`; x is 0 in the others.
+
+    Returns:
+      `(y, mean, var)`: y like x in `how.dtype`; mean (None where rows are not centred) and var `[rows, 1]` float32.
+
+    >>> how = How(centre=True, gain=1.0, power=0.5, dtype=jnp.float32)
+    >>> y, mean, var = forward(how, jnp.array([[1.0, 3.0]]), jnp.zeros((1, 1)), None, None)
+    >>> y.tolist(), mean.tolist(), var.tolist()
+    ([[-1.0, 1.0]], [[2.0]], [[1.0]])
+    """
+    length = length or x.shape[1]
+    x = x.astype(jnp.float32)
+    mean = _total(x) / length if how.centre else None
+    v = _deviations(x, mean, valid)
+    var = _total(v * v) / length
+    y = v * inverse_power(eps + how.gain * var, how.power)
+    y = y if scale is None else y * scale
+    y = y if bias is None else y + bias
+    return y.astype(how.dtype), mean, var
+
+
+def backward(
+    how: How, x: jax.Array, mean: jax.Array | None, var: jax.Array, eps: jax.Array, scale: jax.Array | None,
+    g: jax.Array, gmean: jax.Array | None, gvar: jax.Array | None, *,
+    length: int | None = None, valid: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:  # fmt: skip
+    """The gradient of `forward`.
+
+    Args:
+      how: as for `forward`.
+      x: as for `forward`.
+      mean: as `forward` gave it.
+      var: as `forward` gave it.
+      eps: as for `forward`.
+      scale: as for `forward`.
+      g: cotangent of y, like x, of a floating dtype; 0, like x, in columns that are not valid.
+      gmean: cotangent of the mean, `[rows, 1]` float32, or None for zero.
+      gvar: cotangent of var, `[rows, 1]` float32, or None for zero.
+      length: as for `forward`.
+      valid: as for `forward`.
+
+    Returns:
+      `(dx, deps, dscale, dbias)`: dx like x; deps `[1, 1]`, dscale and dbias `[1, length]`, float32, summed over the
+      rows; None for a scale or bias that is not there.
+
+    >>> how = How(centre=False, gain=1.0, power=0.5, dtype=jnp.float32)
+    >>> x, var, eps, g = jnp.array([[1.0, 7.0]]), jnp.array([[25.0]]), jnp.zeros((1, 1)), jnp.array([[5.0, 0.0]])
+    >>> dx, deps, _, _ = backward(how, x, None, var, eps, None, g, None, None)
+    >>> [round(float(d), 4) for d in dx[0]], round(float(deps[0, 0]), 4)        # RMS norm does not see the size of x
+    ([0.98, -0.14], -0.02)
+    """
+    length = length or x.shape[1]
+    v = _deviations(x.astype(jnp.float32), mean, valid)
+    g = g.astype(jnp.float32)
+    h = g if scale is None else g * scale
+    q = eps + how.gain * var
+    r = inverse_power(q, how.power)
+    dq = -how.power * r * inverse_power(q, 1.0) * _total(h * v)
+    dvar = how.gain * dq if gvar is None else how.gain * dq + gvar
+    k = (2 / length) * dvar
+    dx = h * r + v * k
+    if how.centre:
+        dx = dx - (_total(h) * r + _total(v) * k) / length
+    if gmean is not None:
+        dx = dx + gmean / length
+    dscale = None if scale is None else jnp.sum(g * (v * r), 0, keepdims=True)
+    dbias = jnp.sum(g, 0, keepdims=True) if how.biased else None
+    return dx.astype(x.dtype), jnp.sum(dq, 0, keepdims=True), dscale, dbias
+
+
+def _total(rows: jax.Array) -> jax.Array:
+    return jnp.sum(rows, 1, keepdims=True)
+
+
+def _deviations(x: jax.Array, mean: jax.Array | None, valid: jax.Array | None) -> jax.Array:
+    if mean is None:
+        return x
+    return x - mean if valid is None else jnp.where(valid, x - mean, 0)

@@ -1,0 +1,214 @@
+"""The kernels: `block.py` on blocks of rows, in Pallas, for GPUs (Triton) and TPUs (Mosaic).
+
+A program takes whole rows. Forward it reads x once and writes y and the statistics; backward it reads x and g once, writes
+dx once, and adds up what its rows give to the gradients of scale, bias and eps: one partial sum a program, which XLA adds.
+
+What differs between the two: Triton wants powers of two, so rows are widened and the tail is masked at each load and
+store, and a backward program goes through several blocks, one after the other, with its partial sums in registers.
+Mosaic pads and cuts by itself, and what it reads past the last row may be NaN. The sizes follow from how many bytes must
+be under way and what registers hold; they are not measured here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as mosaic
+from jax.experimental.pallas import triton
+
+from normjax.kernels import block
+from normjax.kernels.block import How
+
+PROGRAMS = 256  # backward, on a GPU: about two for each multiprocessor, and few partial sums
+SMALL, LARGE = (
+    1024,
+    4096,
+)  # elements of a GPU's block: forward, where programs are many, and backward, where they are few
+TPU_BLOCK = 131072  # elements of a TPU's block; backward holds about a dozen of them in fast memory
+_CUT = ("rows", "column")  # kinds of operand and result that are cut along the rows
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an array `[rows, length]` is cut: a program takes `steps` blocks, each `[height, width]`.
+
+    Attributes:
+      rows: of the array.
+      length: of the array.
+      height: rows of a block.
+      width: columns of a block, at least the length.
+      steps: blocks of a program, one after the other.
+      warps: of a Triton program; None for Mosaic.
+    """
+
+    rows: int
+    length: int
+    height: int
+    width: int
+    steps: int
+    warps: int | None
+
+    @property
+    def programs(self) -> int:
+        """Number of programs."""
+        return _quotient(self.rows, self.height * self.steps)
+
+
+def tiling(target: str, rows: int, length: int, backward: bool) -> Tiling:
+    """The cut for a "gpu" or a "tpu".
+
+    >>> tiling("gpu", 8192, 768, backward=True)
+    Tiling(rows=8192, length=768, height=4, width=1024, steps=8, warps=8)
+    >>> tiling("tpu", 8192, 768, backward=True)
+    Tiling(rows=8192, length=768, height=160, width=768, steps=1, warps=None)
+    """
+    if target == "tpu":
+        # The last two sizes of a block are multiples of 16 (for bfloat16) and 128, or those of the array.
+        height = 16 * max(1, TPU_BLOCK // (16 * 128 * _quotient(length, 128)))
+        return Tiling(rows, length, min(rows, height), length, 1, None)
+    width = _power_of_two(length)
+    share = _quotient(rows, PROGRAMS) if backward else rows
+    height = min(max(1, (LARGE if backward else SMALL) // width), _power_of_two(share))
+    steps = _quotient(share, height) if backward else 1
+    return Tiling(rows, length, height, width, steps, min(max(1, height * width // 512), 32))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _quotient(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def forward(target: str, interpret: bool, how: How, x: Any, eps: Any, scale: Any, bias: Any) -> tuple:
+    """`block.forward` as one kernel for a "gpu" or a "tpu"; shapes and dtypes as there.
+
+    >>> how = How(centre=True, gain=1.0, power=0.5, dtype=jnp.float32)
+    >>> forward("tpu", True, how, jnp.array([[1.0, 3.0]]), jnp.zeros((1, 1)), None, None)[0].tolist()
+    [[-1.0, 1.0]]
+    """
+    cut = tiling(target, *x.shape, backward=False)
+    operands = [("rows", x), ("number", eps), ("row", scale), ("row", bias)]
+    results = [("rows", how.dtype), ("column", jnp.float32 if how.centre else None), ("column", jnp.float32)]
+    return _call(target, interpret, "normalize_rows", cut, functools.partial(block.forward, how), operands, results)
+
+
+def backward(
+    target: str, interpret: bool, how: How,
+    x: Any, mean: Any, var: Any, eps: Any, scale: Any, g: Any, gmean: Any, gvar: Any,
+) -> tuple:  # fmt: skip
+    """`block.backward` as one kernel, and the sum of its partial sums."""
+    cut = tiling(target, *x.shape, backward=True)
+    operands = [("rows", x), ("column", mean), ("column", var), ("number", eps), ("row", scale), ("rows", g),
+                ("column", gmean), ("column", gvar)]  # fmt: skip
+    results = [("rows", x.dtype), ("number", jnp.float32), ("row", None if scale is None else jnp.float32),
+               ("row", jnp.float32 if how.biased else None)]  # fmt: skip
+    evaluate = functools.partial(block.backward, how)
+    dx, *partial = _call(target, interpret, "normalize_rows_gradient", cut, evaluate, operands, results)
+    return dx, *(None if p is None else jnp.sum(p, 0) for p in partial)
+
+
+def _call(
+    target: str, interpret: bool, name: str, cut: Tiling, evaluate: Callable[..., tuple],
+    operands: Sequence[tuple[str, jax.Array | None]], results: Sequence[tuple[str, Any]],
+) -> tuple:  # fmt: skip
+    """Runs `evaluate(*operands) -> results` over the array; an operand or a dtype that is None is not there.
+
+    The kinds: "rows" `[rows, length]` and "column" `[rows, 1]` are cut; "row" `[1, length]` and "number" `[1, 1]` are given
+    to each program whole, and as results they are partial sums, `[programs, 1, ...]`.
+    """
+    taken = [(kind, a) for kind, a in operands if a is not None]
+    made = [(kind, dtype) for kind, dtype in results if dtype is not None]
+    tall, ragged = cut.height * cut.steps, cut.rows % (cut.height * cut.steps) != 0
+
+    def kernel(*refs):
+        inputs, outputs = refs[: len(taken)], refs[len(taken) :]
+        inside = lax.broadcasted_iota(jnp.int32, (1, cut.width), 1) < cut.length if cut.width > cut.length else None
+        first = pl.program_id(0) * tall
+
+        def step(i: Any, sums: list) -> list:
+            rows = pl.ds(i * cut.height, cut.height) if cut.steps > 1 else slice(None)
+            index = first + i * cut.height + lax.broadcasted_iota(jnp.int32, (cut.height, 1), 0)
+            exists = index < cut.rows if ragged else None
+            places = {"rows": (rows, exists, inside), "column": (rows, exists, None),
+                      "row": (slice(None), None, inside), "number": (slice(None), None, None)}  # fmt: skip
+            loaded = iter([_load(target, ref, *places[kind]) for ref, (kind, _) in zip(inputs, taken, strict=True)])
+            given = [None if a is None else next(loaded) for _, a in operands]
+            found = [f for f in evaluate(*given, length=cut.length, valid=inside) if f is not None]
+            for ref, (kind, _), value in zip(outputs, made, found, strict=True):
+                if kind in _CUT:
+                    _store(target, ref, value, *places[kind])
+            parts = [value for (kind, _), value in zip(made, found, strict=True) if kind not in _CUT]
+            return [total + part for total, part in zip(sums, parts, strict=True)]
+
+        summed = [(ref, kind) for ref, (kind, _) in zip(outputs, made, strict=True) if kind not in _CUT]
+        sums = [jnp.zeros((1, _breadth(kind, cut.width)), jnp.float32) for _, kind in summed]
+        sums = lax.fori_loop(np.int32(0), np.int32(cut.steps), step, sums) if cut.steps > 1 else step(0, sums)
+        for (ref, kind), total in zip(summed, sums, strict=True):
+            _store(target, ref, total, slice(None), None, inside if kind == "row" else None)
+
+    def spec(kind: str, result: bool) -> pl.BlockSpec:
+        breadth = _breadth(kind, cut.width)
+        if kind in _CUT:
+            return pl.BlockSpec((tall, breadth), lambda i: (i, 0))
+        if result:
+            return pl.BlockSpec((None, 1, breadth), lambda i: (i, 0, 0))
+        return pl.BlockSpec((1, breadth), lambda _: (0, 0))
+
+    def like(x):  # what is computed from x varies, inside shard_map, over the same mapped axes as x
+        shapes = [(cut.rows,) if kind in _CUT else (cut.programs, 1) for kind, _ in made]
+        whole = [(*shape, _breadth(kind, cut.length)) for shape, (kind, _) in zip(shapes, made, strict=True)]
+        return [jnp.broadcast_to(x.reshape(-1)[0], s).astype(dtype) for s, (_, dtype) in zip(whole, made, strict=True)]
+
+    run = pl.pallas_call(
+        kernel,
+        out_shape=jax.eval_shape(like, operands[0][1]),
+        grid=(cut.programs,),
+        in_specs=[spec(kind, result=False) for kind, _ in taken],
+        out_specs=[spec(kind, result=True) for kind, _ in made],
+        compiler_params=(
+            triton.CompilerParams(num_warps=cut.warps)
+            if target == "gpu"
+            else mosaic.CompilerParams(dimension_semantics=("parallel",))
+        ),
+        interpret=interpret,
+        name=name,
+    )
+    out = iter(run(*(a for _, a in taken)))
+    return tuple(None if dtype is None else next(out) for _, dtype in results)
+
+
+def _breadth(kind: str, width: int) -> int:
+    return width if kind in ("rows", "row") else 1
+
+
+def _load(target: str, ref: Any, rows: Any, exists: jax.Array | None, inside: jax.Array | None) -> jax.Array:
+    """A block, with zeros where it reaches past the array."""
+    mask = _both(exists, inside)
+    if mask is None:
+        return ref[rows, :]
+    if target == "gpu":
+        return triton.load(ref.at[rows, :], mask=mask, other=0.0)
+    value = ref[rows, :]
+    return jnp.where(mask, value, jnp.zeros((), value.dtype))
+
+
+def _store(
+    target: str, ref: Any, value: jax.Array, rows: Any, exists: jax.Array | None, inside: jax.Array | None
+) -> None:
+    mask = _both(exists, inside)
+    if mask is None or target == "tpu":
+        ref[rows, :] = value
+    else:
+        triton.store(ref.at[rows, :], value, mask=mask)
+
+
+def _both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    return a if b is None else b if a is None else a & b

@@ -1,0 +1,523 @@
+"""The fused rows: interpreted on a CPU they are right, and they lower for GPUs and TPUs without one.
+
+The kernels are made to cut small arrays into several programs, several blocks each, with a ragged end.
+"""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from normjax import kernels
+from normjax.kernels import rows
+
+P = jax.sharding.PartitionSpec
+TARGETS = ("interpret", "interpret tpu")
+
+
+class Case(NamedTuple):
+    """A call of `kernels.normalize`."""
+
+    shape: tuple
+    axes: tuple
+    scale: tuple | None = None
+    bias: tuple | None = None
+    centre: bool = True
+    gain: float = 1.0
+    power: float = 0.5
+    dtype: type = jnp.float32
+
+    @property
+    def options(self):
+        return {"centre": self.centre, "gain": self.gain, "power": self.power}
+
+
+CASES = {
+    "token": Case((13, 22), (1,), (1, 22), (1, 22)),
+    "rms": Case((3, 6, 11), (2,), (1, 1, 11), centre=False),
+    "layer": Case((5, 3, 2, 5), (1, 2, 3), (1, 1, 1, 5), (1, 1, 1, 5)),
+    "channels_first": Case((4, 3, 5, 4), (2, 3)),
+    "one_row": Case((1, 130), (1,), (1, 130), None, gain=2.0, power=0.75),
+    "whole_array": Case((6, 7), (0, 1), (), (6, 7), power=1.0),
+    "power_of_two": Case((8, 16), (1,), None, (1, 16), power=0.3),
+    "one_column": Case((5, 1), (1,), (), None, centre=False),
+    "bfloat16": Case((19, 20), (1,), (1, 20), (1, 20), dtype=jnp.bfloat16),
+    "float16": Case((19, 20), (1,), None, (1, 20), dtype=jnp.float16),
+}
+QUICK = {
+    ("token", "interpret"),
+    ("layer", "interpret"),
+    ("one_row", "interpret"),
+    ("bfloat16", "interpret"),
+    ("rms", "interpret tpu"),
+}  # the other cases are slow
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(rows, "PROGRAMS", 2)
+    monkeypatch.setattr(rows, "SMALL", 64)
+    monkeypatch.setattr(rows, "LARGE", 64)
+    monkeypatch.setattr(rows, "TPU_BLOCK", 16 * 128)
+
+
+@pytest.fixture
+def _interpreted(monkeypatch):
+    monkeypatch.setattr(kernels, "_mode", "interpret")
+
+
+def operands(case, seed=0) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(0.7, 1.5, case.shape), case.dtype)
+    scale, bias = (
+        None if s is None else jnp.asarray(rng.normal(1, 1, s), jnp.float32) for s in (case.scale, case.bias)
+    )
+    small = tuple(1 if i in case.axes else n for i, n in enumerate(case.shape))
+    g = jnp.asarray(rng.normal(size=case.shape), case.dtype)
+    gmean, gvar = (jnp.asarray(rng.normal(size=small), jnp.float32) for _ in range(2))
+    return (x, jnp.float32(0.3), scale, bias), (g, gmean if case.centre else None, gvar)
+
+
+def in_float64(case, *given: Any) -> Any:
+    x, eps, scale, bias = given
+    mean = x.mean(case.axes, keepdims=True) if case.centre else None
+    v = x if mean is None else x - mean
+    var = (v * v).mean(case.axes, keepdims=True)
+    y = v / (eps + case.gain * var) ** case.power * (1 if scale is None else scale) + (0 if bias is None else bias)
+    return y, mean, var
+
+
+def wide(tree):
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+
+def slopes(f, x, step=1e-5):
+    """The gradient of f at x by central differences."""
+    out = np.zeros(x.shape)
+    for index in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[index], down[index] = up[index] + step, down[index] - step
+        out[index] = (f(up) - f(down)) / (2 * step)
+    return out
+
+
+def close(found, expected, tolerance):
+    """All of a tree, relative to the largest element of each leaf."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for f, e in zip(jax.tree.leaves(wide(found)), jax.tree.leaves(wide(expected)), strict=True):
+        np.testing.assert_allclose(f, e, rtol=0, atol=tolerance * max(np.abs(e).max(), 1e-3))
+
+
+def summed(case, evaluate=kernels.normalize, seed=0):
+    """A scalar of everything that comes out, as a function of everything that goes in."""
+    _, cotangents = operands(case, seed)
+
+    def f(x, eps, scale, bias):
+        out = evaluate(x, case.axes, eps, scale, bias, **case.options)
+        products = jax.tree.map(lambda o, c: jnp.sum(o.astype(jnp.float32) * c.astype(jnp.float32)), out, cotangents)
+        return sum(jax.tree.leaves(products))
+
+    return f
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        pytest.param(name, run, marks=() if (name, run) in QUICK else pytest.mark.slow)
+        for run in TARGETS
+        for name in CASES
+    ],
+)
+def test_output_statistics_and_all_gradients_are_those_of_float64(name, run, monkeypatch):
+    monkeypatch.setattr(kernels, "_mode", run)
+    case = CASES[name]
+    given, cotangents = operands(case)
+
+    @jax.jit
+    def both(given, cotangents):
+        evaluate = functools.partial(kernels.normalize, **case.options)
+        out, pull = jax.vjp(lambda x, eps, scale, bias: evaluate(x, case.axes, eps, scale, bias), *given)
+        return out, pull(cotangents)
+
+    out, gradients = both(given, cotangents)
+    exact = wide(given)
+    low = jnp.finfo(case.dtype).eps
+    close(out[0], in_float64(case, *exact)[0], 2e-6 if case.dtype == jnp.float32 else low)
+    close(out[1:], in_float64(case, *exact)[1:], 1e-6)
+    assert out[0].dtype == case.dtype
+    assert gradients[0].dtype == case.dtype
+
+    def scalar(i, value):
+        out = in_float64(case, *exact[:i], value, *exact[i + 1 :])
+        return sum(np.sum(o * c) for o, c in zip(out, wide(cotangents), strict=True) if o is not None)
+
+    expected = [None if p is None else slopes(functools.partial(scalar, i), p) for i, p in enumerate(exact)]
+    close(gradients[0], expected[0], 2e-5 if case.dtype == jnp.float32 else low)
+    close(gradients[1:], tuple(expected[1:]), 2e-5)
+
+
+def test_forward_mode_works_where_the_kernels_are_off():
+    x, t = jnp.arange(6.0).reshape(2, 3) ** 2, jnp.ones((2, 3)).at[0, 1].set(2.0)
+    _, tangent = jax.jvp(lambda x: kernels.normalize(x, (1,), 0.1)[0], (x,), (t,))
+    case = Case((2, 3), (1,))
+    up, down = (in_float64(case, *wide((x + step * t, 0.1)), None, None)[0] for step in (1e-2, -1e-2))
+    close(tangent, (up - down) / 2e-2, 1e-3)
+
+
+@pytest.mark.usefixtures("_interpreted")
+def test_variance_keeps_its_digits_at_a_mean_of_ten_thousand():
+    x = np.random.default_rng(0).normal(1e4, 1, (8, 1000)).astype(np.float32)
+    y, mean, var = kernels.normalize(x, (1,), 0.0)
+    assert mean is not None
+    v = x.astype(np.float64) - x.mean(1, keepdims=True, dtype=np.float64)
+    np.testing.assert_allclose(mean, x.mean(1, keepdims=True, dtype=np.float64), rtol=5e-7)
+    np.testing.assert_allclose(var, (v * v).mean(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(y, v / v.std(1, keepdims=True), atol=5e-3)
+
+
+@pytest.mark.usefixtures("_interpreted")
+def test_gradient_over_a_row_sums_to_zero_at_a_large_mean():
+    x = np.random.default_rng(0).normal(1e4, 0.01, (8, 1000)).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(kernels.normalize(x, (1,), 1e-5)[0] ** 3)))(x)
+    np.testing.assert_allclose(gradient.sum(1), 0, atol=1e-4 * float(jnp.abs(gradient).sum(1).max()))
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("power", [0.5, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.75, 1.0, 0.3))])
+def test_constant_row_without_eps_gives_the_bias_and_no_gradient(power):
+    @jax.jit
+    def both(x, eps, scale):
+        out, pull = jax.vjp(
+            lambda x, eps, scale: kernels.normalize(x, (1,), eps, scale, 2.0, power=power)[0], x, eps, scale
+        )
+        return out, pull(jnp.ones_like(x))
+
+    out, gradients = both(jnp.array([[0.0] * 5, [3.0] * 5]), 0.0, jnp.ones((1, 5)))
+    np.testing.assert_array_equal(out, 2.0)
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_interpreted")
+def test_nan_stays_in_its_row():
+    x = jnp.arange(36.0).reshape(4, 9).at[1, 2].set(jnp.nan)
+    loss = jax.value_and_grad(lambda x: (jnp.sum((y := kernels.normalize(x, (1,), 0.1)[0]) ** 2), y), has_aux=True)
+    (_, y), gradient = jax.jit(loss)(x)
+    for rows_of_nan in (y, gradient):
+        assert np.isnan(rows_of_nan).any(1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.usefixtures("_interpreted", "_small_blocks")
+def test_vmapped_gradient_is_the_twins():
+    case = CASES["token"]
+    (x, eps, scale, bias), _ = operands(case)
+    xs, scales = jnp.stack([x, 2 * x + 1, -x]), jnp.stack([scale, 2 * scale, -scale])
+    found, expected = (
+        jax.jit(jax.vmap(jax.grad(summed(case, evaluate), (0, 1, 2, 3)), (0, None, 0, None)))(xs, eps, scales, bias)
+        for evaluate in (kernels.normalize, kernels.twin)
+    )
+    close(found, expected, 2e-5)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradient_through_scan_and_remat_is_the_twins(remat, monkeypatch):
+    case = CASES["token"]
+    (x, _, scale, _), _ = operands(case)
+
+    def loss(evaluate, x, scales):
+        def layer(x, scale):
+            return x + jnp.tanh(evaluate(x, case.axes, 0.1, scale)[0]), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, scales)[0] ** 2)
+
+    scales = jnp.stack([scale, 0.5 * scale])
+    expected = jax.jit(jax.grad(functools.partial(loss, kernels.twin), (0, 1)))(x, scales)
+    monkeypatch.setattr(kernels, "_mode", "interpret")
+    close(jax.jit(jax.grad(functools.partial(loss, kernels.normalize), (0, 1)))(x, scales), expected, 1e-5)
+
+
+FORWARD = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "jit_jvp": lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
+    "jvp_jit": lambda f, x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "linearize": lambda f, x: jax.linearize(f, x)[1](x),
+    "jacfwd": lambda f, x: jax.jacfwd(f)(x),
+    "grad_jvp": lambda f, x: jax.grad(lambda x: jax.jvp(f, (x,), (x,))[1])(x),
+}
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("mode", FORWARD)
+def test_forward_mode_is_refused_and_the_message_names_the_switch(mode):
+    with pytest.raises(TypeError) as error:
+        FORWARD[mode](lambda x: kernels.normalize(x, (1,), 0.1)[0].sum(), jnp.arange(6.0).reshape(2, 3))
+    assert str(error.value) == (
+        'the fused kernels have no forward-mode derivative (jvp, jacfwd, linearize); normjax.kernels.use("xla"), or '
+        "NORMJAX_KERNELS=xla in the environment, turns them off and has every derivative"
+    )
+
+
+SECOND = {
+    "reverse_over_reverse": lambda f, x, t: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), t))(x),
+    "forward_over_reverse": lambda f, x, t: jax.jvp(jax.grad(f), (x,), (t,))[1],
+}
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("mode", [pytest.param("forward_over_reverse", marks=pytest.mark.slow), "reverse_over_reverse"])
+def test_second_derivatives_over_reverse_mode_are_the_twins(mode):
+    case = CASES["layer"]
+    (x, *given), _ = operands(case)
+    t = jnp.cos(x)
+    found, expected = (
+        jax.jit(functools.partial(SECOND[mode], lambda x, f=f: jnp.tanh(summed(case, f)(x, *given))))(x, t)
+        for f in (kernels.normalize, kernels.twin)
+    )
+    close(found, expected, 1e-5)
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize(("used", "read"), [((0,), (True, False, False)), ((0, 1), (True, True, False)),
+                                            ((2,), (True, False, True))])  # fmt: skip
+def test_cotangent_of_a_statistic_that_nothing_uses_is_not_read(used, read, monkeypatch):
+    seen = []
+    kernel = rows.backward
+
+    def spy(*args):
+        seen.append(tuple(c is not None for c in args[-3:]))
+        return kernel(*args)
+
+    monkeypatch.setattr(rows, "backward", spy)
+
+    def loss(x):
+        out = kernels.normalize(x, (1,), 0.1)
+        return sum(jnp.sum(out[i] ** 2) for i in used)
+
+    jax.eval_shape(jax.grad(loss), jnp.ones((2, 3)))
+    assert seen == [read]
+
+
+@pytest.mark.usefixtures("_interpreted")
+def test_gradient_of_the_variance_alone_is_the_twins():
+    x = jnp.arange(6.0).reshape(2, 3) ** 2
+    found, expected = (
+        jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x, (1,), 0.1)[2] ** 2)))(x) for f in (kernels.normalize, kernels.twin)
+    )
+    close(found, expected, 1e-6)
+
+
+def spread(evaluate, mesh, check):
+    """The gradient of a scale that every device has, and of x in shards."""
+
+    def loss(scale, x):
+        def shard(scale, x):
+            return jax.lax.psum(jnp.sum(evaluate(x, (1,), 0.1, scale)[0] ** 3), "rows")
+
+        return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("rows")), out_specs=P(), check_vma=check)(scale, x)
+
+    return jax.jit(jax.grad(loss, (0, 1)))
+
+
+@pytest.fixture
+def mesh():
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    return jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_interpreted", "_small_blocks")
+def test_gradient_inside_shard_map_is_the_twins(mesh):
+    (x, _, scale, _), _ = operands(Case((38, 20), (1,), (1, 20)))
+    close(spread(kernels.normalize, mesh, False)(scale, x), spread(kernels.twin, mesh, False)(scale, x), 1e-5)
+
+
+# Lowering for a platform that is not here.
+CALLS = {"cuda": "triton", "rocm": "triton", "tpu": "tpu_custom_call"}
+SHAPES = [((8192, 768), jnp.bfloat16), ((1000, 1030), jnp.float32)]
+MORE = [((3, 5), jnp.float16), ((7, kernels.LONGEST), jnp.float32), ((1, 1), jnp.float32), ((513, 128), jnp.bfloat16)]
+
+
+@functools.cache
+def needs_kernels_for(platform):
+    """Skips the test where this jaxlib has no Pallas compiler for the platform."""
+
+    def copy(source, target):
+        target[...] = source[...]
+
+    x = jax.ShapeDtypeStruct((16, 128), jnp.float32)
+    try:
+        params = None if platform == "tpu" else triton.CompilerParams()
+        copied = jax.jit(pl.pallas_call(copy, out_shape=x, compiler_params=params))
+        copied.trace(x).lower(lowering_platforms=(platform,))
+    except (ImportError, NotImplementedError, ValueError) as error:
+        if isinstance(error, ValueError) and "Cannot lower pallas_call on platform" not in str(error):
+            raise
+        pytest.skip(f"this jaxlib lowers no Pallas kernel for {platform}: {error}")
+
+
+def lowered(f, platform, *args):
+    """The text that the compiler of a platform would be given."""
+    needs_kernels_for(platform)
+    return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture
+def _pallas(monkeypatch):
+    monkeypatch.setattr(kernels, "_mode", "pallas")
+
+
+def kernels_in(text, platform):
+    return text.count(f"custom_call @{CALLS[platform]}") + text.count(f"xla.gpu.{CALLS[platform]}")
+
+
+@pytest.mark.usefixtures("_pallas")
+@pytest.mark.parametrize(
+    ("platform", "shape", "dtype"),
+    [(platform, *case) for platform in ("cuda", "tpu") for case in SHAPES]
+    + [pytest.param(platform, *case, marks=pytest.mark.slow) for platform in CALLS for case in MORE],
+)
+def test_gradient_lowers_to_two_kernels(platform, shape, dtype):
+    def loss(x, scale, bias):
+        return jnp.sum(kernels.normalize(x, (1,), 1e-5, scale, bias)[0].astype(jnp.float32) ** 2)
+
+    row = jax.ShapeDtypeStruct((1, shape[1]), jnp.float32)
+    text = lowered(jax.grad(loss, (0, 1, 2)), platform, jax.ShapeDtypeStruct(shape, dtype), row, row)
+    assert kernels_in(text, platform) == 2
+
+
+LOWER = [("cuda", True, 0.3), ("tpu", False, 0.75)]
+LOWER_MORE = [(platform, centre, power) for platform in CALLS for centre in (True, False) for power in (0.5, 1.0)]
+
+
+@pytest.mark.usefixtures("_pallas")
+@pytest.mark.parametrize(
+    ("platform", "centre", "power"), LOWER + [pytest.param(*case, marks=pytest.mark.slow) for case in LOWER_MORE]
+)
+def test_every_power_and_the_cotangents_of_statistics_lower_under_vmap(platform, centre, power):
+    case = Case((37, 70), (1,), (1, 70), (1, 70), centre=centre, power=power)
+    given, _ = operands(case)
+    each = jax.vmap(jax.grad(summed(case), (0, 1, 2, 3)), (0, None, None, None))
+    assert kernels_in(lowered(each, platform, jnp.stack([given[0]] * 3), *given[1:]), platform) == 2
+
+
+@pytest.mark.usefixtures("_pallas")
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_gradient_lowers_inside_shard_map_that_checks_what_varies(platform, mesh):
+    (x, _, scale, _), _ = operands(Case((38, 20), (1,), (1, 20)))
+    needs_kernels_for(platform)
+    text = spread(kernels.normalize, mesh, True).trace(scale, x).lower(lowering_platforms=(platform,)).as_text()
+    assert kernels_in(text, platform) == 2
+
+
+@pytest.mark.usefixtures("_pallas")
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_platform_without_kernels_is_refused_and_the_message_says_what_to_do(wrap):
+    if jax.default_backend() != "cpu":
+        pytest.skip("this platform has kernels")
+    with pytest.raises(RuntimeError) as error:
+        wrap(lambda x: kernels.normalize(x, (1,), 0.1)[0])(jnp.ones((2, 3)))
+    assert str(error.value) == (
+        'normjax.kernels is set to "pallas", which has kernels for CUDA, ROCm and TPU, and this computation is compiled '
+        'for another platform; use("xla") goes without them, use("interpret") runs them slowly, for tests'
+    )
+
+
+@pytest.mark.parametrize("target", ["gpu", "tpu"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_blocks_cover_the_array_and_keep_the_rules_of_the_target(target, backward):
+    for height in (1, 2, 15, 64, 1000, 8192, 100_003):
+        for length in (1, 3, 64, 70, 768, 1030, 4096, kernels.LONGEST):
+            cut = rows.tiling(target, height, length, backward)
+            tall = cut.height * cut.steps
+            assert (cut.programs - 1) * tall < height <= cut.programs * tall
+            if target == "tpu":
+                assert cut.width == length
+                assert cut.height == height or cut.height % 16 == 0
+                assert cut.height * -(-length // 128) * 128 <= max(rows.TPU_BLOCK, 16 * kernels.LONGEST)
+            else:
+                assert cut.width < 2 * length
+                assert all(n and n & (n - 1) == 0 for n in (cut.height, cut.width, cut.warps))
+                assert cut.height == 1 or cut.height * cut.width <= rows.LARGE
+                assert not backward or cut.programs <= rows.PROGRAMS
+
+
+X = (8, 128, 768)
+
+
+@pytest.mark.parametrize(("fits", "args", "more"), [
+    (True,  (X, (2,), None, None, jnp.float32), {}),
+    (True,  (X, (2,), (1, 1, 768), (), jnp.bfloat16), {"spec": (None, None, None)}),
+    (True,  ((8, 16, 768), (1, 2), (1, 1, 768), (1, 16, 1), jnp.float16), {}),
+    (True,  ((8, kernels.LONGEST), (1,), None, None, np.dtype("float32")), {}),
+    (False, ((8, kernels.LONGEST + 1), (1,), None, None, jnp.float32), {}),
+    (False, (X, (1,), None, None, jnp.float32), {}),
+    (False, (X, (0, 2), None, None, jnp.float32), {}),
+    (False, (X, (), None, None, jnp.float32), {}),
+    (False, (X, (2,), (8, 1, 768), None, jnp.float32), {}),
+    (False, (X, (2,), None, (1, 128, 1), jnp.float32), {}),
+    (False, (X, (2,), None, None, np.dtype("float64")), {}),
+    (False, (X, (2,), None, None, jnp.complex64), {}),
+    (False, ((0, 768), (1,), None, None, jnp.float32), {}),
+    (False, ((8, 0), (1,), None, None, jnp.float32), {}),
+    (False, (X, (2,), None, None, jnp.float32), {"eps_shape": (1, 1, 768)}),
+    (False, (X, (2,), None, None, jnp.float32), {"spec": ("data", None, None)}),
+])  # fmt: skip
+def test_fits(fits, args, more):
+    assert kernels.fits(*args, **more) is fits
+
+
+# The switch.
+
+
+def test_switch_holds_until_the_end_of_a_with_block_and_recompiles():
+    traced = []
+
+    @jax.jit
+    def f(x):
+        traced.append(kernels.used())
+        return x
+
+    for modes in (["xla"], ["interpret", "interpret"], ["xla"]):
+        for mode in modes:
+            kernels.use(mode)
+            f(1.0)
+    with kernels.use("interpret"), kernels.use("pallas"):
+        f(1.0)
+    f(1.0)
+    assert kernels.used() == "xla"
+    assert traced == ["xla", "interpret", "xla", "pallas", "xla"]
+
+
+def test_switch_refuses_a_mode_that_is_none_and_stays_as_it_was():
+    with pytest.raises(ValueError, match=r"^the kernels are one of 'xla', 'pallas', 'interpret'; found 'triton'$"):
+        kernels.use("triton")
+    assert kernels.used() == "xla"
+
+
+def test_environment_refuses_a_mode_that_is_none(monkeypatch):
+    monkeypatch.setenv("NORMJAX_KERNELS", "on")
+    with pytest.raises(ValueError, match=r"^NORMJAX_KERNELS is one of 'xla', 'pallas', 'interpret'; found 'on'$"):
+        kernels._from_environment()
+    assert kernels.used() == "xla"
+
+
+def test_environment_chooses_the_mode_and_importing_the_kernels_does_not_import_pallas():
+    code = "import sys; from normjax import kernels; print(kernels.used(), 'jax.experimental.pallas' in sys.modules)"
+    environment = {"NORMJAX_KERNELS": "pallas", "PATH": "", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[1]
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.split() == ["pallas", "False"]
