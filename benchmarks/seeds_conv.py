@@ -23,7 +23,7 @@ def step(conv):
     model = nn.Sequential([conv(16), nn.relu, conv(32)])
 
     def loss(params, x):
-        return jnp.mean(model.apply({"params": params}, x) ** 2)
+        return jnp.mean(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
 
     def init(key, x):
         return model.init(key, x)["params"]

@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import derivative, moments, order
+from normjax import derivative, kernels, moments, order
 from normjax.field import Field, FieldError, axes, bind
 from normjax.moments import Plan, Weights, inverse_power
 from normjax.order import top
@@ -344,11 +344,12 @@ def equation(
     mean, var = (stats.mean, stats.var) if stats else (None, None)
     mean = None if mean is None or n.mean is None else _fit(mean, x, "mean", work)
     var = None if var is None or n.var is None else _fit(var, x, "var", real)
-    if mean is None and var is None and derivative.has_rule(recipe, x, weights):
+    given = (mean is not None, var is not None)
+    if not any(given) and kernels.used() != "xla" and _is_for_kernels(recipe, x, weights, eps, scale, bias):
+        y, v, mean, var = _by_kernel(recipe, x, eps, scale, bias)
+    elif not any(given) and derivative.has_rule(recipe, x, weights):
         y, v, mean, var = _ruled(recipe, False, x, weights, eps, scale, bias)
-        given = (False, False)
     else:
-        given = (mean is not None, var is not None)
         y, v, mean, var = _plain(recipe, x, weights, eps, scale, bias, mean, var)
     counted = [_weight(p, weights, work) if p and not was else None
                for p, was in zip((recipe.a, recipe.b), given, strict=True)]  # fmt: skip
@@ -412,6 +413,28 @@ def _reciprocal(q, recipe: _Recipe, weights: Weights | None, shape: tuple[int, .
     over = jnp.broadcast_to(d, [shape[i] if i in named else size for i, size in enumerate(d.shape)])
     d = jnp.maximum(d, moments.average(moments.silence(over, weights), recipe.floor, weights)[0])
     return inverse_power(d, 1.0)
+
+
+def _is_for_kernels(recipe, x, weights, eps, scale, bias) -> bool:
+    """Whether a fused kernel evaluates the same equation: order 2 over whole trailing axes of this array."""
+    n, a, b = recipe.normalizer, recipe.a, recipe.b
+    if weights is not None or b is None or a not in (None, b) or n.order != 2 or n.floor is not None or n.keep_mean:
+        return False
+    if not all(axis is not None and span.whole and not span.mapped for axis, span in b.bound.spans):
+        return False
+    scale, bias = (None if p is None else p.shape for p in (scale, bias))
+    return kernels.fits(x.shape, b.bound.whole, scale, bias, x.dtype, eps.shape, jax.typeof(x).sharding.spec)
+
+
+def _by_kernel(recipe, x, eps, scale, bias):
+    """What `_plain` returns, from the kernels that the user switched on."""
+    n = recipe.normalizer
+    y, mean, var = kernels.normalize(
+        x, recipe.b.bound.whole, eps, scale, bias,
+        centre=recipe.a is not None, gain=n.gain, power=n.power, dtype=recipe.dtype,
+    )  # fmt: skip
+    v = x.astype(var.dtype)
+    return y, v if mean is None else v - mean, mean, var
 
 
 # The same equation with its derivative rule (`derivative.py`), for the rows that gain by it.

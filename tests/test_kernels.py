@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as fl
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from normjax import kernels
+from normjax import Normalizer, Stats, kernels, linen, normalize
 from normjax.kernels import rows
 
 P = jax.sharding.PartitionSpec
@@ -521,3 +522,73 @@ def test_environment_chooses_the_mode_and_importing_the_kernels_does_not_import_
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True
     )
     assert out.stdout.split() == ["pallas", "False"]
+
+
+# The rows of the table that the kernels take, in the layout of some array, and what they leave to XLA.
+TAKEN = {
+    "token": (Normalizer("c", "c"), "n t c", (2, 5, 7)),
+    "layer": (Normalizer("... c", "... c"), "n ... c", (3, 2, 4, 5)),
+    "rms": (Normalizer(None, "c"), "n c", (4, 9)),
+    "instance_channels_first": (Normalizer("...", "..."), "n c ...", (2, 3, 4, 5)),
+    "gain_and_power": (Normalizer("c", "c", eps=0.3, gain=2.0, power=0.75), "n c", (4, 9)),
+}
+LEFT = {
+    "not_the_last_axis": (Normalizer("...", "..."), "n ... c", (2, 3, 4, 5)),
+    "other_fields": (Normalizer("... c", "c"), "n ... c", (2, 3, 4)),
+    "keep_mean": (Normalizer("c", "c", keep_mean=True), "n c", (4, 9)),
+    "absolute": (Normalizer("c", "c", order=1), "n c", (4, 9)),
+    "blocks": (Normalizer("c/3", "c/3"), "n c", (4, 9)),
+    "window": (Normalizer("c:3", "c:3"), "n c", (4, 9)),
+    "floor": (Normalizer("c", "c", floor="n"), "n c", (4, 9)),
+    "mean_only": (Normalizer("c", None), "n c", (4, 9)),
+}
+
+
+def through_theory(normalizer, layout, x, scale, bias):
+    def loss(x, scale, bias):
+        out = normalize(x, normalizer, layout, scale=scale, bias=bias)
+        return jnp.sum(jnp.sin(out.y)) + jnp.mean(jnp.abs(out.centered)) + jnp.sum(out.stats.var), out
+
+    return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+
+
+def has_kernel(f, *args):
+    return "pallas_call" in str(jax.make_jaxpr(f)(*args))
+
+
+@pytest.mark.parametrize("name", ["token", *(pytest.param(n, marks=pytest.mark.slow) for n in TAKEN if n != "token")])
+def test_normalize_with_the_kernels_returns_what_it_returns_without(name, monkeypatch):
+    normalizer, layout, shape = TAKEN[name]
+    x = jnp.asarray(np.random.default_rng(0).normal(1, 2, shape), jnp.float32)
+    beside = (shape[-1],) if layout.endswith("c") else ()
+    scale, bias = jnp.full(beside, 1.5), jnp.full(beside, 0.5)
+    run = functools.partial(through_theory, normalizer, layout)
+    expected = jax.jit(lambda *args: run(*args))(x, scale, bias)
+    assert not has_kernel(run, x, scale, bias)
+    monkeypatch.setattr(kernels, "_mode", "interpret")
+    assert has_kernel(lambda *args: run(*args), x, scale, bias)
+    close(jax.jit(lambda *args: run(*args))(x, scale, bias), expected, 1e-5)
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("name", LEFT)
+def test_normalize_leaves_the_other_rows_to_xla(name):
+    normalizer, layout, shape = LEFT[name]
+    assert not has_kernel(functools.partial(normalize, normalizer=normalizer, layout=layout), jnp.ones(shape))
+
+
+@pytest.mark.usefixtures("_interpreted")
+def test_normalize_leaves_masks_given_statistics_and_a_scale_of_the_examples_to_xla():
+    x = jnp.ones((4, 9))
+    given = ({"mask": jnp.ones((4, 9), bool)}, {"scale": jnp.ones((4, 9))}, {"eps": jnp.ones((4, 1))},
+             {"stats": Stats(jnp.zeros((4, 1)), jnp.ones((4, 1)))})  # fmt: skip
+    assert [has_kernel(functools.partial(normalize, normalizer="token", **more), x) for more in given] == [False] * 4
+    assert has_kernel(functools.partial(normalize, normalizer="token", eps=jnp.float32(1), scale=jnp.ones(9)), x)
+
+
+@pytest.mark.usefixtures("_interpreted")
+def test_flax_layers_run_on_the_kernels():
+    layer, x = linen.LayerNorm(), jnp.arange(12.0).reshape(3, 4) ** 2
+    variables = layer.init(jax.random.key(0), x)
+    assert has_kernel(layer.apply, variables, x)
+    close(layer.apply(variables, x), fl.LayerNorm().apply(variables, x), 1e-5)

@@ -22,7 +22,9 @@ def array(shape, seed=0, dtype=np.float32):
 
 
 @pytest.mark.parametrize("border", ["truncate", "zero"])
-@pytest.mark.parametrize(("layout", "shape"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "shape"), [*LAYOUTS[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in LAYOUTS[2:])], ids=str
+)
 def test_expect_equals_averaging_matrices(layout, shape, border):
     x, weights = array(shape), np.random.default_rng(1).uniform(size=shape)
     masks = (None, np.where(weights > 0.3, weights, 0), weights[..., :1] > 0.5)
