@@ -59,6 +59,15 @@ def _shrinks(recipe: Any, x: jax.Array) -> bool:
     return a in (None, b) and local and 16 * few <= x.size
 
 
+def in_passes(recipe: Any) -> bool:
+    """Whether y takes a pass of its own over x, for XLA:CPU cannot have it in one with the statistics.
+
+    It cannot where they mix examples but not channels (batch norm), or blocks.
+    """
+    bound = recipe.b.bound
+    return any(span.blocks for _, span in bound.spans) or (0 in bound.whole and len(bound.shape) - 1 not in bound.whole)
+
+
 def with_rule(plain: Callable[..., tuple]) -> Callable[..., tuple]:
     """Gives `plain(recipe, x, weights, eps, scale, bias, apart) -> (y, v, mean, var)` the rule; weights are None.
 
@@ -108,7 +117,7 @@ def _pooled(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     else:
         if dscale is not None:
             gamma = gamma + r * dscale
-        dy = spread(alpha) * dx + spread(gamma) * v
+        dy = spread(alpha) * dx + spread(gamma) * (v if mean is None else x - fresh(mean, 2))
     if dbias is not None:
         beta = dbias if beta is None else beta + dbias
     if beta is not None:
@@ -149,9 +158,10 @@ def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     m = average(v * v) if bare and jax.default_backend() == "cpu" else fresh(narrow(var), 1)
     q, dq = eps + n.gain * m, n.gain * dm + deps
     r = power(q, n.power)
-    dy = wide(r) * dx - (x if n.keep_mean else v) * wide(n.power * r * power(q, 1.0) * dq)
+    # Signs go with what is small, so that no copy of the cotangent is made for them.
+    dy = wide(r) * dx + (x if n.keep_mean else v) * wide(-n.power * r * power(q, 1.0) * dq)
     if dmean is not None and not n.keep_mean:
-        dy = dy - wide(r * dmean)
+        dy = dy + wide(-r * dmean)
     if scale is not None:
         dy = dy * fresh(scale, 1)
     if dscale is not None:
@@ -183,7 +193,7 @@ def _windowed(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     def scaled(term, copy):
         return term if scale is None else term * fresh(scale, copy)
 
-    # Copy 3 is that of y. Each factor below is small, so that no copy of the cotangent is made for its sign.
+    # Copy 3 is that of y.
     seen = pool(centred(1) * dx)
     dmean = None if recipe.a is None else slide(pool(dx)) / count
     if dmean is not None:

@@ -348,7 +348,7 @@ def equation(
     if not any(given) and kernels.used() != "xla" and _is_for_kernels(recipe, x, weights, eps, scale, bias):
         y, v, mean, var = _by_kernel(recipe, x, eps, scale, bias)
     elif not any(given) and derivative.has_rule(recipe, x, weights):
-        y, v, mean, var = _ruled(recipe, False, x, weights, eps, scale, bias)
+        y, v, mean, var = _ruled(recipe, derivative.in_passes(recipe), x, weights, eps, scale, bias)
     else:
         y, v, mean, var = _plain(recipe, x, weights, eps, scale, bias, mean, var)
     counted = [_weight(p, weights, work) if p and not was else None
