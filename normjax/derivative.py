@@ -193,22 +193,46 @@ def _windowed(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     def scaled(term, copy):
         return term if scale is None else term * fresh(scale, copy)
 
-    # Copy 3 is that of y.
-    seen = pool(centred(1) * dx)
-    dmean = None if recipe.a is None else slide(pool(dx)) / count
-    if dmean is not None:
-        seen = seen - dmean * pool(centred(2))
-    dm = 2 * slide(seen) / count
-    q, dq = eps + n.gain * var, n.gain * dm + deps
+    # Copy 3 is that of y. What is small is multiplied before it meets a sum, and copied, so that no sum is written out in
+    # one pass with constants of its size.
+    q = eps + n.gain * var
     r = inverse_power(q, n.power, recipe.positive)
-    dy = scaled(dx, 1) * r + scaled(divided(4), 4) * (-n.power * r * inverse_power(q, 1.0, recipe.positive) * dq)
-    if dmean is not None and not n.keep_mean:
-        dy = dy + scaled(jnp.broadcast_to(-r * dmean, x.shape), 6)
+    slope = -n.power * r * inverse_power(q, 1.0, recipe.positive)
+    seen = pool(centred(1) * dx)
+    around = None if recipe.a is None else slide(pool(dx))
+    dmean = None if around is None else around / count
+    if around is not None:
+        # The sum of v from that of x, which the mean has taken already: as exact as the mean.
+        v = pool(x) - math.prod(x.shape[i] for i in b.bound.whole) * mean
+        seen = seen - around * fresh(v / count, 1)
+    within = slide(seen)
+    dm = 2 * within / count
+    dy = scaled(dx, 1) * r
+    dy = dy + scaled(divided(4), 4) * (fresh(2 * n.gain * slope / count, 1) * within + slope * deps)
+    if around is not None and not n.keep_mean:
+        dy = dy + _outer(fresh(-r / count, 6) * around, None if scale is None else fresh(scale, 6), x, b.bound.whole)
     if dscale is not None:
         dy = dy + divided(5) * fresh(r, 5) * dscale
     if dbias is not None:
         dy = dy + dbias
     return dy.astype(recipe.dtype), dx if dmean is None else dx - dmean, dmean, dm
+
+
+def _outer(small, scale, x, whole):
+    """The product small * scale, in the shape of x.
+
+    By rows and columns where that can be: its transpose, a sum over the last axes, takes XLA:CPU twice as long on an array
+    of more axes.
+    """
+    kept = x.ndim - len(whole)
+    rows = math.prod(x.shape[:kept])
+    flat = (
+        whole == tuple(range(kept, x.ndim)) and small.size == rows and moments.along_one_shard(x, tuple(range(x.ndim)))
+    )
+    if scale is None or not flat or math.prod(scale.shape[:kept]) != 1:
+        return jnp.broadcast_to(small if scale is None else small * scale, x.shape)
+    row = jnp.broadcast_to(scale, (1,) * kept + x.shape[kept:]).reshape(1, -1)
+    return (lax.broadcast_in_dim(small.reshape(-1), (rows, row.size), (0,)) * row).reshape(x.shape)
 
 
 def _moments_of(recipe, v, dx, same):

@@ -24,6 +24,7 @@ CASES = {
     "ghost": (TABLE["ghost"], IMAGES, 0.02),
     "divisive 5 x 5": (POOLED[5], IMAGES, 0.15),
     "divisive 31 x 31": (POOLED[31], IMAGES, 0.15),
+    "divisive 5 x 5, 64 channels": (POOLED[5], (128, 32, 32, 64), 0.15),
     **{f"divisive, each channel, {k}": (Normalizer(f"...:{k}", f"...:{k}", eps=1.0), IMAGES, 3.01) for k in (3, 7)},
 }
 
