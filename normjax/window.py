@@ -85,7 +85,7 @@ def in_two_steps(x: jax.Array, *, axis: int, taps: int | tuple[float, ...], padd
     if padding[0] >= 0 <= padding[1] and taps >= x.shape[axis] + max(padding):  # every window sees all of the axis
         whole = [length if i == axis else n for i, n in enumerate(x.shape)]
         return jnp.broadcast_to(jnp.sum(x, axis, keepdims=True), whole)
-    m = min(DIRECT, round(taps**0.5))
+    m = min(range(2, DIRECT + 1), key=lambda m: m + taps // m + (3 + taps % m if taps % m else 0))
     many, rest = divmod(taps, m)
     before, after = padding
     near = lax.optimization_barrier(_direct(x, axis, m, (before, after - rest)))
