@@ -33,6 +33,8 @@ from jax import lax
 from normjax import moments
 from normjax.moments import inverse_power
 
+LARGE = 2**20  # elements; 4 MB of float32
+
 
 def has_rule(recipe: Any, x: jax.Array, weights: Any) -> bool:
     """Whether this evaluation of the equation takes the rule; `recipe` as in `theory.py`.
@@ -82,7 +84,7 @@ def with_rule(plain: Callable[..., tuple]) -> Callable[..., tuple]:
     def derive(recipe, apart, primals, tangents):
         x, _, eps, scale, bias = primals
         dx, _, deps, dscale, dbias = tangents
-        out = ruled(recipe, True, *primals)
+        out = ruled(recipe, x.size >= LARGE or in_passes(recipe), *primals)
         _, _, mean, var = out
         form = _pooled if _is_small(x, mean, var, scale, bias) else _rowwise
         form = form if recipe.b.bound.pooled else _windowed
@@ -128,13 +130,16 @@ def _pooled(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
 def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     """The same tangents, where the products with scale are of the size of x.
 
-    The statistics lose the axes of length 1 here: reshapes would break the one pass of XLA:CPU.
+    Large arrays: the statistics lose the axes of length 1, since reshapes would break the one pass of XLA:CPU. Small ones
+    stay in its caches, where what is shared costs less than what is computed twice.
     """
+    large = x.size >= LARGE
+    copy = fresh if large else lambda s, _: s
     n, a, b = recipe.normalizer, recipe.a, recipe.b
     power = functools.partial(inverse_power, positive=recipe.positive)
     whole = b.bound.whole
     bare = 0 < len(whole) == len(b.bound.spans) and not b.bound.collectives and a in (None, b)
-    bare = bare and moments.along_one_shard(x, whole)
+    bare = bare and large and moments.along_one_shard(x, whole)
     kept = tuple(i for i in range(x.ndim) if i not in whole)
 
     def narrow(s):
@@ -147,7 +152,7 @@ def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
         return jnp.sum(z, whole) / math.prod(x.shape[i] for i in whole)
 
     x, dx = x.astype(var.dtype), dx.astype(var.dtype)
-    v = x if mean is None else x - wide(fresh(narrow(mean), 1))
+    v = x if mean is None else x - wide(copy(narrow(mean), 1))
     if bare:
         v = v if a is None else v - wide(average(v))  # what rounding left of the mean; as below
         dmean = None if a is None else average(dx)
@@ -155,7 +160,7 @@ def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     else:
         dmean, dv, dm = _moments_of(recipe, v, dx, v)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
-    m = average(v * v) if bare and jax.default_backend() == "cpu" else fresh(narrow(var), 1)
+    m = average(v * v) if bare and jax.default_backend() == "cpu" else copy(narrow(var), 1)
     q, dq = eps + n.gain * m, n.gain * dm + deps
     r = power(q, n.power)
     # Signs go with what is small, so that no copy of the cotangent is made for them.
@@ -163,10 +168,10 @@ def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     if dmean is not None and not n.keep_mean:
         dy = dy + wide(-r * dmean)
     if scale is not None:
-        dy = dy * fresh(scale, 1)
+        dy = dy * copy(scale, 1)
     if dscale is not None:
-        r = power(eps + n.gain * fresh(narrow(var), 2), n.power)
-        dy = dy + (x if mean is None or n.keep_mean else x - wide(fresh(narrow(mean), 2))) * wide(r) * dscale
+        r = power(eps + n.gain * copy(narrow(var), 2), n.power)
+        dy = dy + (x if mean is None or n.keep_mean else x - wide(copy(narrow(mean), 2))) * wide(r) * dscale
     if dbias is not None:
         dy = dy + dbias
     restore = [1 if i in whole else size for i, size in enumerate(x.shape)]
