@@ -86,7 +86,7 @@ def with_rule(plain: Callable[..., tuple]) -> Callable[..., tuple]:
         dx, _, deps, dscale, dbias = tangents
         out = ruled(recipe, x.size >= LARGE or in_passes(recipe), *primals)
         _, _, mean, var = out
-        form = _pooled if _is_small(x, mean, var, scale, bias) else _rowwise
+        form = _pooled if _is_small(x, mean, var, eps, scale, bias) else _rowwise
         form = form if recipe.b.bound.pooled else _windowed
         keep_x = jax.checkpoint(functools.partial(form, recipe), prevent_cse=False)
         return out, keep_x(x, mean, var, eps, scale, dx, deps, dscale, dbias)
@@ -139,7 +139,7 @@ def _rowwise(recipe, x, mean, var, eps, scale, dx, deps, dscale, dbias):
     power = functools.partial(inverse_power, positive=recipe.positive)
     whole = b.bound.whole
     bare = 0 < len(whole) == len(b.bound.spans) and not b.bound.collectives and a in (None, b)
-    bare = bare and large and moments.along_one_shard(x, whole)
+    bare = bare and large and not eps.ndim and moments.along_one_shard(x, whole)
     kept = tuple(i for i in range(x.ndim) if i not in whole)
 
     def narrow(s):

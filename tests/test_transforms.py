@@ -414,3 +414,25 @@ def test_axes_without_elements_give_finite_statistics_and_zero_gradients(name, s
 
 def test_the_matrix_has_every_row_of_the_table():
     assert set(TABLE) <= set(CASES)
+
+
+EPS_SHAPES = {"of each example": (2, 1, 1, 1), "of each channel": (1, 1, 1, 32), "of each element": (2, 4, 4, 32)}
+
+
+@pytest.mark.parametrize("large", [True, pytest.param(False, marks=pytest.mark.slow)])
+@rows(("token", "layer", "batch", "divisive"), quick=("token",))
+def test_gradient_with_an_array_of_eps_is_that_of_plain_differentiation(name, large, monkeypatch):
+    monkeypatch.setattr(derivative, "LARGE", 0 if large else 2**20)
+    n = CASES[name] if name != "divisive" else Normalizer("...:3 c", "...:3 c")
+    rng = np.random.default_rng(0)
+    x, scale, g = (rng.normal(size=(2, 4, 4, 32)).astype(np.float32) for _ in range(3))
+    given = [(x, rng.uniform(0.2, 1, shape).astype(np.float32), scale) for shape in EPS_SHAPES.values()]
+
+    def gradients(*args):
+        return jax.grad(lambda x, eps, scale: jnp.vdot(g, normalize(x, n, eps=eps, scale=scale).y), (0, 1, 2))(*args)
+
+    found = jax.jit(lambda given: [gradients(*args) for args in given])(given)
+    monkeypatch.setattr(derivative, "has_rule", lambda *_: False)
+    expected = jax.jit(lambda given: [gradients(*args) for args in given])(given)
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(f, e, atol=2e-5)
