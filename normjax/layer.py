@@ -1,4 +1,4 @@
-"""What linen.py and nnx.py have in common: one normalization with running statistics, and Flax's arguments read as fields.
+"""What `linen` and `nnx` have in common: one normalization with running statistics, and Flax's arguments read as fields.
 
 The modules hold parameters and statistics; this file decides which statistics an application uses and what it leaves
 behind, and translates the arguments of Flax's layers (axes by number, groups, axis names) into a normalizer and a layout.

@@ -12,7 +12,7 @@ A `Normalizer` is the two fields and the few numbers. A field is a string over t
 in `"n ... c"`, n is the axis of examples, c the channels, `...` every axis between them. So batch norm averages over
 `"n ..."`, layer norm over `"... c"`, and divisive norm over `"...:5 c"`: a sliding 5 x 5 window of space, all channels.
 
-How E_F is evaluated is the business of `moments.py`; parameters and running statistics that of `linen.py` and `nnx.py`.
+How E_F is evaluated is the business of `moments.py`; parameters and running statistics that of `linen` and `nnx`.
 """
 
 import dataclasses
@@ -327,16 +327,11 @@ def equation(
     """
     n = normalizer
 
-    def plan(field: Any) -> Plan | None:
-        return None if field is None else Plan(bind(field, layout, x.shape), n.border, n.window, n.lean)
-
-    recipe = _Recipe(
-        n, plan(n.mean), plan(n.var), plan(n.floor), jnp.dtype(dtype or x.dtype), eps is None and n.eps > 1e-30
-    )
     work = moments.wide(x.dtype)
     real = jnp.finfo(work).dtype
     weights = moments.weigh(mask, x.astype(work))
     scale, bias = (_beside(p, x, layout, name, work) for p, name in ((scale, "scale"), (bias, "bias")))
+    positive = eps is None and n.eps > 1e-30
     eps = jnp.asarray(n.eps if eps is None else eps, real)
     if eps.ndim and (eps.ndim != x.ndim or any(e not in (1, s) for e, s in zip(eps.shape, x.shape, strict=True))):
         raise FieldError(f"eps is a scalar, or has the rank of x and broadcasts against it: found shapes {eps.shape} "
@@ -345,6 +340,13 @@ def equation(
     mean = None if mean is None or n.mean is None else _fit(mean, x, "mean", work)
     var = None if var is None or n.var is None else _fit(var, x, "var", real)
     given = (mean is not None, var is not None)
+
+    def plan(field: Any, needed: bool = True) -> Plan | None:
+        # Not where its moment is given: three examples may be normalized by what eight groups of others left.
+        return Plan(bind(field, layout, x.shape), n.border, n.window, n.lean) if field is not None and needed else None
+
+    a, b = (plan(field, not was) for field, was in zip((n.mean, n.var), given, strict=True))
+    recipe = _Recipe(n, a, b, plan(n.floor), jnp.dtype(dtype or x.dtype), positive)
     if not any(given) and kernels.used() != "xla" and _is_for_kernels(recipe, x, weights, eps, scale, bias):
         y, v, mean, var = _by_kernel(recipe, x, eps, scale, bias)
     elif not any(given) and derivative.has_rule(recipe, x, weights):
@@ -367,7 +369,7 @@ def _plain(recipe, x, weights, eps, scale, bias, mean=None, var=None, apart=Fals
         mean = moments.average(x, a, weights)[0]
     v = x if mean is None else moments.silence(x - mean, weights)
     y = x if n.keep_mean else v
-    if recipe.b is not None:
+    if n.var is not None:
         if var is None:
             var = _moment(v, n, recipe.b, weights)
             if exact:

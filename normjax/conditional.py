@@ -1,0 +1,353 @@
+"""Conditional normalization: any row of the equation, with a scale and a bias that something else decides.
+
+A `Modulation` is that scale and bias, and perhaps a gate. Where it comes from is what the published methods differ in:
+
+    style        the spread and mean of another image           AdaIN (Huang & Belongie 2017)
+    by_class     a row of a table, or a mixture of its rows     conditional instance norm (Dumoulin et al. 2017), batch norm
+                                                                (de Vries et al. 2017)
+    project      a linear map of a vector                       FiLM (Perez et al. 2018), AdaLN (Peebles & Xie 2023)
+    from_map     convolutions of a map of labels                SPADE (Park et al. 2019)
+
+and `modulate` normalizes with it. A learned scale is 1 + what the condition gives, so that nothing in is nothing done.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.field import EXAMPLES, FieldError, axes
+from normjax.running import unbias
+from normjax.theory import Normalizer, Stats, affine, equation, normalize, row
+
+# The row that AdaLN modulates: each token by itself, with the eps of DiT.
+TOKEN = Normalizer("c", "c", eps=1e-6)
+
+
+class Modulation(NamedTuple):
+    """What a condition decides: factor and addend of the normalized array, and factor of a residual branch (`gated`).
+
+    Each is `[c]`, `[n, c]`, or of the rank of x, as `normalize` takes a scale; None where the method has none.
+    """
+
+    scale: Any = None
+    bias: Any = None
+    gate: Any = None
+
+
+def modulate(
+    x: ArrayLike,
+    modulation: Modulation,
+    normalizer: Normalizer | str | None = None,
+    layout: str = "n ... c",
+    *,
+    stats: Stats | None = None,
+    mask: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+) -> jax.Array:
+    """Computes scale * normalized(x) + bias.
+
+    Args:
+      x: floating-point array, axes as named by `layout`; the result has its shape and dtype.
+      modulation: scale and bias, else FieldError; the gate is not used.
+      normalizer: a Normalizer or the name of a row; None leaves x as it is (FiLM after another layer).
+      layout: name of each axis of x.
+      stats: this and the following, see `normjax.normalize`.
+      mask: a masked output is the bias.
+      eps: replaces the row's.
+
+    Source: FiLM: Perez et al. 2018, equation 2.
+
+    >>> x = jnp.array([[1.0, 3.0], [1.0, 3.0]])
+    >>> modulate(x, Modulation(jnp.array([[1.0, 1.0], [2.0, 2.0]]), 5.0), "token").round(2).tolist()
+    [[4.0, 6.0], [3.0, 7.0]]
+    """
+    scale, bias, _ = modulation
+    if normalizer is not None:
+        return normalize(x, normalizer, layout, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps).y
+    x = moments.as_floating(x, "modulate")
+    work = x.astype(moments.wide(x.dtype))
+    return affine(moments.silence(work, moments.weigh(mask, work)), layout, scale, bias).astype(x.dtype)
+
+
+def gated(x: ArrayLike, branch: ArrayLike, gate: ArrayLike, layout: str = "n ... c") -> jax.Array:
+    """The residual sum x + gate * branch. A gate that starts at zero makes a block start as the identity.
+
+    x and the branch have one shape, axes as named by `layout`; the gate is `[c]`, `[n, c]` or of the rank of x. The sum has
+    the dtype of x. Raises FieldError where the shapes do not fit.
+
+    Source: Peebles & Xie 2023 (DiT), section 3.2, adaLN-Zero.
+
+    >>> gated(jnp.ones((2, 1)), jnp.full((2, 1), 3.0), jnp.array([[0.0], [2.0]])).tolist()
+    [[1.0], [7.0]]
+    """
+    x, branch = moments.as_floating(x, "gated"), moments.as_floating(branch, "gated")
+    if x.shape != branch.shape:
+        raise FieldError(f"a branch has the shape of what it is added to: found {branch.shape} and {x.shape}")
+    return affine(branch.astype(moments.wide(x.dtype)), layout, gate, x).astype(x.dtype)
+
+
+def style(
+    y: ArrayLike,
+    normalizer: Normalizer | str = "instance",
+    layout: str = "n ... c",
+    *,
+    mask: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    unbiased: bool = False,
+) -> Modulation:
+    """The style of an array: its spread as the scale, its mean as the bias.
+
+    Args:
+      y: floating-point array, axes as named by `layout`.
+      normalizer: the row whose statistics are the style; it divides, and has no floor, else ValueError.
+      layout: name of each axis of y.
+      mask: see `normjax.normalize`.
+      eps: of the spread, by default the row's. The authors' Lua code takes 0 for the style.
+      unbiased: divide by one less than the number of elements, as PyTorch's `var` does by default. The paper, and the
+        authors' code, divide by the number.
+
+    The arrays are float32 or wider, of the rank of y. A spread of zero has gradient zero.
+
+    Source: Huang & Belongie 2017, equations 5, 6 and 8.
+
+    >>> style(jnp.array([[[2.0], [4.0]]]), eps=0.0)[:2]
+    (Array([[[1.]]], dtype=float32), Array([[[3.]]], dtype=float32))
+    """
+    n = row(normalizer)
+    y = moments.as_floating(y, "style")
+    stats = normalize(y.astype(moments.wide(y.dtype)), n, layout, mask=mask).stats
+    stats = unbias(stats, n) if unbiased else stats
+    if stats.var is None or n.floor is not None:
+        raise ValueError(f"a style has a spread: a row that divides, without a floor; found {n}")
+    # One over the spread is what the equation makes of ones.
+    ones, plain = jnp.ones_like(stats.var), Normalizer(None, n.var, eps=n.eps, gain=n.gain, power=n.power)
+    inverse = equation(ones, plain, layout, stats=Stats(var=stats.var), eps=eps).y
+    spread = jnp.where(inverse > 0, 1 / jnp.where(inverse > 0, inverse, 1), 0)
+    return Modulation(spread, 0.0 if stats.mean is None else stats.mean)
+
+
+def adain(
+    content: ArrayLike,
+    style_from: ArrayLike,
+    layout: str = "n ... c",
+    *,
+    eps: ArrayLike = 1e-5,
+    style_eps: ArrayLike | None = None,
+    strength: ArrayLike = 1.0,
+    mask: ArrayLike | None = None,
+    style_mask: ArrayLike | None = None,
+    unbiased: bool = False,
+) -> jax.Array:
+    """Adaptive instance norm: the content with the mean and the spread that each channel of the style has.
+
+    Three versions are about, which differ in a small image. This one, the paper's: biased, eps in both spreads. The
+    authors' Lua code: `style_eps=0`. A well-known PyTorch version: `unbiased=True`.
+
+    Args:
+      content: floating-point array, axes as named by `layout`; the result has its shape and dtype.
+      style_from: array of the same examples and channels (else FieldError); its other axes may be of other lengths.
+      layout: name of each axis of both.
+      eps: added to the variance of the content, and of the style. [units of x squared]
+      style_eps: replaces it for the style.
+      strength: 1 is the style, 0 the content as it is, between them a mixture.
+      mask: of the content, see `normjax.normalize`; a masked output is the style's mean.
+      style_mask: of the style.
+      unbiased: whether both variances are the unbiased ones.
+
+    Source: Huang & Belongie 2017, equation 8; the strength, equation 14 (there between codes, before the decoder).
+
+    >>> content, picture = jnp.array([[[1.0], [3.0]]]), jnp.array([[[10.0], [30.0], [10.0], [30.0]]])
+    >>> adain(content, picture).round().tolist()
+    [[[10.0], [30.0]]]
+    """
+    content, n = moments.as_floating(content, "adain"), row("instance")
+    style_eps = eps if style_eps is None else style_eps
+    spread = style(style_from, n, layout, mask=style_mask, eps=style_eps, unbiased=unbiased)
+    stats = unbias(normalize(content, n, layout, mask=mask).stats, n) if unbiased else None
+    wide = content.astype(moments.wide(content.dtype))
+    wide = moments.silence(wide, moments.weigh(mask, wide))
+    y = modulate(wide, spread, n, layout, stats=stats, mask=mask, eps=eps)
+    return (wide + jnp.asarray(strength).astype(wide.dtype) * (y - wide)).astype(content.dtype)
+
+
+def by_class(labels: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> Modulation:
+    """The scale and bias of each example's class, from tables.
+
+    Labels are integers, `[n]`, or weights of the classes, `[n, classes]`, whose styles are mixed; scale and bias are
+    `[classes, c]`, else FieldError. Gives `[n, c]`. A label outside of the table gives NaN: JAX would take the nearest row.
+
+    Source: Dumoulin et al. 2017, equation 5, and section 4 (mixtures); de Vries et al. 2017, section 4.1, with a table
+    in place of a network.
+
+    >>> table = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> by_class(jnp.array([1, 0, 5]), table, -table).scale.tolist()
+    [[3.0, 4.0], [1.0, 2.0], [nan, nan]]
+    >>> by_class(jnp.array([[0.5, 0.5]]), table, -table).bias.tolist()
+    [[-2.0, -3.0]]
+    """
+    labels, scale, bias = jnp.asarray(labels), jnp.asarray(scale), jnp.asarray(bias)
+    if scale.ndim != 2 or scale.shape != bias.shape:
+        raise FieldError(f"tables of scale and bias are both [classes, c]; found shapes {scale.shape} and {bias.shape}")
+    hard = jnp.issubdtype(labels.dtype, jnp.integer) and labels.ndim == 1
+    soft = jnp.issubdtype(labels.dtype, jnp.floating) and labels.ndim == 2 and labels.shape[1] == scale.shape[0]
+    if not hard and not soft:
+        raise FieldError(f"labels are integers [n], or weights [n, {scale.shape[0]}]; found {labels.dtype} of shape "
+                         f"{labels.shape}")  # fmt: skip
+
+    def find(table: jax.Array) -> jax.Array:
+        if hard:
+            return table.at[labels].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return jnp.matmul(labels.astype(table.dtype), table, precision=lax.Precision.HIGHEST)
+
+    return Modulation(find(scale), find(bias))
+
+
+def split(flat: ArrayLike, order: Sequence[str] = ("scale", "bias"), around: float = 1.0) -> Modulation:
+    """Cuts the last axis into the parts of a modulation, and adds `around` to the scale.
+
+    The order is what checkpoints differ in: FiLM has ("scale", "bias"), DiT ("bias", "scale", "gate"). Other parts are a
+    ValueError, a length that does not divide is a FieldError.
+
+    >>> split(jnp.array([[1.0, 2.0, 3.0]]), ("bias", "scale", "gate"))
+    Modulation(scale=Array([[3.]], dtype=float32), bias=Array([[1.]], dtype=float32), gate=Array([[3.]], dtype=float32))
+    """
+    if not order or len(set(order)) < len(order) or not set(order) <= set(Modulation._fields):
+        raise ValueError(f"the order names scale, bias and gate, each at most once; found {tuple(order)!r}")
+    flat = moments.as_floating(flat, "split")
+    flat = flat.astype(moments.wide(flat.dtype))  # in bfloat16, 1 + scale would keep 8 bits
+    if flat.shape[-1] % len(order):
+        raise FieldError(
+            f"the last axis of shape {flat.shape} does not split into {len(order)} parts: {', '.join(order)}"
+        )
+    found = dict(zip(order, jnp.split(flat, len(order), -1), strict=True))
+    if "scale" in found:
+        found["scale"] = found["scale"] + jnp.asarray(around, flat.dtype)
+    return Modulation(**found)
+
+
+def project(
+    condition: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    order: Sequence[str] = ("scale", "bias"),
+    *,
+    around: float = 1.0,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+) -> Modulation:
+    """A modulation `[n, c]` by a linear map of a condition, `split(activation(condition) @ kernel + bias)`.
+
+    Args:
+      condition: floating-point vectors, `[n, k]`.
+      kernel: `[k, parts * c]`, else FieldError; zeros make the modulation start as nothing.
+      bias: `[parts * c]`.
+      order: what the parts are, see `split`.
+      around: added to the scale: 1, or 0 where the map gives the scale itself (Perez et al. 2018, equation 1).
+      activation: applied to the condition first; DiT's is `jax.nn.silu`.
+
+    Source: FiLM: Perez et al. 2018, equation 1, its code adds the 1; AdaLN: Peebles & Xie 2023, section 3.2.
+
+    >>> project(jnp.array([[1.0, 2.0]]), jnp.ones((2, 2))).scale.tolist()
+    [[4.0]]
+    """
+    condition, kernel = moments.as_floating(condition, "project"), jnp.asarray(kernel)
+    if condition.ndim != 2 or kernel.ndim != 2 or condition.shape[1] != kernel.shape[0]:
+        raise FieldError(f"a condition is [n, k] and a kernel [k, parts * c]; found shapes {condition.shape} and "
+                         f"{kernel.shape}")  # fmt: skip
+    work = jnp.promote_types(moments.wide(condition.dtype), moments.wide(kernel.dtype))
+    condition = condition.astype(work)
+    flat = (condition if activation is None else activation(condition)) @ kernel.astype(work)
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        if bias.shape != kernel.shape[1:]:
+            raise FieldError(f"the bias of a kernel {kernel.shape} is {kernel.shape[1:]}; found shape {bias.shape}")
+        flat = flat + bias.astype(work).reshape(1, -1)
+    return split(flat, order, around)
+
+
+class Convolutions(NamedTuple):
+    """What SPADE learns: kernels `[..., i, o]` with odd windows, as Flax keeps them, and their biases `[o]`.
+
+    The first convolution goes from the labels to hidden channels; the others from these, after a ReLU, to scale and bias.
+    """
+
+    hidden_kernel: Any
+    hidden_bias: Any
+    scale_kernel: Any
+    scale_bias: Any
+    bias_kernel: Any
+    bias_bias: Any
+
+
+def kernel_shapes(features: int, labels: int, space: int, hidden: int = 128, width: int = 3) -> Convolutions:
+    """The shapes of what SPADE learns for so many channels, labels and axes of space.
+
+    >>> kernel_shapes(64, 10, 2)[:3]
+    ((3, 3, 10, 128), (128,), (3, 3, 128, 64))
+    """
+    if width % 2 == 0:
+        raise ValueError(f"the windows of the convolutions are odd; found {width}")
+    window = (width,) * space
+    after = ((*window, hidden, features), (features,))
+    return Convolutions((*window, labels, hidden), (hidden,), *after, *after)
+
+
+def from_map(labels: ArrayLike, learned: Convolutions, layout: str = "n ... c", size: Sequence[int] = ()) -> Modulation:
+    """A scale and a bias for every position, from a map of labels by two layers of convolutions; 1 is added to the scale.
+
+    Args:
+      labels: one-hot or other floating-point maps, axes as named by `layout`; `...` is space.
+      learned: kernels and biases; FieldError where they do not fit the labels.
+      layout: name of each axis of the maps.
+      size: lengths of space to which the maps are resized first; by default those that they have.
+
+    Source: Park et al. 2019, equation 1 and appendix A; the 1 is their code's.
+
+    >>> kernel, zero = jnp.ones((1, 1, 1)), jnp.zeros(1)
+    >>> from_map(jnp.array([[[1.0], [2.0]]]), Convolutions(kernel, zero, kernel, zero, kernel, zero)).scale.tolist()
+    [[[2.0], [3.0]]]
+    """
+    maps = moments.as_floating(labels, "from_map")
+    maps = maps.astype(moments.wide(maps.dtype))
+    maps = nearest(maps, size, layout) if len(size) else maps
+
+    def convolve(x: jax.Array, kernel: ArrayLike, bias: ArrayLike) -> jax.Array:
+        kernel, bias, where = jnp.asarray(kernel), jnp.asarray(bias), axes(layout, x.ndim)
+        channel = where["c"][0]
+        if kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[channel] or bias.shape != kernel.shape[-1:]:
+            raise FieldError(f"a kernel of shape {kernel.shape} with a bias of shape {bias.shape} does not fit maps of "
+                             f'shape {x.shape}, layout "{layout}"')  # fmt: skip
+        lhs = (where[EXAMPLES][0], channel, *where.get("...", ()))
+        numbers = lax.ConvDimensionNumbers(lhs, (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)), lhs)
+        out = lax.conv_general_dilated(
+            x, kernel.astype(x.dtype), (1,) * (x.ndim - 2), "SAME", dimension_numbers=numbers
+        )
+        return affine(out, layout, None, bias)
+
+    hidden = jnp.maximum(convolve(maps, learned.hidden_kernel, learned.hidden_bias), 0)
+    scale = convolve(hidden, learned.scale_kernel, learned.scale_bias)
+    return Modulation(1 + scale, convolve(hidden, learned.bias_kernel, learned.bias_bias))
+
+
+def nearest(x: ArrayLike, size: Sequence[int], layout: str = "n ... c") -> jax.Array:
+    """Resizes the unnamed axes to `size`: index i takes floor(i * old / new), as PyTorch's "nearest" does.
+
+    `jax.image.resize` counts from the centres of the elements, and would take others.
+
+    >>> nearest(jnp.arange(4.0), (2,), "...").tolist(), jax.image.resize(jnp.arange(4.0), (2,), "nearest").tolist()
+    ([0.0, 2.0], [1.0, 3.0])
+    """
+    x = jnp.asarray(x)
+    space = axes(layout, x.ndim).get("...", ())
+    if len(space) != len(size):
+        raise FieldError(f'{len(size)} lengths do not fit the {len(space)} axes of "..." of shape {x.shape}, layout '
+                         f'"{layout}"')  # fmt: skip
+    for axis, length in zip(space, size, strict=True):
+        if x.shape[axis] != length:
+            x = jnp.take(x, np.arange(length) * x.shape[axis] // length, axis)
+    return x

@@ -1,0 +1,74 @@
+"""Running statistics as published code keeps them: first values, weight of the old value, and what is averaged."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from normjax import moments, running
+from normjax.running import Running
+from normjax.theory import Normalizer, Stats
+
+
+class Dialect(NamedTuple):
+    """How a published code averages: weight of the old value, first values, the row's eps, and what is averaged."""
+
+    momentum: float
+    mean: float
+    var: float
+    eps: float
+    inverse: bool = False
+
+
+DIALECTS: Mapping[str, Dialect] = MappingProxyType(
+    {
+        "flax": Dialect(0.99, 0.0, 1.0, 1e-5),
+        # Lubana et al. 2021: batch norm starts its mean at 1
+        "lubana": Dialect(0.9, 1.0, 1.0, 1e-5),
+        # Hoffer et al. 2018, mean_bn.py: nine tenths are the newest batch's; no eps
+        "hoffer": Dialect(0.1, 0.0, 0.0, 0.0),
+        # the same, lp_norm.py: what is averaged is 1 / d, from 0 on, which is a moment of inf
+        "hoffer_lp": Dialect(0.1, 0.0, math.inf, 1e-5, True),
+    }
+)
+
+
+def start(normalizer: Normalizer, layout: str, shape: tuple[int, ...], dialect: str = "flax") -> Running:
+    """The statistics before the first batch, in a dialect of DIALECTS; `running.initial` with other first values.
+
+    A layer starts so once they are written into its `batch_stats`; but not with "hoffer_lp", whose updates are `step`'s.
+
+    >>> from normjax import TABLE
+    >>> start(TABLE["batch"], "n c", (8, 2), "lubana").mean
+    Array([1., 1.], dtype=float32)
+    """
+    moments.choose("dialect", dialect, tuple(DIALECTS))
+    first = running.initial(normalizer, layout, shape)
+    fill = {
+        name: value for name, value in DIALECTS[dialect]._asdict().items() if getattr(first, name, None) is not None
+    }
+    return first._replace(**{name: jnp.full_like(getattr(first, name), value) for name, value in fill.items()})
+
+
+def step(kept: Running, batch: Stats, normalizer: Normalizer, dialect: str = "flax") -> Running:
+    """Moves the statistics towards those of a batch (`running.observe`), in a dialect of DIALECTS.
+
+    Averages of 1 / d favour the batches of small spread, and are wrong by Jensen's inequality; they are here to read
+    what such code has trained.
+    """
+    moments.choose("dialect", dialect, tuple(DIALECTS))
+    way = DIALECTS[dialect]
+    if not way.inverse:
+        return running.update(kept, batch, way.momentum)
+    if kept.var is None or batch.var is None or not normalizer.power or not normalizer.gain:
+        raise ValueError(f"dialect={dialect!r} averages 1 / d, which {normalizer} does not store")
+    n = normalizer
+    old, new = (jnp.where(v < jnp.inf, (n.eps + n.gain * v) ** -n.power, 0) for v in (kept.var, batch.var))
+    mixed = (way.momentum * old + (1 - way.momentum) * new).astype(new.dtype)
+    var = (mixed ** (-1 / n.power) - n.eps) / n.gain
+    seen = jnp.isfinite(batch.var) & jnp.isfinite(var) & (jnp.asarray(batch.var_weight) > 0)
+    mean = running.update(kept._replace(var=None), batch, way.momentum).mean
+    return kept._replace(mean=mean, var=lax.stop_gradient(jnp.where(seen, var, kept.var)))

@@ -1,0 +1,144 @@
+"""Normalized kernels in models: by path in a tree of parameters, and what the layers of linen and nnx ask for."""
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.field import Field, Span, bind
+from normjax.theory import Normalizer, normalize
+from normjax.weights import weight_norm
+
+Weight = Callable[..., jax.Array]  # kernel, and scale where one is learned -> kernel
+
+
+def reparametrize(params: Any, rules: Mapping[str, Weight]) -> Any:
+    """Replaces kernels of a tree of parameters, chosen by path, by functions of themselves.
+
+    Inside of a loss, before the parameters are used: `model.apply({"params": reparametrize(params, rules)}, x)`, and for
+    nnx `nnx.merge(structure, reparametrize(params, rules), rest)`. What is trained are the kernels that went in.
+
+    Args:
+      params: a linen dictionary, an `nnx.State` or any other pytree of arrays.
+      rules: patterns of paths "block/conv1/kernel" and functions kernel -> kernel. `*` matches slashes too, `?`, `[ab]`
+        as in `fnmatch`; of several that match a path the first counts.
+
+    Returns:
+      A tree of the same structure.
+
+    Raises:
+      ValueError: a pattern matches no path.
+
+    >>> params = {"conv": {"kernel": jnp.ones((4, 1)), "bias": jnp.ones(1)}}
+    >>> reparametrize(params, {"*/kernel": weight_norm})["conv"]["kernel"].ravel().tolist()
+    [0.5, 0.5, 0.5, 0.5]
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    paths = [_path(path) for path, _ in leaves]
+    for pattern in rules:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(f"no parameter has a path like {pattern!r}; the paths are {', '.join(map(repr, paths))}")
+
+    def replaced(path: str, value: Any) -> Any:
+        rule = next((rule for pattern, rule in rules.items() if fnmatch.fnmatchcase(path, pattern)), None)
+        return value if rule is None else rule(value)
+
+    return structure.unflatten([replaced(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)])
+
+
+def matching_scale(
+    kernel: ArrayLike,
+    weight: Weight = weight_norm,
+    *,
+    layout: str = "... i o",
+    field: Field | str = "... i",
+    **options: Any,
+) -> jax.Array:
+    """The scale that brings a reparametrized kernel nearest to the kernel itself, in least squares for each output.
+
+    For weight norm, bounded or not, it is ||v||, which PyTorch and Hoffer et al. 2018 start from: the layer then computes
+    what it did.
+
+    Args:
+      kernel: the initial kernel.
+      weight: a reparametrization, called without a scale; a constant rho that it needs is 1.
+      layout: name of each axis.
+      field: what one number of the scale stands for.
+      **options: arguments of `weight`.
+
+    Returns:
+      An array of the shape of the outputs, `[o]`, float32 or wider.
+
+    >>> matching_scale(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
+    [5.0, 1.0]
+    """
+    kernel = moments.as_floating(kernel, "a reparametrization")
+    kernel = kernel.astype(moments.wide(kernel.dtype))
+    w = weight(kernel, **({"rho": 1.0} if takes_bound(weight) else {}), **options)
+    along, square = (moments.expect(a * w, field, layout) for a in (kernel, w))
+    there = square > 0
+    scale = jnp.where(there, along / jnp.where(there, square, 1), 1)
+    named = {axis for axis, _ in bind(Field.parse(field), layout, kernel.shape).spans}
+    return scale.reshape([size for axis, size in enumerate(scale.shape) if axis not in named or size > 1])
+
+
+def data_dependent_start(
+    t: ArrayLike, *, layout: str = "n ... c", field: Field | str = "n ...", mask: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The scale and the bias of weight norm with which the outputs of a first batch have mean 0 and variance 1.
+
+    Args:
+      t: what the layer gives for that batch with scale 1 and bias 0.
+      layout: name of each axis of t.
+      field: what one number of the scale and of the bias is shared by.
+      mask: booleans or weights that broadcast against t.
+
+    Returns:
+      g = 1 / std[t] and b = -mean[t] / std[t], each `[c]`, float32 or wider; 0 where t is constant.
+
+    Source: Salimans & Kingma 2016, section 3, equation 6.
+
+    >>> data_dependent_start(jnp.array([[1.0], [5.0]]))
+    (Array([0.5], dtype=float32), Array([-1.5], dtype=float32))
+    """
+    t = moments.as_floating(t, "data_dependent_start")
+    stats = normalize(t, Normalizer(field, field, eps=0.0), layout, mask=mask).stats
+    scale = moments.inverse_power(stats.var, 0.5)
+    return scale.ravel(), (-stats.mean * scale).ravel()
+
+
+def takes_bound(weight: Weight) -> bool:
+    """Whether a reparametrization still needs its constant `rho`, as `bounded_weight_norm` does.
+
+    >>> from normjax.weights import bounded_weight_norm
+    >>> takes_bound(bounded_weight_norm), takes_bound(weight_norm)
+    (True, False)
+    """
+    rho = inspect.signature(weight).parameters.get("rho")
+    return rho is not None and rho.default is inspect.Parameter.empty
+
+
+def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str, Field, tuple[int, ...]]:
+    """Flax's axes by number as a layout, the field of all other axes, and the feature axes, ascending.
+
+    >>> by_number(3, (-1, 0))
+    ('a0 a1 a2', Field.parse('a1'), (0, 2))
+    """
+    numbers = () if feature_axes is None else (feature_axes,) if isinstance(feature_axes, int) else tuple(feature_axes)
+    for axis in numbers:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"axis {axis} is out of bounds for a parameter of {ndim} axes")
+    features = tuple(sorted({axis % ndim for axis in numbers}))
+    field = Field(tuple(Span(f"a{axis}") for axis in range(ndim) if axis not in features))
+    return " ".join(f"a{axis}" for axis in range(ndim)), field, features
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    """A path as text. The arrays of an `nnx.State` lie in its variables, one attribute further."""
+    inner = keys[:-1] if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) else keys
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in inner or keys)

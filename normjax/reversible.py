@@ -1,0 +1,181 @@
+"""Reversible instance normalization (RevIN): normalize a series, let a model forecast it, and undo it on the forecast.
+
+    y = scale * (x - E[x]) / d + bias              what the model sees, d = sqrt(eps + Var[x]) over the time of a series
+    x = (y - bias) / scale * d + E[x]              the inverse, for anything that the model answers in the units of y
+
+The statistics travel from the one to the other as a value, `Stats`: the same layer can be used for several series at once.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.field import Field, FieldError, bind
+from normjax.theory import Normalizer, Stats, affine, equation, normalize, row
+
+CENTRES = ("mean", "last")
+SERIES = Normalizer("...", "...", eps=1e-5)  # the row "instance": time, the axes between examples and channels
+
+
+class Reversible(NamedTuple):
+    """A normalized array, and what undoes it.
+
+    Attributes:
+      y: in the dtype of x.
+      stats: what was subtracted and the variance, float32 or wider; length 1 along the axes that were averaged.
+    """
+
+    y: jax.Array
+    stats: Stats
+
+
+def revin(
+    x: ArrayLike,
+    layout: str = "n ... c",
+    *,
+    normalizer: Normalizer | str = SERIES,
+    centre: str = "mean",
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    detach: bool = False,
+    dtype: Any = None,
+) -> Reversible:
+    """Normalizes each series by its own mean and spread.
+
+    Args:
+      x: floating-point array, axes as named by `layout`; `...` is time. [units u]
+      layout: name of each axis of x.
+      normalizer: the row; any whose fields are whole axes, and that has no floor.
+      centre: "mean", or "last": the last value of the series that is not masked is subtracted instead of the mean. The
+        variance is around the mean in both.
+      scale: `[c]`, or any that `normalize` takes.
+      bias: the same.
+      mask: boolean mask or weights; see `normjax.normalize`.
+      eps: added to the variance, by default the row's. [u ** 2]
+      detach: whether gradients stop at the statistics, as in the authors' code (except at the last value, which others
+        added to it). It changes gradients to x alone, which in forecasting is data.
+      dtype: of y, by default that of x.
+
+    Returns:
+      `(y, stats)`.
+
+    Raises:
+      FieldError: the row or the layout does not fit x, or "last" has not one axis to be last in.
+      ValueError: no such centre, or the row cannot be undone.
+
+    Source: Kim et al. 2022, equations 1 and 2.
+
+    >>> y, stats = revin(jnp.array([[[2.0], [4.0]]]), eps=0.0)
+    >>> y.tolist(), denormalize(jnp.array([[[3.0]]]), stats, eps=0.0).tolist()
+    ([[[-1.0], [1.0]]], [[[6.0]]])
+    >>> revin(jnp.array([[[2.0], [4.0]]]), centre="last", eps=0.0).y.tolist()
+    [[[-2.0], [0.0]]]
+    """
+    moments.choose("centre", centre, CENTRES)
+    n = _undoable(normalizer)
+    x = moments.as_floating(x, "revin")
+    work = x.astype(moments.wide(x.dtype))
+    stats = normalize(work, n, layout, mask=mask).stats
+    if detach:
+        stats = stats._replace(mean=_stop(stats.mean), var=_stop(stats.var))
+    if centre == "last":
+        stats = stats._replace(mean=_last(work, n, layout, mask))
+    y = equation(
+        work, n, layout, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps, dtype=jnp.dtype(dtype or x.dtype)
+    ).y
+    return Reversible(y, stats)
+
+
+def denormalize(
+    y: ArrayLike,
+    stats: Stats,
+    layout: str = "n ... c",
+    *,
+    normalizer: Normalizer | str = SERIES,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    slack: ArrayLike = 0.0,
+    dtype: Any = None,
+) -> jax.Array:
+    """Undoes `revin`: with the same arguments, exactly up to rounding.
+
+    Args:
+      y: what the model answers, in the units of `revin`'s y; its length along time is free.
+      stats: what `revin` returned.
+      layout: name of each axis of y.
+      normalizer: that of `revin`.
+      scale: that of `revin`; where it is zero, nothing is left of x, and the answer is the mean (of the bias).
+      bias: that of `revin`.
+      eps: that of `revin`.
+      slack: added to the scale before the division. The authors' code has eps ** 2 there, which makes the answer
+        inexact, and does not help a scale of zero: it multiplies by 1e10.
+      dtype: of the result, by default that of y.
+
+    Returns:
+      An array of the shape of y. [units u]
+
+    Raises:
+      FieldError: stats, scale or bias do not fit y.
+      ValueError: the row cannot be undone.
+
+    Source: Kim et al. 2022, equation 3.
+    """
+    n = _undoable(normalizer)
+    y = moments.as_floating(y, "denormalize")
+    dtype = jnp.dtype(dtype or y.dtype)
+    y = y.astype(moments.wide(y.dtype))
+    for s in stats[:2]:
+        if s is not None and (s.ndim != y.ndim or any(a not in (1, b) for a, b in zip(s.shape, y.shape, strict=True))):
+            raise FieldError(f"the statistics have the rank of y and broadcast against it: found shapes {s.shape} and "
+                             f"{y.shape}")  # fmt: skip
+    if bias is not None:
+        y = affine(y, layout, None, -jnp.asarray(bias))
+    if scale is not None:
+        scale = jnp.asarray(scale)
+        scale = scale.astype(y.dtype) + jnp.asarray(slack).astype(y.dtype)
+        y = affine(y, layout, jnp.where(scale != 0, 1 / jnp.where(scale != 0, scale, 1), 0), None)
+    if stats.var is not None:
+        # The equation makes one over the spread of ones, so that what was multiplied by it is divided by the same.
+        one, plain = jnp.ones_like(stats.var), Normalizer(None, n.var, eps=n.eps, gain=n.gain, power=n.power)
+        inverse = equation(one, plain, layout, stats=Stats(var=stats.var), eps=eps).y.astype(y.dtype)
+        spread = jnp.where(inverse > 0, 1 / jnp.where(inverse > 0, inverse, 1), 0)
+        y = affine(y, layout, spread, None)
+    return (y if stats.mean is None else affine(y, layout, None, stats.mean)).astype(dtype)
+
+
+def _undoable(normalizer: Normalizer | str) -> Normalizer:
+    n = row(normalizer)
+    fields = [f for f in n.fields if isinstance(f, Field)]
+    if n.floor is not None or n.keep_mean or not all(span.whole for field in fields for span in field.spans):
+        raise ValueError(f"only a row of whole axes, without floor and keep_mean, can be undone; found {n}")
+    return n
+
+
+def _stop(value: Any) -> Any:
+    return None if value is None else lax.stop_gradient(value)
+
+
+def _last(x: jax.Array, n: Normalizer, layout: str, mask: ArrayLike | None) -> jax.Array:
+    """The last element, or the last with weight, along the one axis that the row averages; zero where there is none."""
+    field = n.mean
+    if not isinstance(field, Field):
+        raise ValueError(f'"last" takes the place of a mean; found {n}, which has none')
+    bound = bind(field, layout, x.shape)
+    if len(bound.whole) != 1 or bound.collectives:
+        raise FieldError(f'"last" needs one axis of time; field "{field}" averages {len(bound.whole)} axes of an array of '
+                         f'shape {x.shape}, layout "{layout}"')  # fmt: skip
+    (axis,) = bound.whole
+    weights = moments.weigh(mask, x)
+    if weights is None:
+        return lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+    valid = jnp.broadcast_to(weights.valid, x.shape)
+    place = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    found = jnp.max(jnp.where(valid, place, -1), axis, keepdims=True)
+    return jnp.sum(jnp.where(place == found, moments.silence(x, weights), 0), axis, keepdims=True)

@@ -1,0 +1,102 @@
+"""Spectral norm: a kernel over its largest singular value, by power iteration. Not a row of the equation."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.field import FieldError, axes
+
+
+class Spectral(NamedTuple):
+    """What `spectral_norm` returns.
+
+    Attributes:
+      kernel: the kernel over sigma, in its shape and dtype.
+      u: the output vector after the iterations, to start from the next time; shape and dtype of the u that was given.
+      sigma: the estimate of the largest singular value, a float32 (or wider) scalar. [u]
+    """
+
+    kernel: jax.Array
+    u: jax.Array
+    sigma: jax.Array
+
+
+def spectral_norm(
+    kernel: ArrayLike,
+    u: ArrayLike,
+    *,
+    steps: int = 1,
+    eps: float = 1e-12,
+    layout: str = "... i o",
+    outputs: str = "o",
+) -> Spectral:
+    """Divides a kernel by an estimate of its largest singular value.
+
+    A kernel of a convolution is the matrix [space and inputs, outputs], as in the paper: not the convolution's own
+    operator norm. u and v are constants to the gradient, which flows through sigma = v W u and through W.
+
+    Training stores the new u; inference uses the stored one and stores nothing, with the same number of steps (as Flax
+    does) or with `steps=0`, which takes u as it stands (as PyTorch does). Where sigma is 0 the kernel stays as it is.
+
+    Args:
+      kernel: array of a real floating dtype. [units u]
+      u: vector of as many elements as the outputs, not 0; random at the start.
+      steps: power iterations, each v = W u / |W u| and then u = v W / |v W|.
+      eps: added to the squared norms of the iteration.
+      layout: name of each axis of the kernel.
+      outputs: names of the axes that are the columns of the matrix; the others are its rows.
+
+    Returns:
+      `(kernel, u, sigma)`.
+
+    Raises:
+      FieldError: u has another size than the outputs, or the layout does not fit.
+      TypeError: the kernel holds integers.
+      ValueError: steps is negative.
+
+    Source: Miyato et al. 2018, algorithm 1 and equation 12 (the gradient).
+
+    >>> kernel = jnp.diag(jnp.array([3.0, 1.0]))
+    >>> out = spectral_norm(kernel, jnp.ones(2), steps=20)
+    >>> out.sigma.round(4).item(), out.kernel.round(4).tolist()
+    (3.0, [[1.0, 0.0], [0.0, 0.33329999446868896]])
+    """
+    kernel, given = moments.as_floating(kernel, "spectral_norm"), jnp.asarray(u)
+    if jnp.iscomplexobj(kernel):
+        raise TypeError(f"spectral_norm takes real arrays, found {kernel.dtype}")
+    if steps < 0:
+        raise ValueError(f"steps is a number of power iterations, at least 0; found {steps}")
+    where = axes(layout, kernel.ndim)
+    missing = [name for name in outputs.split() if name not in where]
+    if missing or not outputs.split():
+        raise FieldError(f'outputs are names of axes of layout "{layout}"; found "{outputs}"')
+    columns = [axis for name in outputs.split() for axis in where[name]]
+    order = [axis for axis in range(kernel.ndim) if axis not in columns] + columns
+    work = moments.wide(kernel.dtype)
+    matrix = jnp.transpose(kernel, order).astype(work)
+    matrix = matrix.reshape(-1, math.prod(kernel.shape[axis] for axis in columns))
+    if given.size != matrix.shape[1]:
+        raise FieldError(f'u of shape {given.shape} does not fit {matrix.shape[1]} outputs: kernel of shape '
+                         f'{kernel.shape}, layout "{layout}", outputs "{outputs}"')  # fmt: skip
+    still, u = lax.stop_gradient(matrix), lax.stop_gradient(given.reshape(-1).astype(work))
+    v = _unit(_times(still, u), eps)
+    for step in range(steps):
+        u = _unit(_times(still.T, v), eps)
+        v = _unit(_times(still, u), eps) if step + 1 < steps else v
+    sigma = _times(_times(matrix, u), v)
+    normed = kernel.astype(work) / jnp.where(sigma != 0, sigma, 1)
+    return Spectral(normed.astype(kernel.dtype), u.reshape(given.shape).astype(given.dtype), sigma)
+
+
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product that no accelerator rounds to fewer bits: the iteration is a statistic."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _unit(x: jax.Array, eps: float) -> jax.Array:
+    return x * lax.rsqrt(jnp.sum(lax.square(x)) + eps)

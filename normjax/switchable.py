@@ -1,0 +1,297 @@
+"""Switchable norm: a learned mixture of rows of the table, mixed in their statistics.
+
+    mean = sum_k w_k E_Ak[x]        var = sum_k w'_k Var_k[x]        y = scale * (x - mean) / sqrt(eps + var) + bias
+
+Where a row averages what another has averaged already (layer and batch norm do, of instance norm), its statistics come from
+the other's, and x is read once: the mean of the means, and the mean variance plus the variance of the means. This form
+has no difference of squares, which the authors' code has. `blend` mixes outputs instead of statistics.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.field import Field, FieldError, bind
+from normjax.running import Running, as_stats, observe, stores, unbias, update
+from normjax.seen import Seen
+from normjax.theory import Normalizer, Stats, equation, normalize, row
+
+ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
+
+
+NOTHING = Running()  # no stored statistics
+
+
+class Mixed(NamedTuple):
+    """What `mix` returns.
+
+    Attributes:
+      y: the normalized array, in the dtype of x.
+      centered: v = x - mean, float32 or wider, 0 where masked.
+      stats: the mixed statistics, each broadcasting against x.
+      parts: the statistics of each row.
+    """
+
+    y: jax.Array
+    centered: jax.Array
+    stats: Stats
+    parts: tuple[Stats, ...]
+
+
+def mix(
+    x: ArrayLike,
+    normalizers: Sequence[Normalizer | str] = ROWS,
+    mean_weight: ArrayLike | None = None,
+    var_weight: ArrayLike | None = None,
+    layout: str = "n ... c",
+    *,
+    stats: Sequence[Stats | None] | None = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    eps: ArrayLike = 1e-5,
+    unbiased: bool = False,
+    refuse: bool = True,
+    dtype: Any = None,
+) -> Mixed:
+    """Normalizes x with a weighted sum of the statistics of several rows.
+
+    Args:
+      x: floating-point array, axes as named by `layout`.
+      normalizers: rows of order 2 that divide, and no floor; their own eps, gain and power are not used. One without a
+        summation field gives the mean zero.
+      mean_weight: weight of each row's mean, `[rows]`; equal weights by default. The authors' are a softmax.
+      var_weight: weight of each row's variance, `[rows]`.
+      layout: name of each axis of x.
+      stats: for each row, statistics to use instead of those of x (inference); None computes them.
+      scale: see `normjax.normalize`.
+      bias: see `normjax.normalize`.
+      mask: see `normjax.normalize`. A row that pools another's statistics weighs them by what is not masked.
+      eps: added to the mixed variance. [units of x squared]
+      unbiased: variances divide by one less than the number of elements before they are pooled or mixed, as in the
+        authors' code, where PyTorch's `var` does so by default. The paper divides by the number.
+      refuse: whether a field over a single element is an error, as for `normalize`.
+      dtype: of y, by default that of x.
+
+    Returns:
+      `(y, centered, stats, parts)`.
+
+    Raises:
+      FieldError: a row does not fit x.
+      ValueError: a row cannot be mixed, or the weights are not one for each row.
+
+    Source: Luo et al. 2019 (differentiable learning to normalize), equation 3; pooled statistics: equation 4.
+
+    >>> x = jnp.array([[1.0, 3.0], [5.0, 7.0]])
+    >>> mix(x, ("token", "batch")).stats.mean.tolist()                  # half of 2 and 6, half of 3 and 5
+    [[2.5, 3.5], [4.5, 5.5]]
+    """
+    rows = [_mixable(n) for n in normalizers]
+    if not rows:
+        raise ValueError("a mix needs at least one row")
+    x = moments.as_floating(x, "mix")
+    work = x.astype(moments.wide(x.dtype))
+    given: list[Stats | None] = [None for _ in rows] if stats is None else list(stats)
+    if len(given) != len(rows):
+        raise ValueError(f"statistics are one for each of the {len(rows)} rows; found {len(given)}")
+    parts = _parts(work, rows, layout, given, mask, unbiased, normalize if refuse else equation)
+    real = jnp.finfo(work.dtype).dtype
+    weights = [_weights(name, w, len(rows), real) for name, w in (("mean", mean_weight), ("var", var_weight))]
+    means = [jnp.zeros((1,) * x.ndim, work.dtype) if p.mean is None else p.mean for p in parts]
+    mean = sum(
+        (w.astype(work.dtype) * m for w, m in zip(weights[0], means, strict=True)), start=jnp.zeros((), work.dtype)
+    )
+    var = sum((w * p.var for w, p in zip(weights[1], parts, strict=True)), start=jnp.zeros((), real))
+    centred = next((n for n in rows if n.mean is not None), None)
+    final = Normalizer(None if centred is None else centred.mean, rows[0].var)
+    used = Stats(None if centred is None else mean, var)
+    out = equation(work, final, layout, stats=used, scale=scale, bias=bias, mask=mask, eps=eps, dtype=dtype or x.dtype)
+    return Mixed(out.y, out.centered, used, tuple(parts))
+
+
+def blend(
+    x: ArrayLike,
+    normalizers: Sequence[Normalizer | str],
+    weight: ArrayLike,
+    layout: str = "n ... c",
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+) -> jax.Array:
+    """A weighted sum of what several rows, of any kind, make of x.
+
+    Args:
+      x: floating-point array, axes as named by `layout`.
+      normalizers: the rows.
+      weight: of each row, `[rows]`, or of each row and channel, `[rows, c]`. Batch-instance norm has ("batch", "instance")
+        with (rho, 1 - rho), rho in [0, 1].
+      layout: name of each axis of x.
+      scale: see `normjax.normalize`.
+      bias: see `normjax.normalize`.
+      mask: see `normjax.normalize`.
+
+    Returns:
+      An array of the shape and dtype of x.
+
+    Raises:
+      ValueError: the weights are not one for each row.
+
+    Source: Nam & Kim 2018 (batch-instance normalization), equation 3.
+
+    >>> blend(jnp.array([[1.0, 3.0], [1.0, 3.0]]), ("token", "batch"), jnp.array([0.5, 0.5])).round(3).tolist()
+    [[-0.5, 0.5], [-0.5, 0.5]]
+    """
+    x, weight = moments.as_floating(x, "blend"), jnp.asarray(weight)
+    if weight.ndim not in (1, 2) or weight.shape[0] != len(normalizers):
+        raise ValueError(f"weights are [rows] or [rows, c] for {len(normalizers)} rows; found shape {weight.shape}")
+    work = x.astype(moments.wide(x.dtype))
+    total = jnp.zeros_like(work)
+    for w, n in zip(weight, normalizers, strict=True):
+        total = total + normalize(work, n, layout, scale=w, mask=mask).y
+    final = Normalizer(None, None)
+    return equation(total, final, layout, scale=scale, bias=bias, dtype=x.dtype).y
+
+
+class Applied(NamedTuple):
+    """The output of a layer, the statistics to store, what it saw of the batch (None: nothing to store), and v."""
+
+    y: jax.Array
+    running: Running
+    seen: Seen | None
+    centered: jax.Array
+
+
+def apply(
+    x: ArrayLike,
+    normalizers: Sequence[Normalizer | str],
+    mean_logits: ArrayLike,
+    var_logits: ArrayLike,
+    layout: str = "n ... c",
+    running: Running = NOTHING,
+    *,
+    use_running: bool = False,
+    update_running: bool = True,
+    momentum: ArrayLike = 0.9,
+    averaging: str = "exponential",
+    **given: Any,
+) -> Applied:
+    """A switchable norm layer: `mix` with the softmax of what is learned, and running statistics of the row that needs them.
+
+    `running` and what moves it as in `running.py`; `given` are the other arguments of `mix`. The authors' code starts the
+    running variance from 0, here it is 1, as in Flax.
+
+    >>> x = jnp.array([[1.0, 3.0], [5.0, 7.0]])
+    >>> apply(x, ("token", "batch"), jnp.zeros(2), jnp.zeros(2), running=Running(jnp.zeros(2), jnp.ones(2))).running.mean
+    Array([0.3, 0.5], dtype=float32)
+    """
+    rows = [_mixable(n) for n in normalizers]
+    x, at = moments.as_floating(x, "SwitchableNorm"), storing(rows)
+    stats: list[Stats | None] = [None] * len(rows)
+    if at is not None and use_running:
+        stats[at] = as_stats(running, rows[at], layout, x.shape)
+    logits = [moments.as_floating(w, "SwitchableNorm") for w in (mean_logits, var_logits)]
+    w, v = (jax.nn.softmax(_weights("logit", w, len(rows), moments.wide(w.dtype))) for w in logits)
+    out = mix(x, rows, w, v, layout, stats=stats, **given)
+    if at is None or use_running or not update_running or all(value is None for value in running):
+        return Applied(out.y, running, None, out.centered)
+    batch = observe(out.parts[at], rows[at], layout, x.shape)
+    # Unbiased variances, and those around the means of windows or blocks, do not merge into that of two batches.
+    exact = not given.get("unbiased") and all(span.whole for f in rows[at].fields for span in f.spans)
+    seen = Seen(batch, jnp.asarray(momentum, jnp.float32), averaging, False, exact and rows[at].mean == rows[at].var)
+    return Applied(out.y, update(running, batch, momentum, averaging), seen, out.centered)
+
+
+def storing(normalizers: Sequence[Normalizer | str]) -> int | None:
+    """Which row of a mix stores statistics; None if none does.
+
+    Raises:
+      ValueError: more than one does.
+
+    >>> storing(("instance", "layer", "batch"))
+    2
+    """
+    found = [k for k, n in enumerate(normalizers) if any(stores(row(n)))]
+    if len(found) > 1:
+        raise ValueError(
+            f"one row of a mix may store statistics; found {', '.join(str(normalizers[k]) for k in found)}"
+        )
+    return found[0] if found else None
+
+
+def _mixable(normalizer: Normalizer | str) -> Normalizer:
+    n = row(normalizer)
+    if n.var is None or n.order != 2 or n.floor is not None or n.keep_mean:
+        raise ValueError(f"a mix takes rows that divide, of order 2, without floor and keep_mean; found {n}")
+    return n
+
+
+def _weights(name: str, weight: ArrayLike | None, count: int, dtype: Any) -> jax.Array:
+    weight = jnp.full(count, 1 / count, dtype) if weight is None else jnp.asarray(weight)
+    if weight.shape != (count,):
+        raise ValueError(f"{name} weights are one for each of the {count} rows; found shape {weight.shape}")
+    return weight.astype(
+        jnp.promote_types(weight.dtype, dtype) if jnp.issubdtype(dtype, jnp.complexfloating) else dtype
+    )
+
+
+def _parts(x, rows: list[Normalizer], layout: str, given: list[Stats | None], mask, unbiased, measure) -> list[Stats]:
+    """The statistics of each row; those of a row that averages over more than an earlier one from the earlier one's."""
+    parts: list[Stats] = []
+    for k, n in enumerate(rows):
+        stats = given[k]
+        if stats is None:
+            below = next((j for j in range(k) if given[j] is None and _nested(rows[j], n)), None)
+            if below is not None:
+                stats = pool(parts[below], n, layout)
+            else:
+                stats = measure(x, n, layout, mask=mask).stats
+                stats = unbias(stats, n) if unbiased else stats
+        parts.append(stats)
+    return parts
+
+
+def _nested(small: Normalizer, large: Normalizer) -> bool:
+    """Whether the large row's statistics follow from the small one's: whole axes, and more of them."""
+    a, b = small.var, large.var
+    if not isinstance(a, Field) or not isinstance(b, Field) or small.mean != a or large.mean != b:
+        return False
+    return a != b and all(span.whole and span in b.spans for span in a.spans) and not any(s.window for s in b.spans)
+
+
+def pool(stats: Stats, normalizer: Normalizer | str, layout: str = "n ... c") -> Stats:
+    """The statistics of a row that averages over all that another has averaged over, and more, from the other's.
+
+    Args:
+      stats: means, variances and the weights behind them, of a row of whole axes.
+      normalizer: the row to find; A = B, order 2, no windows.
+      layout: name of each axis.
+
+    Returns:
+      Stats that broadcast against x.
+
+    Raises:
+      FieldError: the layout does not fit the statistics.
+
+    Source: the law of total variance; Luo et al. 2019, equation 4, has it as a difference of squares.
+
+    >>> x = jnp.array([[[1.0, 2.0], [3.0, 6.0]]])
+    >>> pool(normalize(x, "instance").stats, "layer").var == jnp.var(x)
+    Array([[[ True]]], dtype=bool)
+    """
+    n = row(normalizer)
+    field = n.var
+    if not isinstance(field, Field) or stats.mean is None or stats.var is None or stats.mean_weight is None:
+        raise FieldError(f"pooling needs means, variances and their weights, and a row that divides; found {n}")
+    mean, var = stats.mean, stats.var
+    plan = moments.Plan(bind(field, layout, mean.shape))
+    weight = jnp.broadcast_to(jnp.asarray(stats.mean_weight).astype(var.dtype), mean.shape)
+    weights = moments.Weights(weight, weight > 0)
+    centre, total = moments.average(mean, plan, weights)
+    spread = var + jnp.square(jnp.abs(moments.silence(mean - centre, weights)))
+    both = moments.average(spread, plan, weights)[0]
+    return Stats(centre, both, total, total)

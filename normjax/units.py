@@ -1,0 +1,349 @@
+"""Units that normalize as they bend: nonlinearities in place of a normalizer, or with one inside. SELU is in `selu.py`.
+
+    scaled_relu    (relu(x) - 1 / sqrt(2 pi)) * sqrt(2 pi / (pi - 1))            of N(0, 1): mean 0, variance 1
+    tlu            max(x, tau_c)
+    dyt            scale * tanh(alpha * x) + bias
+    derf           scale * erf(alpha * x + shift) + bias
+    evonorm_b0     x / max(sqrt(var_B + eps), v * x + sqrt(var_I + eps)) * scale + bias       B batch, I instance
+    evonorm_s0     x * sigmoid(v * x) / sqrt(var_G + eps) * scale + bias                      G group
+    grn            scale * x * g_c / (mean_c g + eps) + bias + x,  g = |x| over space
+
+Statistics are those of `theory.py`: fields say what is averaged, masks and mapped axes included.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import erf
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.field import Field
+from normjax.running import unbiased as without_bias
+from normjax.selu import as_real
+from normjax.theory import Normalizer, Stats, _beside, _fit, affine, equation
+
+RELU_MEAN = 1 / math.sqrt(2 * math.pi)  # of relu(z), z ~ N(0, 1)
+# One over its standard deviation, 1.7128585504; NFNets' table of constants has 1.7139588594, 0.06 per cent too large.
+RELU_GAIN = math.sqrt(2 * math.pi / (math.pi - 1))
+
+
+def scaled_relu(x: ArrayLike, dtype: Any = None) -> jax.Array:
+    """ReLU, standardized: a Gaussian input of mean 0 and variance 1 leaves with mean 0 and variance 1.
+
+    Args:
+      x: real array of any shape, standardized. After the addition of a residual block it scales the skip path by 1.71 too.
+      dtype: of the output, by default that of x.
+
+    Raises:
+      TypeError: x holds integers or complex numbers.
+
+    Source: Arpit et al. 2016; Hoffer et al. 2018 (TReLU); Lubana et al. 2021.
+
+    >>> scaled_relu(jnp.array([-5.0, 1.0]))
+    Array([-0.6833317,  1.0295268], dtype=float32)
+    """
+    x = as_real(x, "scaled_relu")
+    work = x.astype(moments.wide(x.dtype))
+    return (RELU_GAIN * (jax.nn.relu(work) - RELU_MEAN)).astype(dtype or x.dtype)
+
+
+def tlu(x: ArrayLike, tau: ArrayLike = 0.0, layout: str = "n ... c") -> jax.Array:
+    """Thresholded linear unit, max(x, tau): for outputs of a norm that does not centre, whose zero means nothing.
+
+    Args:
+      x: real array, axes as named by `layout`. [u]
+      tau: learned threshold: a scalar, `[c]`, or as `scale` of `normjax.normalize`. [u]
+      layout: name of each axis of x.
+
+    Returns:
+      An array of the shape and dtype of x. Where both are equal, each has half the gradient, as in PyTorch.
+
+    Raises:
+      FieldError: tau does not fit x.
+      TypeError: x holds integers or complex numbers.
+
+    Source: Singh & Krishnan 2020, section 3.
+
+    >>> tlu(jnp.array([[-1.0, -1.0], [2.0, 2.0]]), jnp.array([-3.0, 0.5])).tolist()
+    [[-1.0, 0.5], [2.0, 2.0]]
+    """
+    x = as_real(x, "tlu")
+    return jnp.maximum(x, _param(tau, x, layout, "tau", x.dtype))
+
+
+def dyt(
+    x: ArrayLike,
+    alpha: ArrayLike = 0.5,
+    layout: str = "n ... c",
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Dynamic tanh, scale * tanh(alpha * x) + bias: in place of layer norm, without statistics.
+
+    Args:
+      x: real array, axes as named by `layout`. [u]
+      alpha: learned scalar. [1 / u]
+      layout: name of each axis of x.
+      scale: see `normjax.normalize`.
+      bias: the same.
+      dtype: of the output, by default that of x.
+
+    Raises:
+      FieldError: a parameter does not fit x.
+      TypeError: x holds integers or complex numbers.
+
+    Source: Zhu et al. 2025, "Transformers without normalization", section 4; alpha starts at 0.5.
+
+    >>> dyt(jnp.array([[-1e9, 0.0, 1e9]]), scale=2.0, bias=1.0).tolist()
+    [[-1.0, 1.0, 3.0]]
+    """
+    x = as_real(x, "dyt")
+    work = x.astype(moments.wide(x.dtype))
+    y = jnp.tanh(_param(alpha, work, layout, "alpha") * work)
+    return affine(y, layout, scale, bias).astype(dtype or x.dtype)
+
+
+def derf(
+    x: ArrayLike,
+    alpha: ArrayLike = 0.5,
+    shift: ArrayLike = 0.0,
+    layout: str = "n ... c",
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Dynamic erf, scale * erf(alpha * x + shift) + bias: in place of layer norm, without statistics.
+
+    Args:
+      x: real array, axes as named by `layout`. [u]
+      alpha: learned scalar. [1 / u]
+      shift: learned scalar.
+      layout: name of each axis of x.
+      scale: see `normjax.normalize`.
+      bias: the same.
+      dtype: of the output, by default that of x.
+
+    Raises:
+      FieldError: a parameter does not fit x.
+      TypeError: x holds integers or complex numbers.
+
+    Source: Chen et al. 2025, "Stronger normalization-free transformers"; alpha starts at 0.5, the shift at 0.
+
+    >>> derf(jnp.array([[-1e9, 0.0, 1e9]]), scale=2.0, bias=1.0).tolist()
+    [[-1.0, 1.0, 3.0]]
+    """
+    x = as_real(x, "derf")
+    work = x.astype(moments.wide(x.dtype))
+    y = erf(_param(alpha, work, layout, "alpha") * work + _param(shift, work, layout, "shift"))
+    return affine(y, layout, scale, bias).astype(dtype or x.dtype)
+
+
+class EvoNormed(NamedTuple):
+    """What `evonorm_b0` returns.
+
+    Attributes:
+      y: the output.
+      stats: of the batch, for `running.observe`; inference needs `var` alone. All None where none were taken.
+    """
+
+    y: jax.Array
+    stats: Stats
+
+
+def evonorm_row(field: Field | str, epsilon: float = 1e-5) -> Normalizer:
+    """The row whose variance EvoNorm takes over a field: centred for the statistic, not for the output.
+
+    >>> evonorm_row("n ...")
+    Normalizer('n ...', 'n ...', keep_mean=True)
+    """
+    return Normalizer(field, field, eps=epsilon, keep_mean=True)
+
+
+def evonorm_b0(
+    x: ArrayLike,
+    v: ArrayLike = 1.0,
+    layout: str = "n ... c",
+    *,
+    batch: Field | str = "n ...",
+    instance: Field | str = "...",
+    epsilon: float = 1e-5,
+    unbiased: bool = False,
+    nonlinear: bool = True,
+    stats: Stats | None = None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    dtype: Any = None,
+) -> EvoNormed:
+    """EvoNorm-B0, norm and nonlinearity in one: x / max(sqrt(var_B + eps), v * x + sqrt(var_I + eps)) * scale + bias.
+
+    Args:
+      x: real array, axes as named by `layout`. [u]
+      v: learned, a scalar or `[c]`; starts at 1.
+      layout: name of each axis of x.
+      batch: the field of the batch's variance, mapped axes included: `"@data n ..."`.
+      instance: the field of the instance's variance; of a single element it is 0.
+      epsilon: added to both variances. [u ** 2]
+      unbiased: divides the instance's variance by one less than its count, as the published code of Lubana et al. 2021
+        does; the paper's is biased. Of a single element, where that finds NaN, both take 0. The batch's is biased in both.
+      nonlinear: False leaves scale * x + bias, as the paper's pseudocode does.
+      stats: the stored variance of the batch (`running.as_stats`), for inference.
+      scale: see `normjax.normalize`.
+      bias: the same.
+      mask: see `normjax.normalize`; the output is the bias where it is zero.
+      dtype: of the output, by default that of x.
+
+    Returns:
+      `(y, stats)`.
+
+    Raises:
+      FieldError: field, layout, parameters or mapped axes do not fit x.
+      TypeError: x holds integers or complex numbers.
+
+    Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
+
+    >>> x = jnp.array([1.0, -1.0, 2.0, -2.0]).reshape(2, 2, 1)
+    >>> y, stats = evonorm_b0(x, 0.0)                              # v = 0: the larger of the two deviations divides
+    >>> (1000 * y).round().ravel().tolist(), stats.var.ravel().tolist()
+    ([632.0, -632.0, 1000.0, -1000.0], [2.5])
+    """
+    x, work, weights = _prepared(x, "evonorm_b0", mask)
+    if not nonlinear:
+        return EvoNormed(affine(work, layout, scale, bias).astype(dtype or x.dtype), Stats())
+    if stats is None or stats.var is None:
+        stats = equation(x, evonorm_row(batch, epsilon), layout, mask=mask).stats
+    var = _fit(stats.var, x, "var", work.dtype)
+    own = equation(x, evonorm_row(instance, epsilon), layout, mask=mask).stats
+    own = (without_bias(own) if unbiased else own).var
+    d = jnp.maximum(_root(var + epsilon), _param(v, work, layout, "v") * work + _root(own + epsilon))
+    y = moments.silence(work * moments.inverse_power(d, 1.0), weights)
+    return EvoNormed(affine(y, layout, scale, bias).astype(dtype or x.dtype), stats)
+
+
+def evonorm_s0(
+    x: ArrayLike,
+    v: ArrayLike = 1.0,
+    layout: str = "n ... c",
+    *,
+    field: Field | str = "... c/32",
+    epsilon: float = 1e-5,
+    unbiased: bool = False,
+    nonlinear: bool = True,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """EvoNorm-S0, norm and nonlinearity in one: x * sigmoid(v * x) / sqrt(var_G + eps) * scale + bias.
+
+    Args:
+      x: real array, axes as named by `layout`. [u]
+      v: learned, a scalar or `[c]`; starts at 1. [1 / u]
+      layout: name of each axis of x.
+      field: of the variance; the paper has groups of channels and all of space.
+      epsilon: added to the variance. [u ** 2]
+      unbiased: divides by one less than the count, as the code of Lubana et al. 2021 does; the paper's is biased.
+      nonlinear: False leaves scale * x + bias, as the paper's pseudocode does.
+      scale: see `normjax.normalize`.
+      bias: the same.
+      mask: see `normjax.normalize`; the output is the bias where it is zero.
+      dtype: of the output, by default that of x.
+
+    Returns:
+      An array of the shape of x.
+
+    Raises:
+      FieldError: field, layout, parameters or mapped axes do not fit x.
+      TypeError: x holds integers or complex numbers.
+
+    Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
+
+    >>> (1000 * evonorm_s0(jnp.array([[1.0, 3.0, 0.0, 20.0]]), field="c/2")).round().tolist()
+    [[731.0, 2858.0, 0.0, 2000.0]]
+    """
+    x, work, _ = _prepared(x, "evonorm_s0", mask)
+    if not nonlinear:
+        return affine(work, layout, scale, bias).astype(dtype or x.dtype)
+    row = evonorm_row(field, epsilon)
+    divided = equation(x, row, layout, mask=mask, dtype=work.dtype)
+    if unbiased:
+        var = without_bias(divided.stats).var
+        divided = equation(x, row, layout, mask=mask, dtype=work.dtype, stats=Stats(divided.stats.mean, var))
+    y = divided.y * jax.nn.sigmoid(_param(v, work, layout, "v") * work)
+    return affine(y, layout, scale, bias).astype(dtype or x.dtype)
+
+
+def grn(
+    x: ArrayLike,
+    scale: ArrayLike = 0.0,
+    bias: ArrayLike = 0.0,
+    layout: str = "n ... c",
+    *,
+    space: Field | str = "...",
+    channels: Field | str = "c",
+    epsilon: float = 1e-6,
+    mask: ArrayLike | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Global response normalization: each channel times its share of the response, beside the input itself.
+
+    y = scale * x * g / (mean of g over channels + eps) + bias + x, where g is the root of the sum of squares of a channel.
+
+    Args:
+      x: real array, axes as named by `layout`. [u]
+      scale: learned, a scalar or `[c]`; starts at 0, so that the layer starts as the identity.
+      bias: learned, the same. [u]
+      layout: name of each axis of x.
+      space: the field over which squares are summed. The authors' sparse pre-training sums over the examples as well:
+        `"n ..."`.
+      channels: the field of the mean of g.
+      epsilon: added to that mean. [u]
+      mask: see `normjax.normalize`; the output is the bias where it is zero. A channel masked whole is not in the mean.
+      dtype: of the output, by default that of x.
+
+    Returns:
+      An array of the shape of x.
+
+    Raises:
+      FieldError: field, layout, parameters or mapped axes do not fit x.
+      TypeError: x holds integers or complex numbers.
+
+    Source: Woo et al. 2023 (ConvNeXt V2), equations 1 to 3 and algorithm 1.
+
+    >>> x = jnp.array([[[3.0, 0.0], [4.0, 5.0]]])                  # norms 5 and 5
+    >>> grn(x, scale=2.0, bias=1.0).round().tolist()
+    [[[10.0, 1.0], [13.0, 16.0]]]
+    """
+    x, work, _ = _prepared(x, "grn", mask)
+    stats = equation(x, Normalizer(None, space), layout, mask=mask).stats
+    count = jnp.asarray(stats.var_weight, work.dtype)
+    g = _root(stats.var * count)  # eps is beside the sum's root, so the mean's root would not do
+    mean = moments.expect(g, channels, layout, mask=None if mask is None else count > 0)
+    share = g * moments.inverse_power(mean + epsilon, 1.0)
+    return (affine(work * share, layout, scale, bias) + work).astype(dtype or x.dtype)
+
+
+def _prepared(x: ArrayLike, caller: str, mask: ArrayLike | None) -> tuple[jax.Array, jax.Array, moments.Weights | None]:
+    """The input, and the same in float32 or wider with zeros where masked, and its weights."""
+    x = as_real(x, caller)
+    work = x.astype(moments.wide(x.dtype))
+    weights = moments.weigh(mask, work)
+    return x, moments.silence(work, weights), weights
+
+
+def _param(p: ArrayLike, x: jax.Array, layout: str, name: str, dtype: Any = None) -> jax.Array:
+    """A parameter, laid along the axes of x."""
+    laid = _beside(p, x, layout, name, dtype or x.dtype)
+    assert laid is not None
+    return laid
+
+
+def _root(q: jax.Array) -> jax.Array:
+    """The square root, with slope 0 at 0."""
+    return q * moments.inverse_power(q, 0.5)
