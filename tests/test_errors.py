@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from normjax import TABLE, Field, FieldError, Normalizer, Span, expect, explain, normalize, top, train
 from normjax import linen as nl
@@ -108,11 +109,11 @@ CASES = {
         "order is a positive number, inf or top(k); found top(k=2.5)",
     ),
     "nnx features": (
-        lambda: nx.LayerNorm(5, rngs=nx.nnx.Rngs(0))(DENSE),
+        lambda: nx.LayerNorm(5, rngs=nnx.Rngs(0))(DENSE),
         "a layer made for 5 features cannot take an input of shape (8, 64)",
     ),
     "nnx batch features": (
-        lambda: nx.BatchNorm(5, rngs=nx.nnx.Rngs(0))(DENSE),
+        lambda: nx.BatchNorm(5, rngs=nnx.Rngs(0))(DENSE),
         "a layer made for 5 features cannot take an input of shape (8, 64)",
     ),
     "no micro-batches": (
@@ -175,7 +176,7 @@ CASES = {
         "use_bias=False goes without",
     ),
     "nnx without a shape": (
-        lambda: nx.Norm(Normalizer("n", "n"), 3, rngs=nx.nnx.Rngs(0)),
+        lambda: nx.Norm(Normalizer("n", "n"), 3, rngs=nnx.Rngs(0)),
         "Normalizer('n', 'n') stores statistics along other axes than the channels: give the whole shape of an input as "
         "`features`, found 3",
     ),
@@ -189,20 +190,20 @@ CASES = {
         "makes them",
     ),
     "unbiased without a variance": (
-        lambda: nx.Norm("l1_batch", 64, unbiased=True, rngs=nx.nnx.Rngs(0))(DENSE),
+        lambda: nx.Norm("l1_batch", 64, unbiased=True, rngs=nnx.Rngs(0))(DENSE),
         f"unbiased=True needs a variance: order 2 and A = B, without windows; found {TABLE['l1_batch']}",
     ),
     "renormalization without stored statistics": (
-        lambda: nx.Norm("token", 64, renorm=(3.0, 5.0), rngs=nx.nnx.Rngs(0))(DENSE),
+        lambda: nx.Norm("token", 64, renorm=(3.0, 5.0), rngs=nnx.Rngs(0))(DENSE),
         "batch renormalization needs a row that stores all its moments, a variance among them, and has neither floor nor "
         "keep_mean; found Normalizer('c', 'c')",
     ),
     "limits that bind everything": (
-        lambda: nx.BatchRenorm(64, r_max=0.5, rngs=nx.nnx.Rngs(0))(DENSE),
+        lambda: nx.BatchRenorm(64, r_max=0.5, rngs=nnx.Rngs(0))(DENSE),
         "r_max is at least 1; found 0.5",
     ),
     "one limit": (
-        lambda: nx.Norm("batch", 64, renorm=cast(Any, 3.0), rngs=nx.nnx.Rngs(0))(DENSE),
+        lambda: nx.Norm("batch", 64, renorm=cast(Any, 3.0), rngs=nnx.Rngs(0))(DENSE),
         "renorm is a pair of limits (r_max, d_max); found 3.0",
     ),
     "groups of Flax's layer": (

@@ -91,6 +91,7 @@ def smoke(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return folder, command("-m", "experiments.compare", "--smoke", "--rows", "batch", "batch*", folder=folder)
 
 
+@pytest.mark.slow
 def test_smoke_run_leaves_configurations_metrics_and_checkpoints(smoke):
     folder, done = smoke
     assert done.returncode == 0, done.stderr
@@ -112,6 +113,7 @@ def test_smoke_run_leaves_configurations_metrics_and_checkpoints(smoke):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_printed_table_holds_the_means_of_the_run_folders(smoke):
     folder, done = smoke
     seeds = [folder / "runs" / "compare-smoke" / "batch" / f"seed-{k}" / "metrics.jsonl" for k in range(2)]
@@ -124,6 +126,7 @@ def test_printed_table_holds_the_means_of_the_run_folders(smoke):
     assert row in (folder / "runs" / "compare-smoke" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_html_report_needs_no_other_file(smoke):
     folder, _ = smoke
     html = (folder / "runs" / "compare-smoke" / "report.html").read_text()

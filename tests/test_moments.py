@@ -23,7 +23,7 @@ def array(shape, seed=0, dtype=np.float32):
 
 @pytest.mark.parametrize("border", ["truncate", "zero"])
 @pytest.mark.parametrize(
-    ("layout", "shape"), [*LAYOUTS[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in LAYOUTS[2:])], ids=str
+    ("layout", "shape"), [LAYOUTS[3], *(pytest.param(*case, marks=pytest.mark.slow) for case in LAYOUTS[:3])], ids=str
 )
 def test_expect_equals_averaging_matrices(layout, shape, border):
     x, weights = array(shape), np.random.default_rng(1).uniform(size=shape)
@@ -68,7 +68,7 @@ def cases(draw):
 
 
 @hypothesis.given(cases())
-@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 def test_expect_equals_averaging_matrices_on_random_cases(case):
     check(case)
 

@@ -330,3 +330,14 @@ def test_batch_renorm_takes_any_dtypes_and_a_stored_spread_of_zero():
         np.testing.assert_allclose(r[0], [3.0, *want], rtol=1e-6)  # against nothing, everything is large
     with pytest.raises(TypeError, match="which complex numbers have not"):
         nn.BatchRenorm(4, rngs=nnx.Rngs(0))(jnp.ones((8, 4), jnp.complex64))
+
+
+def test_stored_statistics_of_blocks_normalize_any_number_of_examples():
+    x = np.random.default_rng(0).normal(2, 3, (16, 4)).astype(np.float32)
+    layer = nl.Norm("ghost", use_running_average=False, momentum=0.0)
+    variables = layer.init(jax.random.key(0), x)
+    _, stored = layer.apply(variables, x, mutable=["batch_stats"])
+    y = nl.Norm("ghost", use_running_average=True).apply({**variables, **stored}, x[:3])
+    parts = np.asarray(x, np.float64).reshape(8, 2, 4)
+    expected = (x[:3] - parts.mean((0, 1))) / np.sqrt(parts.var(1).mean(0) + 1e-5)
+    np.testing.assert_allclose(np.asarray(y), expected, atol=1e-5)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.nnx import Rngs
 from jax.test_util import check_grads
 
 import normjax
@@ -323,7 +324,7 @@ def test_presets_that_flax_lacks_are_the_same_in_linen_and_nnx(name, layout):
     one = getattr(linen, name)(*args, **kwargs, layout=layout).apply({}, x)
     if name == "DivisiveNorm":
         features = x.shape[-1] if layout == "n ... c" else x.shape[1]
-        two = nnx.DivisiveNorm(features, **kwargs, layout=layout, rngs=nnx.nnx.Rngs(0))(x)
+        two = nnx.DivisiveNorm(features, **kwargs, layout=layout, rngs=Rngs(0))(x)
     else:
         two = getattr(nnx, name)(*args, **kwargs, layout=layout)(x)
     np.testing.assert_array_equal(one, two)

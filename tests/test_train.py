@@ -323,7 +323,7 @@ SETTINGS = {  # shape of the mesh, axis of the examples, how parameters are laid
     "specs": ((2, 4), "data", "specs", 1),
     "two axes": ((4, 2), ("data", "model"), None, 2),
 }
-QUICK = [("nnx", "Explicit", "specs")]  # the epoch below is linen's
+QUICK = [("nnx", "Explicit", "specs")]
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,8 @@ def test_a_step_on_many_devices_is_one_devices_and_leaves_the_state_where_it_was
     assert [a.sharding.is_fully_replicated for a in kernels] == [laid is None] * 4  # momentum lies as its parameter
 
 
-@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_an_epoch_on_many_devices_is_one_devices_however_the_data_lie(kind):
     mesh = jax.make_mesh((8,), ("data",), (getattr(AxisType, kind),))
     (state, make), key = maker("linen", None), jax.random.key(7)
