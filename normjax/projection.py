@@ -398,7 +398,8 @@ def project_affine(where: Any = None) -> optax.GradientTransformationExtraArgs:
     caller = "project_affine"
 
     def joint(parts: Iterable[jax.Array]) -> jax.Array:
-        return sum((jnp.sum(lax.square(part.astype(moments.wide(part.dtype)))) for part in parts), 0.0)  # type: ignore
+        squares: list[Any] = [jnp.sum(lax.square(part.astype(moments.wide(part.dtype)))) for part in parts]
+        return sum(squares)
 
     def init(params: Any) -> ProjectState:
         if _is_placeholder(params):
