@@ -399,7 +399,7 @@ def project_affine(where: Any = None) -> optax.GradientTransformationExtraArgs:
 
     def joint(parts: Iterable[jax.Array]) -> jax.Array:
         squares: list[Any] = [jnp.sum(lax.square(part.astype(moments.wide(part.dtype)))) for part in parts]
-        return sum(squares)
+        return jnp.asarray(sum(squares))
 
     def init(params: Any) -> ProjectState:
         if _is_placeholder(params):
