@@ -20,7 +20,6 @@ from benchmarks.harness import Case, Contender, Options
 ROOT = Path(__file__).parents[1]
 # A few cases of each script that compile quickly, and the rest.
 QUICK = {
-    "norms": (norms, ["--rows", "rms", "--dtypes", "bfloat16", "--modes", "forward+backward"]),
     "windows": (windows, ["--kinds", "along channels", "--widths", "3", "5", "--modes", "forward+backward"]),
     "recurrent": (recurrent, ["--cells", "RNN", "--steps", "2", "--modes", "forward"]),
     "steps": (steps, ["--models", "stack, layer norm"]),

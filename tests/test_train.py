@@ -323,18 +323,12 @@ SETTINGS = {  # shape of the mesh, axis of the examples, how parameters are laid
     "specs": ((2, 4), "data", "specs", 1),
     "two axes": ((4, 2), ("data", "model"), None, 2),
 }
-QUICK = [("nnx", "Explicit", "specs")]
 
 
-@pytest.mark.parametrize(
-    ("api", "kind", "setting"),
-    [
-        pytest.param(api, kind, setting, marks=[] if (api, kind, setting) in QUICK else pytest.mark.slow)
-        for api in ("linen", "nnx")
-        for kind in ("Auto", "Explicit")
-        for setting in SETTINGS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_a_step_on_many_devices_is_one_devices_and_leaves_the_state_where_it_was(api, kind, setting):
     shape, axis, laid, micro_batches = SETTINGS[setting]
     mesh = jax.make_mesh(shape, ("data", "model"), (getattr(AxisType, kind),) * 2)

@@ -51,11 +51,10 @@ def use(mode: str) -> contextlib.ExitStack:
     Raises:
       ValueError: another mode.
 
-    >>> with use("interpret"):
-    ...     used()
-    'interpret'
-    >>> used()
-    'xla'
+    >>> use("cuda")
+    Traceback (most recent call last):
+    ...
+    ValueError: the kernels are one of 'xla', 'pallas', 'interpret'; found 'cuda'
     """
     former = _mode
     _set(mode)
