@@ -436,3 +436,23 @@ def test_gradient_with_an_array_of_eps_is_that_of_plain_differentiation(name, la
     expected = jax.jit(lambda given: [gradients(*args) for args in given])(given)
     for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(f, e, atol=2e-5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_gradient_of_pooled_windows_is_as_exact_as_plain_differentiation(mean, monkeypatch):
+    n, rng = Normalizer("...:5 c", "...:5 c"), np.random.default_rng(0)
+    x = (mean + rng.normal(size=(2, 8, 8, 64))).astype(np.float32)
+    scale, g = (rng.normal(size=shape).astype(np.float32) for shape in ((64,), x.shape))
+
+    def gradient(dtype):
+        given = [jnp.asarray(a, dtype) for a in (x, scale, g)]
+        f = jax.jit(lambda x, scale, g: jax.grad(lambda x: jnp.vdot(normalize(x, n, scale=scale).y, g))(x))
+        return np.asarray(f(*given), np.float64)
+
+    ruled = gradient(np.float32)
+    monkeypatch.setattr(derivative, "has_rule", lambda *_: False)
+    plain = gradient(np.float32)
+    with jax.enable_x64(True):
+        exact = gradient(np.float64)
+    size = np.abs(exact).max()
+    assert np.abs(ruled - exact).max() <= 1.5 * np.abs(plain - exact).max() + 2e-7 * size

@@ -38,6 +38,7 @@ class _Row(Norm):
 
     @nn.nowrap
     def _row(self) -> Normalizer:
+        """The row that the attributes of the subclass make; every subclass has one."""
         raise NotImplementedError
 
     def __post_init__(self):
