@@ -9,6 +9,7 @@ operation that must pass over the array P times (reads and writes counted) can t
 """
 
 import gc
+import importlib
 import importlib.util
 import math
 import sys
@@ -146,6 +147,11 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def torch() -> Any:
+    """PyTorch, which is optional: its types are therefore not checked."""
+    return importlib.import_module("torch")
+
+
 def normal(shape: tuple[int, ...], dtype: Any, seed: int = 0, mean: float = 0.3) -> jax.Array:
     """Numbers with standard deviation 1.5."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32) * 1.5 + mean, dtype)
@@ -197,9 +203,7 @@ class Running:
         if not self.contender.torch:
             return jax.block_until_ready(out)
         if not on_cpu():
-            import torch
-
-            torch.cuda.synchronize()
+            torch().cuda.synchronize()
         return out
 
     def result(self) -> Mapping[str, Any]:

@@ -187,7 +187,7 @@ def timed(
 
 def torch_contenders(row: str, mode: str, x: jax.Array, g: jax.Array, params: Any) -> Iterator[Contender]:
     """Eager PyTorch: channels first and, for images, channels_last; compiled too on a GPU."""
-    import torch
+    torch = harness.torch()
 
     device = "cpu" if harness.on_cpu() else "cuda"
     if device == "cuda" and not torch.cuda.is_available():

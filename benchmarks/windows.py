@@ -116,8 +116,8 @@ def convolved(kind: str, k: int) -> Average:
 
 def torch_layer(kind: str, k: int) -> Callable[[Any], Any]:
     """The equation in PyTorch: images [n, c, h, w], or [n, c]."""
-    import torch
-    from torch.nn.functional import avg_pool1d, avg_pool2d
+    torch = harness.torch()
+    avg_pool1d, avg_pool2d = torch.nn.functional.avg_pool1d, torch.nn.functional.avg_pool2d
 
     if kind == "along channels":
         return torch.nn.LocalResponseNorm(k, alpha=5e-4, beta=0.75, k=2.0)
@@ -155,7 +155,7 @@ def ours(name: str, mode: str, normalizer: Normalizer, x: jax.Array, g: jax.Arra
 
 def torch_contenders(kind: str, k: int, mode: str, x: jax.Array, g: jax.Array) -> Iterator[Contender]:
     """Eager PyTorch; compiled too on a GPU."""
-    import torch
+    torch = harness.torch()
 
     device = "cpu" if harness.on_cpu() else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
