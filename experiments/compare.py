@@ -28,7 +28,6 @@ Each process reads its own part of the training data; process 0 alone writes, an
 that `jax.distributed` knows need no more than --distributed. If a process dies, the others stop within minutes.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,13 +38,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import normjax.train
-from experiments.common import cli, data, loop, report, runs
+from experiments.common import cli, command, data, loop, report, runs, tables
 from experiments.common.models import CNN
 from normjax import TABLE, Normalizer, normalize
 from normjax.train import State
@@ -97,38 +94,27 @@ ROWS = PLAIN | {
 }
 # fmt: on
 STARS = {name: name[:-1] for name in ROWS if name.endswith("*")}
+ACCURACY = tables.Metric("test_accuracy", "accuracy, in per cent", factor=100, digits=2)
 HELD_OUT_BATCH = 200  # images over whose positions units are correlated
 
 
 DESCRIPTION = "Trains a small CNN with each normalizer, and reports what the normalizer did."
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(command.Options):
     """The command line."""
 
     rows: tuple[str, ...] = tuple(ROWS)
-    """Rows to train; 'batch*' may be written batch-star."""
     seeds: int = Config.seeds
-    """How many seeds, trained at once."""
     steps: int = Config.steps
     """Training steps."""
     dataset: str = Config.dataset
     """digits, mnist, cifar10 or cifar100."""
-    data_dir: str | None = None
-    """Folder of the publisher's archives, for all but digits."""
     lr: float = Config.lr
     """Learning rate of every row."""
     batch_size: int = Config.batch_size
     """Examples a step (8 with --smoke)."""
-    out: Path = Path("runs")
-    """Results go to OUT/compare (OUT/compare-smoke for --smoke)."""
-    smoke: bool = False
-    """Try everything out: at most 6 steps and 2 seeds, few examples; replaces an earlier try."""
-    resume: bool = False
-    """Go on where a killed run stopped; keep rows that are complete."""
-    overwrite: bool = False
-    """Delete what the chosen rows hold so far."""
     devices: int | None = None
     """Spread each batch over so many devices (of each process, with --distributed), on a CPU simulated ones."""
     distributed: bool = False
@@ -145,6 +131,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains the chosen rows and reports on all rows of the folder."""
     prog = "python -m experiments.compare"
     options = cli.parse(Options, argv, prog=prog, description=DESCRIPTION)
+    if options.show:
+        head = ["row", "normalizer", "alpha", "scale and bias"]
+        print(report.table(head, [[name, repr(c.normalizer), str(c.l1), str(c.affine)] for name, c in ROWS.items()]))
+        return
     start = time.perf_counter()
     mesh = cli.connect(options.devices, options.distributed, options.coordinator, options.processes, options.process)
     # Every process its own folders; all else must be alike.
@@ -155,14 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = 1 if mesh is None else mesh.size
     job = Job(experiment, dataset, pixels, mesh, runs.environment(devices))
 
-    width = max(map(len, rows))
-    total = sum(configs[name].steps for name in rows)
-    quiet = jax.process_index() > 0
-    with tqdm(total=total, unit="step", mininterval=0.2, dynamic_ncols=True, disable=quiet) as bar:
-        for i, name in enumerate(rows):
-            bar.set_description(f"{i + 1:2}/{len(rows)} {name:{width}}")
-            bar.set_postfix_str("compiling")
-            train(job, name, configs[name], bar)
+    for name, show in command.each(rows, {name: config.steps for name, config in configs.items()}):
+        train(job, name, configs[name], show)
     with cli.together():
         if jax.process_index() == 0:
             write_report(job, configs)
@@ -171,16 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepare(options: Options, mesh: Mesh | None) -> tuple[list[str], dict[str, "Config"], Path, data.Dataset]:
     """Refuses what cannot be done, reads the data, and makes the folder: rows, configurations, folder and data."""
-    if not options.rows:
-        cli.fail("--rows needs at least one row")
-    rows = [cli.pick(name.replace("-star", "*"), ROWS, "row") for name in options.rows]
-    rows = list(dict.fromkeys(rows))
+    rows = command.rows_of(options, ROWS)
     cli.pick(options.dataset, data.DATASETS, "data set")
-    for name in ("seeds", "steps", "lr", "batch_size"):
-        if not getattr(options, name) > 0:
-            cli.fail(f"--{name.replace('_', '-')} is a positive number; found {getattr(options, name)}")
-    if options.resume and options.overwrite:
-        cli.fail("--resume keeps results and --overwrite deletes them: choose one")
+    command.positive(options, "seeds", "steps", "lr", "batch_size")
     configs = {name: configure(config, options) for name, config in ROWS.items()}
     batch_size = configs[rows[0]].batch_size
     if mesh is not None and batch_size % mesh.size:
@@ -189,31 +166,11 @@ def prepare(options: Options, mesh: Mesh | None) -> tuple[list[str], dict[str, "
             "--batch-size"
         )
 
-    experiment = options.out / ("compare-smoke" if options.smoke else "compare")
-    if options.smoke and not options.resume:
-        staying, deleted = {}, [experiment]
-    elif options.overwrite:
-        staying = {name: config for name, config in configs.items() if name not in rows}
-        deleted = [runs.row_folder(experiment, name) for name in rows]
-    else:
-        staying, deleted = configs, []
-    writes = jax.process_index() == 0
-    try:
-        if writes:
-            runs.check(experiment, staying, rows, options.resume)
-        part = (jax.process_index(), jax.process_count())
-        dataset = data.load(options.dataset, options.data_dir, part)
-    except (runs.RunError, data.DataError) as error:
-        cli.fail(str(error))
-    except OSError as error:
-        cli.fail(f"cannot read or prepare {options.dataset} in {options.data_dir}: {error}")
-    try:
-        if writes:
-            for folder in deleted:
-                runs.remove(folder)
-            experiment.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        cli.fail(f"cannot write to {experiment}: {error}")
+    experiment = command.folder(options, "compare")
+    part = (jax.process_index(), jax.process_count())
+    dataset = command.begin(
+        options, experiment, configs, rows, lambda: data.load(options.dataset, options.data_dir, part)
+    )
     return rows, configs, experiment, dataset
 
 
@@ -253,17 +210,15 @@ def pixel_moments(dataset: data.Dataset) -> tuple[float, float]:
     return mean, float(np.average((values - mean) ** 2, weights=counts) ** 0.5)
 
 
-def train(job: Job, name: str, config: Config, bar: tqdm) -> None:
+def train(job: Job, name: str, config: Config, show: Callable[[int, str], None]) -> None:
     """Trains all seeds of one row, from where its folders say that it stopped."""
     folders = runs.seed_folders(job.experiment, name, config.seeds)
     with cli.together():
         if jax.process_index() == 0:
             runs.create(folders, config, job.environment)
-    before = bar.n
 
     def on_chunk(step: int, evaluation: dict[str, np.ndarray]) -> None:
-        bar.update(before + step - bar.n)
-        bar.set_postfix_str(f"held-out accuracy {evaluation['accuracy'].mean():.1%}")
+        show(step, f"held-out accuracy {evaluation['accuracy'].mean():.1%}")
 
     task = build(config, job)
     examples = min(config.examples or job.dataset.examples, job.dataset.examples)
@@ -282,7 +237,6 @@ def train(job: Job, name: str, config: Config, bar: tqdm) -> None:
         mesh=job.mesh,
         on_chunk=on_chunk,
     )
-    bar.update(before + config.steps - bar.n)
 
 
 class Task(NamedTuple):
@@ -348,7 +302,7 @@ def write_report(job: Job, configs: Mapping[str, Config]) -> None:
     rows = report.read_rows(experiment, list(configs))
     config = next(iter(rows.values())).config
     summary = summarize(rows)
-    differences = f"{compare_rows(rows)}\n\n{compare_correlations(rows)}"
+    differences = f"{tables.exceeding(rows, ACCURACY)}\n\n{compare_correlations(rows)}"
     print(f"\n{summary}\n\n{differences}\n")
 
     smooth = config["evaluate_every"]
@@ -376,7 +330,7 @@ def write_report(job: Job, configs: Mapping[str, Config]) -> None:
             environments=report.environments(rows),
             summary=summary,
             differences=differences,
-            all_differences=difference_table(rows),
+            all_differences=tables.differences(rows, ACCURACY),
             normalizers=normalizers,
             histograms=pictures,
             batch=min(HELD_OUT_BATCH, config["examples"] or HELD_OUT_BATCH),
@@ -407,27 +361,6 @@ def summarize(rows: Mapping[str, report.Row]) -> str:
     )
 
 
-def compare_rows(rows: Mapping[str, report.Row]) -> str:
-    """Says which differences in accuracy exceed their spread over seeds."""
-    accuracy = {name: row.last("test_accuracy") for name, row in rows.items()}
-    seeds = len(next(iter(accuracy.values())))
-    if seeds < 2:
-        return "One seed only: there is no spread over seeds that differences could exceed."
-    above = {}
-    for high, low in itertools.permutations(accuracy, 2):
-        mean, std = report.difference(accuracy[high], accuracy[low])
-        if mean > std:
-            above.setdefault(high, []).append(f"{low} (by {100 * mean:.2f} +- {100 * std:.2f})")
-    chance = 2 * scipy.stats.t.sf(seeds**0.5, seeds - 1)
-    lines = [
-        f"Differences in accuracy, in per cent, paired over {seeds} seeds, whose mean exceeds their "
-        f"standard deviation over seeds (between equal rows that happens to {chance:.0%} of pairs):",
-        "",
-        *(f"- {high} is above {', '.join(lows)}" for high, lows in above.items()),
-    ]
-    return "\n".join(lines) if above else lines[0] + " none."
-
-
 def compare_correlations(rows: Mapping[str, report.Row]) -> str:
     """Says what the star did to the correlation between units, paired over seeds."""
     said = []
@@ -438,19 +371,6 @@ def compare_correlations(rows: Mapping[str, report.Row]) -> str:
             verdict = "more" if abs(mean) > std else "not more"
             said.append(f"{star} - {plain}: {mean:+.3f} +- {std:.3f}, {verdict} than its spread")
     return f"Correlation between first-layer units, paired over seeds: {'; '.join(said)}." if said else ""
-
-
-def difference_table(rows: Mapping[str, report.Row]) -> str:
-    """Accuracy of each row minus that of each other row; bold where it exceeds the spread."""
-
-    def cell(a: str, b: str) -> str:
-        mean, std = report.difference(rows[a].last("test_accuracy"), rows[b].last("test_accuracy"))
-        text = f"{100 * mean:+.2f} +- {100 * std:.2f}"
-        return f"**{text}**" if abs(mean) > std else text
-
-    names = list(rows)
-    body = [[a, *("" if a == b else cell(a, b) for b in names)] for a in names]
-    return report.table(["row minus column", *names], body)
 
 
 def style(name: str) -> dict:

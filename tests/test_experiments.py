@@ -293,7 +293,7 @@ def test_committed_states_come_back_bit_for_bit(tmp_path):
 
 
 def test_order_of_examples_does_not_depend_on_where_a_chunk_starts():
-    _, keys = loop.keys(3)
+    _, keys, _ = loop.keys(3)
     whole = np.asarray(loop.batches(keys, 11, 2, 0, 12))
     pieces = [np.asarray(loop.batches(keys, 11, 2, *ends)) for ends in ((0, 3), (3, 4), (4, 12))]
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)

@@ -2,10 +2,10 @@
 
     train(folders, init, step, evaluate, data, test, steps=..., batch_size=..., evaluate_every=...)
 
-The data lie on the device. The seeds run under one vmap. Between chunks the states are evaluated,
-and metrics and checkpoints are committed (`runs.py`); a killed run continues at the last commit and
-ends with the same bits: the order of the examples is a function of (key, epoch), and a chunk
-starts at the same steps, so it is the same compiled program.
+The data lie on the device. The seeds run side by side (one vmap) or one after the other (one lax.map).
+Between chunks the states are evaluated, and metrics and checkpoints are committed (`runs.py`); a killed run
+continues at the last commit and ends with the same bits: the order of the examples is a function of (key,
+epoch), and a chunk starts at the same steps, so it is the same compiled program.
 
 On a mesh (`cli.connect`), the batch of each step is spread over the devices, and the states lie on all
 of them. The numbers are those of one device but for rounding, so a run may also go on with another
@@ -45,6 +45,9 @@ def train(
     evaluate_every: int,
     examples: int | None = None,
     mesh: Mesh | None = None,
+    shuffle: bool = True,
+    side_by_side: bool = True,
+    noise: bool = False,
     on_chunk: Callable[[int, dict[str, np.ndarray]], None] = lambda step, metrics: None,
 ) -> State:
     """Trains one row to `steps`, from where its folders say that it stopped.
@@ -66,12 +69,16 @@ def train(
       evaluate_every: steps in a chunk; the last one may be shorter.
       examples: number of training examples in all processes, by default those in `data`.
       mesh: the devices that each batch is spread over, for which `step` was made as well; None for one alone.
+      shuffle: whether an epoch is a permutation of the examples; else it takes them as they come.
+      side_by_side: whether the seeds train in one vmap, or one after the other. Small networks are faster side by
+        side; large ones, whose convolutions XLA turns into slow grouped ones, are not.
+      noise: whether `step` takes a key as well, another one for each step, for dropout and augmentation.
       on_chunk: called as on_chunk(step, evaluation) with each evaluation, [seeds] each.
 
     Returns:
       The states after the last step, with a leading axis of seeds.
     """
-    init_keys, order_keys = keys(len(folders))
+    init_keys, order_keys, noise_keys = keys(len(folders))
     examples = len(jax.tree.leaves(data)[0]) if examples is None else examples
     first_process = jax.process_index() == 0
 
@@ -89,14 +96,17 @@ def train(
     data, test = _spread(data, examples, mesh), _everywhere(test, mesh)
 
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    judge = jax.jit(jax.vmap(evaluate, in_axes=(0, None)), out_shardings=replicated)
-    run = jax.vmap(normjax.train.epoch(step, mesh=mesh), in_axes=(0, None, 0))
-    advance = jax.jit(run, out_shardings=replicated)
+    judge = jax.jit(_over_seeds(evaluate, side_by_side), out_shardings=replicated)
+    epoch = normjax.train.epoch(step, mesh=mesh)
+    advance = jax.jit(
+        _over_seeds(lambda own, data: epoch(own[0], data, *own[1:]), side_by_side), out_shardings=replicated
+    )
+    noise_keys = noise_keys if noise else None
 
     @functools.cache
     def compiled(length: int) -> Callable[..., tuple[State, Metrics]]:
         order = jax.ShapeDtypeStruct((len(folders), length, batch_size), jnp.int32, sharding=replicated)
-        return advance.lower(states, data, order).compile()
+        return advance.lower((states, order, noise_keys), data).compile()
 
     def evaluated() -> dict[str, np.ndarray]:
         metrics = jax.device_get(judge(states, test))
@@ -113,9 +123,10 @@ def train(
     while done < steps:
         stop = min(done + evaluate_every - done % evaluate_every, steps)
         run = compiled(stop - done)
-        order = _everywhere(_rows(batches(order_keys, examples, batch_size, done, stop), examples, mesh), mesh)
+        rows = batches(order_keys, examples, batch_size, done, stop, shuffle)
+        order = _everywhere(_rows(rows, examples, mesh), mesh)
         start = time.perf_counter()
-        states, metrics = jax.block_until_ready(run(states, data, order))
+        states, metrics = jax.block_until_ready(run((states, order, noise_keys), data))
         seconds += time.perf_counter() - start
         first, done = done + 1, stop
         commit(first, metrics, evaluated())
@@ -183,22 +194,30 @@ def total(counts: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(counts.astype(np.int32)).astype(np.int64).sum(0)
 
 
-def keys(seeds: int) -> tuple[jax.Array, jax.Array]:
-    """Keys of the first weights and of the order of examples, [seeds] each.
+def _over_seeds(f: Callable[[Any, Any], Any], side_by_side: bool) -> Callable[[Any, Any], Any]:
+    """`f(own, shared)` of one seed, for all seeds: the first argument has a leading axis of them."""
+    if side_by_side:
+        return jax.vmap(f, in_axes=(0, None))
+    return lambda each, shared: jax.lax.map(lambda own: f(own, shared), each)
+
+
+def keys(seeds: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys of the first weights, of the order of examples and of noise, [seeds] each.
 
     They depend on the seed alone: rows of an experiment differ in neither.
     """
     each = jnp.stack([jax.random.key(k) for k in range(seeds)])
-    weights, order = (jax.vmap(jax.random.fold_in, (0, None))(each, i) for i in (0, 1))
-    return weights, order
+    weights, order, noise = (jax.vmap(jax.random.fold_in, (0, None))(each, i) for i in (0, 1, 2))
+    return weights, order, noise
 
 
-def batches(order_keys: jax.Array, examples: int, size: int, start: int, stop: int) -> np.ndarray:
+def batches(order_keys: jax.Array, examples: int, size: int, start: int, stop: int, shuffle: bool = True) -> np.ndarray:
     """Indices of the examples of steps start + 1 .. stop, int32 [seeds, steps, size].
 
-    An epoch is a permutation drawn from (key, epoch); what does not fill a batch is left out of it.
+    An epoch is a permutation drawn from (key, epoch), or all examples as they come; what does not
+    fill a batch is left out of it.
 
-    >>> _, order = keys(1)
+    >>> _, order, _ = keys(1)
     >>> whole = batches(order, 10, 5, 0, 4)
     >>> whole.shape, sorted(whole[0, :2].ravel().tolist())
     ((1, 4, 5), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
@@ -209,11 +228,12 @@ def batches(order_keys: jax.Array, examples: int, size: int, start: int, stop: i
     if per_epoch == 0:
         raise ValueError(f"a batch of {size} from {examples} examples")
     first, last = start // per_epoch, (stop - 1) // per_epoch
+    as_they_come = np.broadcast_to(np.arange(examples), (len(order_keys), examples))
     order = [
-        np.asarray(_permutations(order_keys, epoch, examples))[:, : per_epoch * size]
+        np.asarray(_permutations(order_keys, epoch, examples)) if shuffle else as_they_come
         for epoch in range(first, last + 1)
     ]
-    steps = np.concatenate(order, axis=1).reshape(len(order_keys), -1, size)
+    steps = np.concatenate([epoch[:, : per_epoch * size] for epoch in order], axis=1).reshape(len(order_keys), -1, size)
     offset = first * per_epoch
     return steps[:, start - offset : stop - offset].astype(np.int32)
 

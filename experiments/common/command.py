@@ -1,0 +1,139 @@
+"""What the commands of all experiments share: options, the rows asked for, a folder that loses nothing, one bar.
+
+rows = command.rows_of(options, ROWS)                       # or the closest name, and exit code 2
+data = command.begin(options, experiment, configs, rows, load)
+for name, show in command.each(rows, {name: config.steps for name, config in configs.items()}):
+    loop.train(..., on_chunk=lambda step, metrics: show(step, f"accuracy {metrics['accuracy'].mean():.1%}"))
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from experiments.common import cli, data, runs
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The part of the command line that is alike in every experiment."""
+
+    rows: tuple[str, ...]
+    """Rows to train; a * may be written -star."""
+    seeds: int = 5
+    """How many seeds."""
+    data_dir: str | None = None
+    """Folder of the publisher's archives or files."""
+    out: Path = Path("runs")
+    """Results go to a folder in OUT with the experiment's name (and -smoke for --smoke)."""
+    smoke: bool = False
+    """Try everything out: a few steps, few examples; replaces an earlier try."""
+    resume: bool = False
+    """Go on where a killed run stopped; keep rows that are complete."""
+    overwrite: bool = False
+    """Delete what the chosen rows hold so far."""
+    show: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """List the rows, train nothing."""
+
+
+def rows_of(options: Options, table: Iterable[str]) -> list[str]:
+    """The rows that were asked for, each once; exits with code 2 and the closest name for one that is not there."""
+    table = list(table)
+    if not options.rows:
+        cli.fail("--rows needs at least one row")
+    return list(dict.fromkeys(cli.pick(name.replace("-star", "*"), table, "row") for name in options.rows))
+
+
+def positive(options: Any, *names: str) -> None:
+    """Exits with code 2 unless these options are positive numbers."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            cli.fail(f"--{name.replace('_', '-')} is a positive number; found {getattr(options, name)}")
+
+
+def scaled(steps: int, scale: float) -> int:
+    """A number of steps of a schedule that is shrunk as a whole, 1 or more.
+
+    >>> scaled(80_000, 0.02), scaled(30_000, 0.02), scaled(10, 0.01)
+    (1600, 600, 1)
+    """
+    return max(1, round(steps * scale))
+
+
+def folder(options: Options, name: str) -> Path:
+    """Where an experiment writes: OUT/<name>, or OUT/<name>-smoke."""
+    return options.out / (f"{name}-smoke" if options.smoke else name)
+
+
+def begin(
+    options: Options, experiment: Path, configs: Mapping[str, Any], rows: Sequence[str], load: Callable[[], T]
+) -> T:
+    """Refuses what cannot be done, reads the data, then makes the folder: in this order, so that nothing is lost.
+
+    Args:
+      options: the command line.
+      experiment: from `folder`.
+      configs: the configuration of every row that may lie there, under the options of this command.
+      rows: those to be trained now.
+      load: reads the data.
+
+    Returns:
+      What `load` returned. Exits with code 2 and a message where the folder holds what does not fit, where the data are
+      not there or damaged, or where nothing can be written.
+    """
+    if options.resume and options.overwrite:
+        cli.fail("--resume keeps results and --overwrite deletes them: choose one")
+    if options.smoke and not options.resume:
+        staying, deleted = {}, [experiment]
+    elif options.overwrite:
+        staying = {name: config for name, config in configs.items() if name not in rows}
+        deleted = [runs.row_folder(experiment, name) for name in rows]
+    else:
+        staying, deleted = configs, []
+    writes = jax.process_index() == 0
+    try:
+        if writes:
+            runs.check(experiment, staying, rows, options.resume)
+        loaded = load()
+    except (runs.RunError, data.DataError) as error:
+        cli.fail(str(error))
+    except OSError as error:
+        cli.fail(f"cannot read or prepare the data in {options.data_dir}: {error}")
+    try:
+        if writes:
+            for path in deleted:
+                runs.remove(path)
+            experiment.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        cli.fail(f"cannot write to {experiment}: {error}")
+    return loaded
+
+
+def each(rows: Sequence[str], steps: Mapping[str, int]) -> Iterator[tuple[str, Callable[[int, str], None]]]:
+    """Goes through the rows under one bar of steps; yields a row and `show(step, text)`, which moves the bar.
+
+    >>> [name for name, show in each(["bn", "bn*"], {"bn": 3, "bn*": 3})]
+    ['bn', 'bn*']
+    """
+    width = max(map(len, rows))
+    quiet = jax.process_index() > 0
+    total = sum(steps[name] for name in rows)
+    with tqdm(total=total, unit="step", mininterval=0.2, dynamic_ncols=True, disable=quiet) as bar:
+        before = 0
+        for i, name in enumerate(rows):
+            bar.set_description(f"{i + 1:2}/{len(rows)} {name:{width}}")
+            bar.set_postfix_str("compiling")
+
+            def show(step: int, text: str, before: int = before) -> None:
+                bar.update(before + step - bar.n)
+                bar.set_postfix_str(text)
+
+            yield name, show
+            before += steps[name]
+            bar.update(before - bar.n)

@@ -1,0 +1,116 @@
+"""Tables of results: a published number beside ours, and differences between rows, paired over their seeds."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import scipy.stats
+
+from experiments.common import report
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a table shows of a run.
+
+    Attributes:
+      name: of the metric in metrics.jsonl.
+      title: what it is called, with its unit.
+      factor: of the values shown, 100 for per cent.
+      digits: decimals shown.
+      lower: whether less is better.
+    """
+
+    name: str
+    title: str
+    factor: float = 1.0
+    digits: int = 2
+    lower: bool = False
+
+    def of(self, row: report.Row) -> list[float]:
+        """Its last value for each seed."""
+        return [self.factor * value for value in row.last(self.name)]
+
+    def difference(self, a: report.Row, b: report.Row) -> tuple[float, float]:
+        """Mean and spread of a - b, over the seeds that both have."""
+        seeds = min(len(a.seeds), len(b.seeds))
+        return report.difference(self.of(a)[:seeds], self.of(b)[:seeds])
+
+    def show(self, mean: float, std: float) -> str:
+        """A difference: "+1.20 +- 0.30"; without the spread where there is none."""
+        spread = "" if math.isnan(std) else f" +- {std:.{self.digits}f}"
+        return f"{mean:+.{self.digits}f}{spread}"
+
+
+def published(
+    rows: Mapping[str, report.Row], metric: Metric, numbers: Mapping[str, float | None], names: Sequence[str]
+) -> str:
+    """A line for each of `names`: the published number, ours, and what it was trained with.
+
+    A row that was not run to its end is listed as such: nothing is left out silently.
+
+    Args:
+      rows: those that were, by name.
+      metric: what is compared.
+      numbers: published values, in the metric's unit; None or missing where there is none.
+      names: the rows of the table.
+    """
+    lines = []
+    for name in names:
+        number = numbers.get(name)
+        said = "-" if number is None else f"{number:.{metric.digits}f}"
+        if name not in rows:
+            lines.append([f"`{name}`", said, "not run", "", "", ""])
+            continue
+        row = rows[name]
+        ours = metric.of(row)
+        against = "" if number is None else f"{sum(ours) / len(ours) - number:+.{metric.digits}f}"
+        counts = [str(len(row.seeds)), f"{row.config['steps']:,}"]
+        lines.append([f"`{name}`", said, report.plus_minus(ours, metric.digits), against, *counts])
+    return report.table(["row", f"{metric.title}: published", "ours", "ours - published", "seeds", "steps"], lines)
+
+
+def differences(rows: Mapping[str, report.Row], metric: Metric) -> str:
+    """Each row minus each other row; bold where the mean exceeds the spread."""
+
+    def cell(a: str, b: str) -> str:
+        mean, std = metric.difference(rows[a], rows[b])
+        return f"**{metric.show(mean, std)}**" if abs(mean) > std else metric.show(mean, std)
+
+    body = [[a, *("" if a == b else cell(a, b) for b in rows)] for a in rows]
+    return report.table(["row minus column", *rows], body)
+
+
+def pairs(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tuple[str, str]]) -> str:
+    """A line for each pair (a, b) that was run: a - b, paired over seeds, and how many seeds have the better a."""
+    lines = []
+    for a, b in claims:
+        if a in rows and b in rows:
+            mean, std = metric.difference(rows[a], rows[b])
+            each = list(zip(metric.of(rows[a]), metric.of(rows[b]), strict=False))
+            better = sum((x < y) if metric.lower else (x > y) for x, y in each)
+            verdict = "one seed" if math.isnan(std) else "more" if abs(mean) > std else "not more"
+            lines.append([f"`{a}` - `{b}`", metric.show(mean, std), f"{better} of {len(each)}", verdict])
+    head = ["pair", metric.title, "seeds with the first better", "than its spread over seeds"]
+    return report.table(head, lines) if lines else ""
+
+
+def exceeding(rows: Mapping[str, report.Row], metric: Metric) -> str:
+    """Says which differences exceed their spread over seeds."""
+    seeds = min(len(row.seeds) for row in rows.values())
+    if seeds < 2:
+        return "One seed only: there is no spread over seeds that differences could exceed."
+    above = {}
+    for high, low in itertools.permutations(rows, 2):
+        mean, std = metric.difference(rows[high], rows[low])
+        if mean > std:
+            above.setdefault(high, []).append(f"{low} (by {mean:.{metric.digits}f} +- {std:.{metric.digits}f})")
+    chance = 2 * scipy.stats.t.sf(seeds**0.5, seeds - 1)
+    lines = [
+        f"Differences in {metric.title}, paired over {seeds} seeds, whose mean exceeds their "
+        f"standard deviation over seeds (between equal rows that happens to {chance:.0%} of pairs):",
+        "",
+        *(f"- {high} is above {', '.join(lows)}" for high, lows in above.items()),
+    ]
+    return "\n".join(lines) if above else lines[0] + " none."
