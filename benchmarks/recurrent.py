@@ -2,9 +2,10 @@
 
     python -m benchmarks.recurrent --out DIR
 
-The norms stand where Ba et al. 2016 put them, equations 20 to 22: on W x and on U h, and on the LSTM's cell before its
-output; each gate is normalized by itself, and each place has a scale and a bias of its own, [hidden]. Times are for a
-step, its gradients of the parameters and the input included. Matrix products rule them, so there is no bandwidth floor.
+The cells are those of `normjax.recurrent`, into which Flax's layer norm fits as well. The norms stand where Ba et al. 2016
+put them, equations 20 to 22: on W x and on U h, all gates at once, and on the LSTM's cell before its output, each with a
+scale and a bias of its own. Times are for a step, its gradients of the parameters and the input included. Matrix products
+rule them, so there is no bandwidth floor.
 """
 
 import functools
@@ -21,15 +22,16 @@ from jax import lax
 
 from benchmarks import harness, results
 from benchmarks.harness import BOTH, FORWARD, Case, Contender
-from normjax import Normalizer, normalize
+from normjax import Normalizer, recurrent
 
 EPS = 1e-5
 PEER = "flax LayerNorm"
 NONE = "none"
-GATES = {"LSTM": 4, "RNN": 1}
+KINDS = {"LSTM": "lstm", "RNN": "simple"}
+PLACES = recurrent.Places("separate_raw")
 
 Params = dict[str, Any]
-# (z [..., hidden], {"scale", "bias"}) to the normalized z.
+# (z [batch, site], {"scale", "bias"}) to the normalized z.
 Norm = Callable[[jax.Array, Params], jax.Array]
 
 
@@ -43,14 +45,14 @@ class Options(harness.Options):
       modes: forward, forward+backward or both.
     """
 
-    cells: tuple[str, ...] = tuple(GATES)
+    cells: tuple[str, ...] = tuple(KINDS)
     steps: tuple[int, ...] = (1, 35)
     modes: tuple[str, ...] = (FORWARD, BOTH)
 
 
 def ours(normalizer: Normalizer) -> Norm:
     """A row of normjax with the learned scale and bias."""
-    return lambda z, p: normalize(z, normalizer, "... c", scale=p["scale"], bias=p["bias"]).y
+    return lambda z, p: recurrent.normalize_site(z, normalizer, scale=p["scale"], bias=p["bias"]).y
 
 
 def norms(window: int) -> dict[str, Norm]:
@@ -68,36 +70,35 @@ def norms(window: int) -> dict[str, Norm]:
 
 
 def cell_params(cell: str, inputs: int, hidden: int, seed: int = 0) -> Params:
-    """W [inputs, gates, hidden], U [hidden, gates, hidden], b [gates, hidden], and a scale and a bias for each place."""
-    random, gates = np.random.default_rng(seed), GATES[cell]
+    """W [inputs, gates * hidden], U [hidden, gates * hidden], b [gates, hidden], and a scale and a bias for each site."""
+    random, gates = np.random.default_rng(seed), len(recurrent.GATES[KINDS[cell]])
 
     def uniform(*shape):
         return jnp.asarray(random.uniform(-1, 1, shape) / math.sqrt(hidden), jnp.float32)
 
-    places = {place: {"scale": 1 + uniform(hidden), "bias": uniform(hidden)} for place in ("W", "U", "cell")}
-    if cell == "RNN":
-        del places["cell"]
-    return {"W": uniform(inputs, gates, hidden), "U": uniform(hidden, gates, hidden), "b": uniform(gates, hidden),
-            "norms": places}  # fmt: skip
+    sites = recurrent.sites(KINDS[cell], hidden, PLACES)
+    norms = {name: {"scale": 1 + uniform(size), "bias": uniform(size)} for name, size in sites.items()}
+    w, u = uniform(inputs, gates * hidden), uniform(hidden, gates * hidden)
+    return {"W": w, "U": u, "b": uniform(gates, hidden), "norms": norms}
 
 
 def start(cell: str, batch: int, hidden: int) -> tuple[jax.Array, ...]:
-    """The first carry: (h, c) of an LSTM, (h,) of an RNN, each [batch, hidden]."""
+    """The first carry: (c, h) of an LSTM, (h,) of an RNN, each [batch, hidden]."""
     return (jnp.zeros((batch, hidden)),) * (2 if cell == "LSTM" else 1)
 
 
 def step(cell: str, norm: Norm, params: Params, carry: tuple[jax.Array, ...], x: jax.Array):
     """One step; x is [batch, inputs]. Returns the new carry, and h."""
-    places = params["norms"]
-    z = norm(jnp.einsum("ni,igh->ngh", x, params["W"]), places["W"])
-    z = z + norm(jnp.einsum("nj,jgh->ngh", carry[0], params["U"]), places["U"]) + params["b"][None]
-    if cell == "RNN":
-        h = jnp.tanh(z[:, 0])
-        return (h,), h
-    i, f, o = (jax.nn.sigmoid(z[:, k]) for k in range(3))
-    c = f * carry[1] + i * jnp.tanh(z[:, 3])
-    h = o * jnp.tanh(norm(c, places["cell"]))
-    return (h, c), h
+    weights = recurrent.Weights(params["W"], params["U"], None, params["b"].reshape(-1))
+
+    def at_site(name, z):
+        return norm(z, params["norms"][name])
+
+    if cell == "LSTM":
+        carry = recurrent.lstm_step(at_site, PLACES, weights, *carry, x)  # pyright: ignore[reportCallIssue]
+    else:
+        carry = (recurrent.simple_step(at_site, PLACES, weights, *carry, x),)  # pyright: ignore[reportCallIssue]
+    return carry, carry[-1]
 
 
 def unroll(cell: str, norm: Norm, params: Params, xs: jax.Array, carry: tuple[jax.Array, ...]):

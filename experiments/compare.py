@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 import normjax.train
 from experiments.common import cli, command, data, loop, report, runs, tables
 from experiments.common.models import CNN
-from normjax import TABLE, Normalizer, normalize
+from normjax import TABLE, Normalizer, diagnostics, normalize
 from normjax.train import State
 
 
@@ -284,7 +284,7 @@ def build(config: Config, job: Job) -> Task:
         examples = len(test["label"])  # all at once, or in batches that caches hold: twice as fast on MNIST
         size = examples if examples < 1000 else 100
         size = max(size - size % devices, 1)  # so that each device has its share; the few that remain go to all
-        return loop.mean_over(judge, state, test, size) | {"correlation": report.correlation(z)}
+        return loop.mean_over(judge, state, test, size) | {"correlation": diagnostics.correlation(z)}
 
     return Task(init, normjax.train.linen_step(model, loss, tx, mesh=job.mesh), evaluate, preactivation)
 
@@ -392,11 +392,12 @@ def draw_histograms(pairs: Mapping[str, str], configs: Mapping[str, Config], job
             if not np.isfinite(z).all():
                 ax.set(title=f"{name}: diverged")
                 continue
-            r = np.abs(np.corrcoef(z.T))
+            r = np.abs(diagnostics.correlation_matrix(z))
             i, j = np.triu_indices(len(r), k=1)
-            typical = np.nanargmin(np.abs(r[i, j] - np.nanmean(r[i, j])))
+            typical = np.argmin(np.abs(r[i, j] - diagnostics.correlation(z)))
             i, j = i[typical], j[typical]
-            ax.hist2d(z[:, i], z[:, j], bins=60, norm="log", cmap="viridis")
+            found = diagnostics.joint_histogram(z[:, i], z[:, j], bins=60)
+            ax.pcolormesh(found.a_edges, found.b_edges, found.counts.T, norm="log", cmap="viridis")
             ax.set(title=f"{name}: |r| = {r[i, j]:.2f}", xlabel=f"unit {i}", ylabel=f"unit {j}")
     return figure
 

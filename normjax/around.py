@@ -9,11 +9,11 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments, running
+from normjax import moments
 from normjax.field import Field, FieldError, axes
-from normjax.gaussian import bounds_constant, gaussian_largest
-from normjax.rows import BATCH, ghost_batch, l2
-from normjax.theory import TABLE, Normalized, Normalizer, Stats, affine, equation, normalize
+from normjax.rows import BATCH, l2, range_row
+from normjax.running import Running, as_stats, merge, observe, update
+from normjax.theory import TABLE, Normalized, Normalizer, Stats, equation, normalize, parameter_beside, statistic_beside
 
 
 def filter_response(
@@ -36,7 +36,10 @@ def filter_response(
       tau: the threshold, of the same shapes; None goes without.
       eps: a number or a learned scalar, of which the absolute value counts. The paper fixes 1e-6, and learns it where maps
         are a single element; Lubana et al. 2021 learn it everywhere, from 1e-5. [u ** 2]
-      mask: as for `normalize`.
+      mask: as for `normalize`; a masked output is the bias, or the threshold above it.
+
+    Raises:
+      TypeError: a threshold for complex x.
 
     Source: Singh & Krishnan 2020, equations 1 to 4.
 
@@ -46,8 +49,10 @@ def filter_response(
     out = normalize(x, "filter", layout, scale=scale, bias=bias, mask=mask, eps=jnp.abs(jnp.asarray(eps)))
     if tau is None:
         return out
+    if jnp.iscomplexobj(out.y):
+        raise TypeError(f"a threshold orders real numbers, found {out.y.dtype}; tau=None goes without")
     wide = moments.wide(out.y.dtype)
-    threshold = affine(jnp.zeros(out.y.shape, wide), layout, None, tau)
+    threshold = parameter_beside(tau, out.y, layout, "tau", wide)
     return out._replace(y=jnp.maximum(out.y.astype(wide), threshold).astype(out.y.dtype))
 
 
@@ -69,7 +74,7 @@ def virtual_batch(
       x: examples, axes as named by `layout`; each counts as one more example of the reference batch. [units u]
       reference: the reference batch, chosen once: the input of the same layer in a pass of its own.
       layout: name of each axis of both.
-      field: of the reference's statistics.
+      field: of the reference's statistics: the batch as a whole, without windows.
       scale: as for `normalize`, of both.
       bias: the same.
       eps: added to the variance. [u ** 2]
@@ -79,6 +84,9 @@ def virtual_batch(
     Returns:
       The normalized x and the normalized reference (by batch norm), for the next layer.
 
+    Raises:
+      FieldError: the field takes parts of the batch, or windows; the arrays have other channels.
+
     Source: Salimans et al. 2016, section 3.5.
 
     >>> y, _ = virtual_batch(jnp.array([[3.0]]), jnp.array([[0.0], [0.0]]), eps=0.0)
@@ -87,16 +95,58 @@ def virtual_batch(
     """
     x = moments.as_floating(x, "virtual_batch")
     n = Normalizer(field, field, eps=eps)
-    known = normalize(reference, n, layout, scale=scale, bias=bias, mask=reference_mask)
-    where = axes(layout, x.ndim)
     spans = n.fields[0].spans
+    if any(span.window or (span.blocks and span.mixes_examples) for span in spans):
+        raise FieldError(f'a reference batch is averaged whole and without windows; found field "{n.mean}"')
+    known = normalize(reference, n, layout, scale=scale, bias=bias, mask=reference_mask)
+    statistic_beside(known.stats.mean, x, "reference mean", known.stats.mean.dtype)
+    where = axes(layout, x.ndim)
     alone = Field(tuple(span for span in spans if not span.mixes_examples and where.get(span.axis or "")))
     lone = equation(x, Normalizer(alone, alone), layout, mask=mask).stats
     shape = np.broadcast_shapes(*(np.shape(part) for part in (*known.stats, *lone)))
     theirs, own = (Stats(*(jnp.broadcast_to(jnp.asarray(part), shape) for part in s)) for s in (known.stats, lone))
-    merged = running.merge(theirs, own)
+    merged = merge(theirs, own)
     given = Stats(merged.mean, merged.var)
     return normalize(x, n, layout, stats=given, scale=scale, bias=bias, mask=mask), known
+
+
+def mean_range(
+    x: ArrayLike, layout: str, field: Field | str = BATCH, *, parts: int = 16, mask: ArrayLike | None = None
+) -> Stats:
+    """The mean over parts of the batch of max x - min x, as the `var` of statistics.
+
+    Args:
+      x: real array, axes as named by `layout`. [u]
+      layout: name of each axis.
+      field: as for `range_row`; parts lie within one shard of a mapped axis.
+      parts: number of equal parts of the examples.
+      mask: as for `normalize`; a part that is masked whole does not count.
+
+    Returns:
+      Statistics without a mean; the weight is the number of examples in parts that count.
+
+    Raises:
+      FieldError: the parts do not divide the batch.
+      TypeError: x holds integers or complex numbers.
+
+    Source: Banner et al. 2018, section 3.
+
+    >>> mean_range(jnp.array([[0.0], [4.0], [1.0], [3.0]]), "n c", parts=2).var.tolist()
+    [[3.0]]
+    """
+    x = moments.as_floating(x, "mean_range")
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"a range orders real numbers, found {x.dtype}")
+    field = Field.parse(field)
+    here = field.local() or Field(())
+    if parts > 1:
+        here = Field(tuple(dataclasses.replace(s, blocks=parts) if s.axis == "n" else s for s in here.spans))
+    u = equation(x, Normalizer(here, None), layout, mask=mask).centered  # a range is the same around any centre
+    peak = Normalizer(None, here, power=1.0, order=math.inf)
+    above, below = (equation(jnp.where(s * u > 0, s * u, 0), peak, layout, mask=mask).stats for s in (1, -1))
+    each = above.var + below.var
+    some = jnp.broadcast_to(jnp.asarray(above.var_weight) > 0, each.shape)
+    return equation(each, Normalizer(None, field, order=1), layout, mask=some).stats
 
 
 def range_batch(
@@ -105,6 +155,7 @@ def range_batch(
     *,
     size: int,
     parts: int = 16,
+    field: Field | str = BATCH,
     eps: float = 1e-5,
     calibrated: bool = False,
     scale: ArrayLike | None = None,
@@ -116,11 +167,11 @@ def range_batch(
     Args:
       x: array, axes as named by `layout`. [units u]
       layout: name of each axis.
-      size: number of elements of a part in training, on which C depends.
-      parts: number of equal parts of the batch.
-      eps: added to the spread. [u]
-      calibrated: C is one over the expected range of Gaussian data; else the code's 0.35 * `bounds_constant`, half of
-        that of the maximum and a factor from experiments, which gives .81 to .98 standard deviations.
+      size: as for `range_row`.
+      parts: as for `mean_range`.
+      field: what is averaged.
+      eps: as for `range_row`. [u]
+      calibrated: the same.
       scale: as for `normalize`.
       bias: the same.
       mask: the same.
@@ -128,20 +179,55 @@ def range_batch(
     Returns:
       As `normalize`; the var of the statistics is the mean range.
 
-    Source: Banner et al. 2018, section 3, and the code of its authors.
+    Source: Banner et al. 2018, section 3.
     """
-    x = moments.as_floating(x, "range_batch")
-    gain = 0.35 * bounds_constant(size)
-    if calibrated:
-        gain = 0.5 / gaussian_largest(size, signed=True)
-    part = ghost_batch(parts).mean
-    u = normalize(x, Normalizer(part, None), layout, mask=mask).centered  # a range is the same around any centre
-    peak = Normalizer(None, part, power=1.0, order=math.inf)
-    above, below = (equation(jnp.where(s * u > 0, s * u, 0), peak, layout, mask=mask).stats for s in (1, -1))
-    some = None if mask is None else jnp.broadcast_to(jnp.asarray(above.var_weight) > 0, above.var.shape)
-    spread = moments.expect(above.var + below.var, BATCH, layout, mask=some)
-    n = Normalizer(BATCH, BATCH, eps=eps, gain=gain, power=1.0, order=math.inf)
-    return normalize(x, n, layout, stats=Stats(var=spread), scale=scale, bias=bias, mask=mask)
+    row = range_row(size, field, eps=eps, calibrated=calibrated)
+    stats = mean_range(x, layout, field, parts=parts, mask=mask)
+    return normalize(x, row, layout, stats=stats, scale=scale, bias=bias, mask=mask)
+
+
+def moving_top(
+    x: ArrayLike,
+    previous: ArrayLike,
+    row: Normalizer,
+    layout: str = "n ... c",
+    *,
+    beta: float = 0.75,
+    mask: ArrayLike | None = None,
+) -> Stats:
+    """Statistics of a batch whose moment is a moving average, beta * previous + (1 - beta) * that of the batch.
+
+    Args:
+      x: array, axes as named by `layout`. [u]
+      previous: the average before, which broadcasts against x; 0 at first. No gradient goes through it. [u]
+      row: from `top_batch`.
+      layout: name of each axis.
+      beta: weight of the average before.
+      mask: as for `normalize`.
+
+    Source: Hoffer et al. 2018, their code.
+
+    >>> moving_top(jnp.array([[-1.0], [1.0]]), 5.0, Normalizer("n", "n", order=1), beta=0.5).var.tolist()
+    [[3.0]]
+    """
+    batch = equation(moments.as_floating(x, "moving_top"), row, layout, mask=mask).stats
+    previous = lax.stop_gradient(jnp.asarray(previous, batch.var.dtype))
+    return batch._replace(var=beta * previous + (1 - beta) * batch.var)
+
+
+def stored_top(
+    x: ArrayLike, kept: ArrayLike, row: Normalizer, layout: str, *, beta: float, mask: ArrayLike | None = None
+) -> tuple[Stats, jax.Array]:
+    """`moving_top` for a layer: the average before has the shape of a stored statistic, as the one that is returned beside.
+
+    >>> row = Normalizer("n", "n", order=1)
+    >>> stats, kept = stored_top(jnp.array([[-1.0], [1.0]]), jnp.array([5.0]), row, "n c", beta=0.5)
+    >>> stats.var.tolist(), kept.tolist()
+    ([[3.0]], [3.0])
+    """
+    shape, held = jnp.shape(x), Running(var=jnp.asarray(kept))
+    stats = moving_top(x, as_stats(held, row, layout, shape).var, row, layout, beta=beta, mask=mask)
+    return stats, update(held, observe(stats, row, layout, shape), 0.0).var
 
 
 def ghost_top(
@@ -156,14 +242,14 @@ def ghost_top(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
 ) -> tuple[Normalized, jax.Array]:
-    """Top-k batch norm by a moving average of the moment, beta * previous + (1 - beta) * that of the batch.
+    """Top-k batch norm by a moving average of the moment, in training too.
 
     Args:
-      x: array, axes as named by `layout`.
-      previous: the average before, as it was returned; 0 at first.
-      row: from `top_batch`.
-      layout: name of each axis.
-      beta: weight of the average before; no gradient goes through it.
+      x: as for `moving_top`.
+      previous: the same, as it was returned.
+      row: the same.
+      layout: the same.
+      beta: the same.
       published: the authors' code keeps C(n) times the average, so that C(n) enters anew at each step.
       scale: as for `normalize`.
       bias: the same.
@@ -174,11 +260,9 @@ def ghost_top(
 
     Source: Hoffer et al. 2018, their code.
     """
-    x = moments.as_floating(x, "ghost_top")
-    batch = equation(x, row, layout, mask=mask).stats
-    var = beta * lax.stop_gradient(jnp.asarray(previous, batch.var.dtype)) + (1 - beta) * batch.var
-    out = normalize(x, row, layout, stats=batch._replace(var=var), scale=scale, bias=bias, mask=mask)
-    return out, lax.stop_gradient(row.gain * var if published else var)
+    stats = moving_top(x, previous, row, layout, beta=beta, mask=mask)
+    out = normalize(x, row, layout, stats=stats, scale=scale, bias=bias, mask=mask)
+    return out, lax.stop_gradient(row.gain * stats.var if published else stats.var)
 
 
 def partial_rms(
@@ -217,7 +301,7 @@ def partial_rms(
     axis = axes(layout, x.ndim).get("c", (None,))[0]
     if axis is None:
         raise FieldError(f"partial_rms takes the first channels, axis 'c', which layout \"{layout}\" does not name")
-    first = math.ceil(fraction * x.shape[axis] - 1e-9)
+    first = max(1, math.ceil(fraction * x.shape[axis] - 1e-9))
     weights = moments.weigh(mask, x.astype(moments.wide(x.dtype)))
     value = None if weights is None else weights.value
     if value is not None and value.shape[axis] != 1:

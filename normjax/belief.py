@@ -54,11 +54,17 @@ class Filtered(NamedTuple):
 def join(*beliefs: Belief) -> Belief:
     """The belief of a sum of independent arrays, such as a skip connection and its branch.
 
+    Raises:
+      TypeError: an argument is no Belief.
+
     Source: the published code of Wang et al. 2018.
 
     >>> join(Belief(1.0, 2.0), Belief(0.5, 1.0))
     Belief(mean=1.5, var=3.0)
     """
+    for b in beliefs:
+        if not isinstance(b, Belief):
+            raise TypeError(f"join takes beliefs, such as the `input` of a layer's Filtered; found {type(b).__name__}")
     return Belief(sum(b.mean for b in beliefs), sum(b.var for b in beliefs))
 
 
@@ -93,7 +99,7 @@ def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -
       nodes: of the quadrature.
 
     Returns:
-      The belief of the output. Where the variance is 0, the output's is 0 and no gradient flows into it.
+      The belief of the output, float32 or wider. Where the variance is 0, so is the output's.
 
     Raises:
       ValueError: an activation without this name.
@@ -102,19 +108,23 @@ def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -
     >>> [round(float(moment), 4) for moment in relu]
     [0.3989, 0.3408]
     """
-    mean, var = belief
+    mean, var = jnp.broadcast_arrays(*map(_wide, belief))
     if activation is None:
-        return belief
+        return Belief(mean, var)
     if not callable(activation):
         moments.choose("activation", activation, ("relu", None))
         return _rectify(mean, var)
     z, weight = np.polynomial.hermite_e.hermegauss(nodes)
-    column = (-1,) + (1,) * max(mean.ndim, var.ndim)
+    column = (-1,) + (1,) * mean.ndim
     z, weight = (a.reshape(column).astype(mean.dtype) for a in (z, weight / weight.sum()))
-    mean, var = jnp.broadcast_arrays(mean, var)
     values = activation(mean[None] + _root(var)[None] * z)
     first = jnp.sum(weight * values, 0)
     return Belief(first, jnp.sum(weight * lax.square(values - first[None]), 0))
+
+
+def _wide(s: ArrayLike) -> jax.Array:
+    s = moments.as_floating(s, "a belief")
+    return s.astype(moments.wide(s.dtype))
 
 
 def _root(var: jax.Array) -> jax.Array:
@@ -139,7 +149,8 @@ def _rectify(mean: jax.Array, var: jax.Array) -> Belief:
 
 
 def _rows(belief: Belief, layout: str) -> Belief:
-    def flat(s: jax.Array) -> jax.Array:
+    def flat(s: ArrayLike) -> jax.Array:
+        s = _wide(s)
         where = axes(layout, s.ndim)
         n = s.shape[where[EXAMPLES][0]] if EXAMPLES in where else 1
         if "c" not in where or s.size != n * s.shape[where["c"][0]]:
@@ -177,7 +188,8 @@ def _geometry(kernel: jax.Array, channels: int, size: Any, strides: Any, padding
     if kernel.ndim < 2 or kernel.shape[-2] * groups != channels or kernel.shape[-1] % groups:
         raise FieldError(f"a kernel has the axes (*space, inputs / groups, outputs); found shape {kernel.shape}, groups "
                          f"{groups}, for a belief of {channels} channels")  # fmt: skip
-    strides = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
+    strides, padding = ((value,) * len(window) if isinstance(value, int) else value for value in (strides, padding))
+    strides = tuple(strides)
     if size is None and window:
         return _Geometry(None, strides, None, groups)
     size = tuple(size or ())
@@ -189,8 +201,13 @@ def _geometry(kernel: jax.Array, channels: int, size: Any, strides: Any, padding
     if isinstance(padding, str):
         moments.choose("padding", padding, ("SAME", "VALID"))
         padding = lax.padtype_to_pads(size, window, strides, padding)
-    pads = [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
-    return _Geometry(size, strides, tuple((int(low), int(high)) for low, high in pads), groups)
+    pads = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+    if len(pads) != len(window):
+        raise FieldError(f"padding has one number or pair for each of the kernel's {len(window)} axes of space; found "
+                         f"{padding}")  # fmt: skip
+    if any(n + low + high < k for n, k, (low, high) in zip(size, window, pads, strict=True)):
+        raise FieldError(f"a kernel of window {window} does not fit into size {size} with padding {pads}")
+    return _Geometry(size, strides, pads, groups)
 
 
 def _borders(window: tuple[int, ...], how: _Geometry) -> tuple[np.ndarray, np.ndarray]:
@@ -275,7 +292,8 @@ def predict(
     unbiased=True of `kalman_normalize`, and a skip connection that carries the prior on.
 
     Args:
-      state: what `kalman_normalize` believes of the layer before.
+      state: what `kalman_normalize` believes of the layer before; for a belief b of something else that enters the
+        activation, such as a sum, Filtered(b, b).
       kernel: of a convolution or a dense layer, `(*space, inputs / groups, outputs)`, as Flax stores it.
       transition: "analytic", "monte_carlo" or "released".
       layout: name of each axis of the beliefs.
@@ -283,7 +301,7 @@ def predict(
       bias: that the layer adds, `[outputs]`.
       size: of the layer's input in space, such as (height, width). None is far from the borders; a sample needs it.
       strides: of the convolution.
-      padding: "SAME", "VALID", or one number or pair for each axis of space.
+      padding: "SAME", "VALID", a number, or one number or pair for each axis of space.
       groups: feature groups.
       key: for a sample, of shape `(blocks * samples, *size, inputs)`.
       samples: for each block of examples; the published code has 1.
@@ -292,7 +310,8 @@ def predict(
       The prior of the next layer, float32 or wider.
 
     Raises:
-      FieldError: kernel, size or belief do not fit.
+      FieldError: kernel, bias, size, padding or belief do not fit.
+      TypeError: the state is no Filtered.
       ValueError: no transition has this name, or a sample lacks its key or size.
 
     Source: Wang et al. 2018 and its published code; moments of a rectified Gaussian and of a sum of independent terms.
@@ -304,7 +323,10 @@ def predict(
     moments.choose("transition", transition, TRANSITIONS)
     if not isinstance(state, Filtered):
         raise TypeError(f"predict takes the Filtered that a layer returned, found {type(state).__name__}")
-    belief = state.input if transition == "released" else state.output
+    belief = state.output
+    if transition == "released":  # a row over all channels believes one number of them: give it to each
+        shape = np.broadcast_shapes(state.input.mean.shape, belief.mean.shape)
+        belief = Belief(*(jnp.broadcast_to(s, shape) for s in state.input))
     kernel, rows = moments.as_floating(kernel, "predict"), _rows(belief, layout)
     how = _geometry(kernel, rows.mean.shape[1], size, strides, padding, groups)
     if transition == "analytic":
@@ -315,5 +337,7 @@ def predict(
         out = _sampled(rows, kernel, how, activation, key, samples)
     if bias is not None:
         bias = jnp.asarray(bias)
-        out = Belief(out.mean + bias.astype(out.mean.dtype).reshape(1, -1), out.var)
+        if bias.shape != kernel.shape[-1:]:
+            raise FieldError(f"a layer's bias has shape {kernel.shape[-1:]}, that of its outputs; found {bias.shape}")
+        out = Belief(out.mean + bias.astype(out.mean.dtype)[None], out.var)
     return _laid(out, layout, jnp.ndim(belief.mean))

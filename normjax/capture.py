@@ -81,6 +81,7 @@ def linen_capture(
       `method=`), and so is the output. Pure: jit, vmap and grad apply.
 
     Raises:
+      TypeError: the model is no linen module, or `layers` none of the above.
       ValueError: from the probe, if no layer that is called matches; `at` is neither place.
 
     >>> model = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
@@ -91,7 +92,7 @@ def linen_capture(
     >>> found.gradients["layers_2"].tolist()[0]
     [1.0, 1.0]
     """
-    choose("at", at, PLACES)
+    _refuse(model, nn.Module, layers, at)
     # nn.jit runs the Python of one of several alike modules alone. It knows a module by what that may change, so a
     # collection of this name keeps probes apart; and names are looked at afterwards.
     by_name = isinstance(layers, str) or (isinstance(layers, Sequence) and all(isinstance(la, str) for la in layers))
@@ -174,6 +175,7 @@ def nnx_capture(
       model is an argument of a jitted function, make the probe inside.
 
     Raises:
+      TypeError: the model is no nnx module, or `layers` none of the above.
       ValueError: from the probe, if no layer that is called matches; `at` is neither place.
 
     >>> rngs = nnx.Rngs(0)
@@ -184,7 +186,7 @@ def nnx_capture(
     >>> found.gradients["layers/2"].tolist()[0]
     [1.0, 1.0]
     """
-    choose("at", at, PLACES)
+    _refuse(model, nnx.Module, layers, at)
 
     def probe(*args: Any, **kwargs: Any) -> Captured:
         def run(zeros: Calls | None, seen: _Seen) -> tuple[Any, Calls, set[str]]:
@@ -252,6 +254,16 @@ def _watched(cls: type, at: str) -> type:
 
 
 # --- shared ---------------------------------------------------------------------------------------
+
+
+def _refuse(model: Any, kind: type, layers: Layers, at: str) -> None:
+    """Raises for arguments that no probe can be made of."""
+    if not isinstance(model, kind):
+        library = "linen" if kind is nn.Module else "nnx"
+        raise TypeError(f"{library}_capture takes a model of flax.{library}, found {type(model).__name__}")
+    if not (layers is None or callable(layers) or isinstance(layers, str | Sequence)):
+        raise TypeError(f"layers are a name, a pattern, a type, several of these or a function; found {layers!r}")
+    choose("at", at, PLACES)
 
 
 def _capture(run: Callable[[Any, _Seen], tuple[Any, Calls, set[str]]], layers: Layers, loss: Loss | None) -> Captured:

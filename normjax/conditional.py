@@ -125,11 +125,20 @@ def style(
     stats = unbias(stats, n) if unbiased else stats
     if stats.var is None or n.floor is not None:
         raise ValueError(f"a style has a spread: a row that divides, without a floor; found {n}")
-    # One over the spread is what the equation makes of ones.
-    ones, plain = jnp.ones_like(stats.var), Normalizer(None, n.var, eps=n.eps, gain=n.gain, power=n.power)
-    inverse = equation(ones, plain, layout, stats=Stats(var=stats.var), eps=eps).y
-    spread = jnp.where(inverse > 0, 1 / jnp.where(inverse > 0, inverse, 1), 0)
-    return Modulation(spread, 0.0 if stats.mean is None else stats.mean)
+    return Modulation(spread(stats.var, n, layout, eps), 0.0 if stats.mean is None else stats.mean)
+
+
+def spread(var: jax.Array, normalizer: Normalizer, layout: str = "n ... c", eps: ArrayLike | None = None) -> jax.Array:
+    """What a row without a floor divides by, from its moment: (eps + gain * var) ** power, with gradient zero where it is 0.
+
+    >>> spread(jnp.array([[4.0, 0.0]]), Normalizer("n", "n", eps=0.0)).tolist()
+    [[2.0, 0.0]]
+    """
+    n = normalizer
+    # One over it is what the equation makes of ones, so that what was divided by it is multiplied by the same.
+    ones, plain = jnp.ones_like(var), Normalizer(None, n.var, eps=n.eps, gain=n.gain, power=n.power)
+    inverse = equation(ones, plain, layout, stats=Stats(var=var), eps=eps).y
+    return jnp.where(inverse > 0, 1 / jnp.where(inverse > 0, inverse, 1), 0)
 
 
 def adain(
@@ -168,11 +177,11 @@ def adain(
     """
     content, n = moments.as_floating(content, "adain"), row("instance")
     style_eps = eps if style_eps is None else style_eps
-    spread = style(style_from, n, layout, mask=style_mask, eps=style_eps, unbiased=unbiased)
+    given = style(style_from, n, layout, mask=style_mask, eps=style_eps, unbiased=unbiased)
     stats = unbias(normalize(content, n, layout, mask=mask).stats, n) if unbiased else None
     wide = content.astype(moments.wide(content.dtype))
     wide = moments.silence(wide, moments.weigh(mask, wide))
-    y = modulate(wide, spread, n, layout, stats=stats, mask=mask, eps=eps)
+    y = modulate(wide, given, n, layout, stats=stats, mask=mask, eps=eps)
     return (wide + jnp.asarray(strength).astype(wide.dtype) * (y - wide)).astype(content.dtype)
 
 
@@ -303,7 +312,7 @@ def from_map(labels: ArrayLike, learned: Convolutions, layout: str = "n ... c", 
     Args:
       labels: one-hot or other floating-point maps, axes as named by `layout`; `...` is space.
       learned: kernels and biases; FieldError where they do not fit the labels.
-      layout: name of each axis of the maps.
+      layout: name of each axis of the maps, which has n, c and space alone.
       size: lengths of space to which the maps are resized first; by default those that they have.
 
     Source: Park et al. 2019, equation 1 and appendix A; the 1 is their code's.
@@ -312,6 +321,8 @@ def from_map(labels: ArrayLike, learned: Convolutions, layout: str = "n ... c", 
     >>> from_map(jnp.array([[[1.0], [2.0]]]), Convolutions(kernel, zero, kernel, zero, kernel, zero)).scale.tolist()
     [[[2.0], [3.0]]]
     """
+    if sorted(layout.split()) != ["...", "c", EXAMPLES]:
+        raise FieldError(f'SPADE takes layouts of n, c and "..." for space; found "{layout}"')
     maps = moments.as_floating(labels, "from_map")
     maps = maps.astype(moments.wide(maps.dtype))
     maps = nearest(maps, size, layout) if len(size) else maps

@@ -37,6 +37,7 @@ from normjax.information import (
     real_of,
 )
 from normjax.running import unbiased as unbias
+from normjax.selection import by_path
 from normjax.similarity import (
     all_but,
     correlation,
@@ -225,15 +226,8 @@ def weight_norms(params: Any) -> dict[str, jax.Array]:
     >>> weight_norms({"dense": {"kernel": jnp.array([[3.0, 4.0]])}})
     {'dense/kernel': Array(5., dtype=float32)}
     """
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-        if len(parts) > 1 and parts[-1] == "value":  # what an nnx.Variable calls its array
-            parts = parts[:-1]
-        leaf = jnp.asarray(leaf)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            found["/".join(parts)] = gradient_norm(jnp.abs(leaf))
-    return found
+    floating = {name: a for name, a in by_path(params).items() if jnp.issubdtype(a.dtype, jnp.inexact)}
+    return {name: gradient_norm(jnp.abs(a)) for name, a in floating.items()}
 
 
 def effective_learning_rate(

@@ -39,7 +39,7 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
 def start(normalizer: Normalizer, layout: str, shape: tuple[int, ...], dialect: str = "flax") -> Running:
     """The statistics before the first batch, in a dialect of DIALECTS; `running.initial` with other first values.
 
-    A layer starts so once they are written into its `batch_stats`; but not with "hoffer_lp", whose updates are `step`'s.
+    A layer starts so with `mean_init` and `var_init`; but not with "hoffer_lp", whose updates are `step`'s.
 
     >>> from normjax import TABLE
     >>> start(TABLE["batch"], "n c", (8, 2), "lubana").mean

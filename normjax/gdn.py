@@ -55,7 +55,8 @@ def gdn(
       An array of the shape and dtype of x. The pool is float32 or wider.
 
     Raises:
-      FieldError: beta or gamma has another shape than the channels need, or the layout names no `c`.
+      FieldError: beta or gamma has another shape than the channels need (as have those of all channels beside one shard
+        of them inside `shard_map`: there the pool has no collective), or the layout names no `c`.
       TypeError: x holds integers.
       ValueError: alpha or epsilon is not positive.
 

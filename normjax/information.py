@@ -111,7 +111,7 @@ def _binned(
         counted = jnp.asarray(mask).dtype == bool
         weight = jnp.broadcast_to(weights.valid.astype(jnp.int32) if counted else weights.value, x.shape)
     x, weight = (jnp.moveaxis(array, number, -1).reshape(-1, x.shape[number]) for array in (x, weight))
-    valid = (weight > 0) & ~jnp.isnan(x)
+    valid = (weight > 0) & jnp.isfinite(x)
     if bounds is None:
         low = _over_devices(jnp.min(x, 0, where=valid, initial=jnp.inf), names, lax.pmin)
         high = _over_devices(jnp.max(x, 0, where=valid, initial=-jnp.inf), names, lax.pmax)
@@ -119,6 +119,8 @@ def _binned(
         flat = low == high  # a constant has a bin around it, as in NumPy
         low, high = jnp.where(flat, low - 0.5, low), jnp.where(flat, high + 0.5, high)
     else:
+        if len(bounds) != x.shape[-1] or any(not low < high for low, high in bounds):
+            raise ValueError(f"bounds are a pair (least, largest) for each of the two units; found {bounds!r}")
         low, high = (jnp.asarray([bound[end] for bound in bounds], x.dtype) for end in (0, 1))
     inside = valid & (x >= low[None]) & (x <= high[None])
     place = jnp.floor(jnp.where(inside, x - low[None], 0) / (high - low)[None] * bins).astype(jnp.int32)
@@ -154,8 +156,8 @@ def joint_histogram(
       a: values of the first unit, of any shape.
       b: those of the second, of the same shape.
       bins: number of equal bins of each.
-      bounds: ((least, largest) of a, the same of b); by default those found. Values beyond, and NaN, do not count; the
-        last bin holds its upper edge.
+      bounds: ((least, largest) of a, the same of b); by default those found. Values beyond, infinities and NaN do
+        not count; the last bin holds its upper edge.
       mask: boolean mask or weights that broadcast against a.
       axis_name: mapped axes over which the samples are spread.
 
@@ -164,7 +166,7 @@ def joint_histogram(
 
     Raises:
       FieldError: the shapes differ, or mask or mapped axes do not fit.
-      ValueError: bins is no positive integer.
+      ValueError: bins is no positive integer, or bounds are not two pairs of numbers in order.
       TypeError: a or b does not hold real floating-point numbers.
 
     Source: Ren et al. 2017, the figure of joint histograms.

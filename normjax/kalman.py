@@ -26,7 +26,7 @@ from normjax import moments, running
 from normjax.belief import Belief, Filtered, linear
 from normjax.field import EXAMPLES, Field, FieldError, axes, bind
 from normjax.running import Running
-from normjax.theory import Normalizer, Stats, affine, equation, normalize, row
+from normjax.theory import Normalizer, Stats, affine, equation, normalize, parameter_beside, row
 
 STORED = ("filtered", "batch", "first_block")
 # Where a learned transition starts: the identity, and a noise of 0.01 before its softplus.
@@ -77,7 +77,7 @@ def logit(gain: float) -> float:
     return float(np.log(gain) - np.log1p(-gain))
 
 
-def check(normalizer: Normalizer, gain: ArrayLike = 0.1) -> None:
+def check(normalizer: Normalizer, gain: ArrayLike = 0.1, source: str = "filtered") -> None:
     """Raises ValueError where Kalman normalization has no meaning.
 
     >>> check(Normalizer("n", None))
@@ -92,8 +92,9 @@ or keep_mean; found Normalizer('n', None)
     if n.mean is None or n.mean != n.var or numbers != (2, 1, 0.5, None, False) or windows:
         raise ValueError("Kalman normalization needs a mean and a variance: A = B, order 2, gain 1, power 1/2, without "
                          f"windows, floor or keep_mean; found {n}")  # fmt: skip
-    if isinstance(gain, int | float) and not 0 <= gain <= 1:
+    if isinstance(gain, int | float | np.number) and not 0 <= gain <= 1:
         raise ValueError(f"gain lies between 0 and 1; found {gain!r}")
+    moments.choose("stored", source, STORED)
 
 
 class _Blocks(NamedTuple):
@@ -142,8 +143,9 @@ def _fit(prior: Belief, n: Normalizer, layout: str, x: jax.Array, blocks: _Block
     ]
     for s in (mean, var):
         if s.ndim != x.ndim or any(size not in a for size, a in zip(s.shape, accepted, strict=True)):
-            raise FieldError(f'a prior has the rank of x, and length 1 or {blocks.rows} along n, as along space and c 1 or '
-                             f'that of x: found shape {s.shape} for shape {x.shape}, layout "{layout}"')  # fmt: skip
+            fitting = ", ".join(" or ".join(map(str, sorted(a))) for a in accepted)
+            raise FieldError(f'a prior for shape {x.shape}, layout "{layout}", field "{n.mean}" has shape ({fitting}); '
+                             f"found {s.shape}")  # fmt: skip
     mean, var = jnp.broadcast_arrays(mean, var)
     each = blocks.axis is not None and mean.shape[blocks.axis] == blocks.length != blocks.rows
     shared = (None, "c", EXAMPLES) if each else (None, "c")
@@ -192,9 +194,9 @@ def kalman_normalize(
         each channel is pooled over channels, and one for each example over examples, where the fields share statistics.
       normalizer: a row with A = B, order 2: "batch", blocks of it `Normalizer("n/64 ...", "n/64 ...")`, "group", "layer".
       layout: name of each axis.
-      gain: q, the weight of the batch, a scalar or an array that broadcasts against the prior.
-      scale: as for `normalize`.
-      bias: as for `normalize`.
+      gain: q, the weight of the batch, a scalar or one number a channel, `[c]`.
+      scale: as for `normalize`, constant over space.
+      bias: the same.
       mask: as for `normalize`. Where no element is valid, the prior stands.
       guard: where the mean of prior variance / batch variance is not below this number, the batch's statistics alone are
         used; the published code has 100. The mean is over the channels and blocks of this array (of this shard).
@@ -238,7 +240,7 @@ def _mix(
     stats = equation(x, n, layout, mask=mask).stats
     prior, batch = _fit(prior, n, layout, x, blocks), Belief(blocks.short(stats.mean), blocks.short(stats.var))
     weighted = blocks.short(stats.var_weight) > 0
-    belief = update(prior, batch, gain)
+    belief = update(prior, batch, parameter_beside(gain, x, layout, "gain", prior.mean.dtype))
     if guard is not None:
         near = _is_near(prior.var, batch.var, weighted, guard)
         belief = Belief(*(jnp.where(near, mixed, plain) for mixed, plain in zip(belief, batch, strict=True)))
@@ -301,16 +303,15 @@ def apply(
     >>> out.running.mean.round(3), out.filtered.input.var
     (Array([0.1], dtype=float32), Array([[1.]], dtype=float32))
     """
-    moments.choose("stored", source, STORED)
+    check(normalizer, gain, source)
     x, n = moments.as_floating(x, "KalmanNorm"), normalizer
     if dtype is not None:
         with jax.numpy_dtype_promotion("standard"):
             x = x.astype(jnp.promote_types(x.dtype, dtype))
     dtype = jnp.dtype(dtype or x.dtype)
     stores = stored.mean is not None
+    stats = running.as_stats(stored, n, layout, x.shape)
     if use_running and stores:
-        check(n, gain)
-        stats = running.as_stats(stored, n, layout, x.shape)
         y = normalize(x, n, layout, stats=stats, scale=scale, bias=bias, mask=mask).y
         belief = Belief(*(s.astype(moments.wide(x.dtype)) for s in stats[:2]))
         blocks = _blocks(n, layout, x.shape)

@@ -5,8 +5,9 @@ behind, and translates the arguments of Flax's layers (axes by number, groups, a
 It imports no Flax.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,9 @@ from normjax import moments
 from normjax.field import EXAMPLES, Field, FieldError, Span, axes
 from normjax.penalty import l1_penalty
 from normjax.renorm import check, corrections
-from normjax.running import Running, as_stats, observe, unbias, update
+from normjax.running import Running, Slot, as_stats, observe, unbias, update
 from normjax.seen import Seen
-from normjax.theory import Normalized, Normalizer, affine, equation, normalize
+from normjax.theory import Normalized, Normalizer, Stats, affine, equation, normalize, top
 
 Axes = int | Sequence[int]
 NOTHING = Running()  # no stored statistics
@@ -47,25 +48,27 @@ def apply(
     averaging: str = "exponential",
     unbiased: bool = False,
     renorm: tuple[ArrayLike, ArrayLike] | None = None,
+    measured: Stats | None = None,
     dtype: Any = None,
     **given: Any,
 ) -> Applied:
     """Normalizes with the stored statistics, or with the batch's, which then update the stored ones.
 
-    `refuse` asks for the checks of `normalize`; `renorm` are the limits of batch renormalization; `given` are scale,
-    bias, mask and eps.
+    `refuse` asks for the checks of `normalize`; `renorm` are the limits of batch renormalization; `measured` are
+    statistics of the batch that the row itself does not take (a range), with their weights; `given` are scale, bias, mask
+    and eps.
     """
     x = moments.as_floating(x, "a layer")
-    stats = as_stats(running, normalizer, layout, x.shape) if use_running else None
-    if refuse and dtype is not None:
-        with jax.numpy_dtype_promotion("standard"):
-            x = x.astype(jnp.promote_types(x.dtype, dtype))
+    if not refuse and isinstance(normalizer.order, top):  # while initializing, there may be fewer than k elements
+        normalizer = dataclasses.replace(normalizer, order=math.inf)
+    stats = as_stats(running, normalizer, layout, x.shape) if use_running else measured
+    x = promoted(x, dtype) if refuse else x
     dtype = jnp.dtype(dtype or x.dtype)
     if renorm is not None:
         check(normalizer, renorm)
     training = not use_running and any(stored is not None for stored in running)
     if training and renorm is not None:
-        out = _renormalize(x, normalizer, layout, running, renorm, refuse, dtype, **given)
+        out = _renormalize(x, normalizer, layout, running, renorm, refuse, dtype, stats, **given)
     elif refuse:
         out = normalize(x, normalizer, layout, stats=stats, **given)
         out = out._replace(y=out.y.astype(dtype))
@@ -73,8 +76,28 @@ def apply(
         out = equation(x, normalizer, layout, stats=stats, dtype=dtype, **given)
     if not (training and update_running):
         return Applied(out.y, running, None, out.centered)
-    batch = observe(out.stats, normalizer, layout, x.shape)
-    corrected = observe(unbias(out.stats, normalizer), normalizer, layout, x.shape) if unbiased else batch
+    return remember(out, running, normalizer, layout, momentum, averaging, unbiased)
+
+
+def remember(
+    out: Normalized,
+    running: Running,
+    normalizer: Normalizer,
+    layout: str,
+    momentum: ArrayLike,
+    averaging: str = "exponential",
+    unbiased: bool = False,
+) -> Applied:
+    """What an application to a training batch leaves: the statistics to store from now on, and what the layer saw.
+
+    >>> from normjax import TABLE
+    >>> out = normalize(jnp.array([[1.0], [3.0]]), "batch")
+    >>> remember(out, Running(jnp.zeros(1), jnp.ones(1)), TABLE["batch"], "n c", 0.5).running.mean
+    Array([1.], dtype=float32)
+    """
+    shape = out.y.shape
+    batch = observe(out.stats, normalizer, layout, shape)
+    corrected = observe(unbias(out.stats, normalizer), normalizer, layout, shape) if unbiased else batch
     stored = update(running, corrected, momentum, averaging)
     exact = mergeable(normalizer, layout)
     momentum = jnp.asarray(momentum, jnp.float32)
@@ -83,15 +106,35 @@ def apply(
 
 
 def _renormalize(
-    x: jax.Array, normalizer: Normalizer, layout: str, running: Running, limits: tuple, refuse: bool, dtype: Any, *,
-    scale: Any = None, bias: Any = None, mask: Any = None, eps: Any = None,
+    x: jax.Array, normalizer: Normalizer, layout: str, running: Running, limits: tuple, refuse: bool, dtype: Any,
+    stats: Stats | None, *, scale: Any = None, bias: Any = None, mask: Any = None, eps: Any = None,
 ) -> Normalized:  # fmt: skip
     """Batch renormalization: r * y + d in place of y, zero where masked."""
     wide = x.astype(moments.wide(x.dtype))
-    out = (normalize if refuse else equation)(wide, normalizer, layout, mask=mask, eps=eps)
+    out = (normalize if refuse else equation)(wide, normalizer, layout, stats=stats, mask=mask, eps=eps)
     r, d = corrections(out.stats, running, normalizer, layout, x.shape, limits, eps)
     y = moments.silence(r * out.y + d, moments.weigh(mask, wide))
     return out._replace(y=affine(y, layout, scale, bias).astype(dtype))
+
+
+def promoted(x: jax.Array, dtype: Any) -> jax.Array:
+    """The array in a dtype wide enough for an output of this dtype; None leaves it.
+
+    >>> promoted(jnp.ones(2, jnp.bfloat16), jnp.float32).dtype, promoted(jnp.ones(2), jnp.bfloat16).dtype
+    (dtype('float32'), dtype('float32'))
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return x if dtype is None else x.astype(jnp.promote_types(x.dtype, dtype))
+
+
+def first_values(slots: Mapping[str, Slot], mean: float, var: float) -> dict[str, Slot]:
+    """The slots with these first values of running means and variances.
+
+    >>> first_values({"mean": Slot(0.0, (3,), "float32")}, 1.0, 0.0)["mean"].fill
+    1.0
+    """
+    fill = {"mean": mean, "var": var}
+    return {name: slot._replace(fill=fill.get(name, slot.fill)) for name, slot in slots.items()}
 
 
 def mergeable(normalizer: Normalizer, layout: str) -> bool:
@@ -135,6 +178,18 @@ def channel_shape(layout: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
         raise FieldError(f"a learned scale or bias lies along axis 'c', which layout \"{layout}\" does not name; "
                          "use_scale=False, use_bias=False goes without")  # fmt: skip
     return (shape[where["c"][0]],)
+
+
+def same_channels(features: int, layout: str, shape: tuple[int, ...]) -> None:
+    """Raises FieldError unless arrays of this shape have so many channels.
+
+    >>> same_channels(3, "n c", (8, 4))
+    Traceback (most recent call last):
+    ...
+    normjax.field.FieldError: a layer made for 3 features cannot take an input of shape (8, 4)
+    """
+    if channel_shape(layout, shape) != (features,):
+        raise FieldError(f"a layer made for {features} features cannot take an input of shape {shape}")
 
 
 def whole_shape(features: int | Sequence[int], layout: str) -> tuple[int | None, ...]:

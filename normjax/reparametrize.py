@@ -1,6 +1,7 @@
 """Normalized kernels in models: by path in a tree of parameters, and what the layers of linen and nnx ask for."""
 
 import fnmatch
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ from jax.typing import ArrayLike
 
 from normjax import moments
 from normjax.field import Field, Span, bind
+from normjax.selection import path_name
 from normjax.theory import Normalizer, normalize
-from normjax.weights import weight_norm
+from normjax.weights import INPUTS, KERNEL, norm_bound, weight_norm
 
 Weight = Callable[..., jax.Array]  # kernel, and scale where one is learned -> kernel
 
@@ -39,7 +41,7 @@ def reparametrize(params: Any, rules: Mapping[str, Weight]) -> Any:
     [0.5, 0.5, 0.5, 0.5]
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    paths = [_path(path) for path, _ in leaves]
+    paths = [path_name(path) for path, _ in leaves]
     for pattern in rules:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
             raise ValueError(f"no parameter has a path like {pattern!r}; the paths are {', '.join(map(repr, paths))}")
@@ -51,14 +53,7 @@ def reparametrize(params: Any, rules: Mapping[str, Weight]) -> Any:
     return structure.unflatten([replaced(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)])
 
 
-def matching_scale(
-    kernel: ArrayLike,
-    weight: Weight = weight_norm,
-    *,
-    layout: str = "... i o",
-    field: Field | str = "... i",
-    **options: Any,
-) -> jax.Array:
+def matching_scale(kernel: ArrayLike, weight: Weight = weight_norm, **options: Any) -> jax.Array:
     """The scale that brings a reparametrized kernel nearest to the kernel itself, in least squares for each output.
 
     For weight norm, bounded or not, it is ||v||, which PyTorch and Hoffer et al. 2018 start from: the layer then computes
@@ -66,9 +61,8 @@ def matching_scale(
 
     Args:
       kernel: the initial kernel.
-      weight: a reparametrization, called without a scale; a constant rho that it needs is 1.
-      layout: name of each axis.
-      field: what one number of the scale stands for.
+      weight: a reparametrization, called without a scale; a constant rho that it needs is 1. Its layout and field are
+        those of the scale too.
       **options: arguments of `weight`.
 
     Returns:
@@ -79,12 +73,37 @@ def matching_scale(
     """
     kernel = moments.as_floating(kernel, "a reparametrization")
     kernel = kernel.astype(moments.wide(kernel.dtype))
-    w = weight(kernel, **({"rho": 1.0} if takes_bound(weight) else {}), **options)
-    along, square = (moments.expect(a * w, field, layout) for a in (kernel, w))
+    weight = functools.partial(weight, **options)
+    chosen: dict[str, Any] = {"layout": KERNEL, "field": INPUTS} | _chosen(weight, "layout", "field", "mask")
+    w = weight(kernel, rho=1.0) if takes_bound(weight) else weight(kernel)
+    along, square = (moments.expect(a * w, **chosen) for a in (kernel, w))
     there = square > 0
     scale = jnp.where(there, along / jnp.where(there, square, 1), 1)
-    named = {axis for axis, _ in bind(Field.parse(field), layout, kernel.shape).spans}
+    named = {axis for axis, _ in bind(Field.parse(chosen["field"]), chosen["layout"], kernel.shape).spans}
     return scale.reshape([size for axis, size in enumerate(scale.shape) if axis not in named or size > 1])
+
+
+def initial_bound(kernel: ArrayLike, weight: Weight, rule: str = "rms", **options: Any) -> jax.Array:
+    """The constant `rho` that a reparametrization needs, of the initial kernel.
+
+    It is `norm_bound` with the p, fields, layout and mask that the weight was given: with the L1 norms for
+    `functools.partial(bounded_weight_norm, p=1)`, as in the code of Hoffer et al. 2018.
+
+    Args:
+      kernel: the initial kernel. [units u]
+      weight: `bounded_weight_norm`, or a `functools.partial` of it.
+      rule: "rms" or "mean", see `norm_bound`.
+      **options: further arguments of `weight`.
+
+    Returns:
+      A float32 (or wider) scalar. [u]
+
+    >>> from normjax.weights import bounded_weight_norm
+    >>> initial_bound(jnp.array([[3.0], [4.0]]), functools.partial(bounded_weight_norm, p=1)).item()
+    7.0
+    """
+    weight = functools.partial(weight, **options)
+    return norm_bound(kernel, rule=rule, **_chosen(weight, "p", "layout", "field", "outputs", "mask"))
 
 
 def data_dependent_start(
@@ -123,6 +142,12 @@ def takes_bound(weight: Weight) -> bool:
     return rho is not None and rho.default is inspect.Parameter.empty
 
 
+def _chosen(weight: Weight, *names: str) -> dict[str, Any]:
+    """The values that a reparametrization has for these of its arguments: its defaults, or those of a partial."""
+    parameters = inspect.signature(weight).parameters
+    return {name: parameters[name].default for name in names if name in parameters}
+
+
 def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str, Field, tuple[int, ...]]:
     """Flax's axes by number as a layout, the field of all other axes, and the feature axes, ascending.
 
@@ -136,9 +161,3 @@ def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str,
     features = tuple(sorted({axis % ndim for axis in numbers}))
     field = Field(tuple(Span(f"a{axis}") for axis in range(ndim) if axis not in features))
     return " ".join(f"a{axis}" for axis in range(ndim)), field, features
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    """A path as text. The arrays of an `nnx.State` lie in its variables, one attribute further."""
-    inner = keys[:-1] if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) else keys
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in inner or keys)

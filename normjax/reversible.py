@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax import moments
+from normjax.conditional import spread
 from normjax.field import Field, FieldError, bind
 from normjax.theory import Normalizer, Stats, affine, equation, normalize, row
 
@@ -142,11 +143,7 @@ def denormalize(
         scale = scale.astype(y.dtype) + jnp.asarray(slack).astype(y.dtype)
         y = affine(y, layout, jnp.where(scale != 0, 1 / jnp.where(scale != 0, scale, 1), 0), None)
     if stats.var is not None:
-        # The equation makes one over the spread of ones, so that what was multiplied by it is divided by the same.
-        one, plain = jnp.ones_like(stats.var), Normalizer(None, n.var, eps=n.eps, gain=n.gain, power=n.power)
-        inverse = equation(one, plain, layout, stats=Stats(var=stats.var), eps=eps).y.astype(y.dtype)
-        spread = jnp.where(inverse > 0, 1 / jnp.where(inverse > 0, inverse, 1), 0)
-        y = affine(y, layout, spread, None)
+        y = affine(y, layout, spread(stats.var, n, layout, eps), None)
     return (y if stats.mean is None else affine(y, layout, None, stats.mean)).astype(dtype)
 
 

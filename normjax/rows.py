@@ -94,6 +94,33 @@ def top_batch(
     return Normalizer(field, field, eps=eps, gain=gain, power=1.0, order=math.inf if k == 1 else top(k))
 
 
+def range_row(
+    size: int | None, field: Field | str = BATCH, *, eps: float = 1e-5, calibrated: bool = False
+) -> Normalizer:
+    """The row of range batch norm, v / (eps + C * m), with m by `around.mean_range` (alone, it takes the largest |v|).
+
+    Args:
+      size: number of elements of a part in training, on which C depends.
+      field: A, and what the parts' ranges are averaged over.
+      eps: added to the spread. [units of x]
+      calibrated: C is one over the expected range of Gaussian data; else the code's 0.35 * `bounds_constant`, half of
+        that of the maximum and a factor from experiments, which gives .81 to .98 standard deviations.
+
+    Raises:
+      ValueError: `size` is missing or less than 2.
+
+    Source: Banner et al. 2018, section 3, and the code of its authors.
+
+    >>> round(range_row(64).gain, 4), round(range_row(64, calibrated=True).gain, 4)
+    (0.1873, 0.2133)
+    """
+    if size is None or size < 2:
+        raise ValueError(f"range batch norm needs size, the number of elements of a part in training, at least 2; "
+                         f"found {size!r}")  # fmt: skip
+    gain = 0.5 / gaussian_largest(size, signed=True) if calibrated else 0.35 * bounds_constant(size)
+    return Normalizer(field, field, eps=eps, gain=gain, power=1.0, order=math.inf)
+
+
 def ghost_batch(parts: int, *, eps: float = 1e-5) -> Normalizer:
     """Ghost batch norm: statistics of each of so many equal parts of the batch (Hoffer et al. 2017, algorithm 1).
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr, ndtr
 from jax.typing import ArrayLike
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from normjax import moments
 
@@ -230,7 +231,7 @@ def alpha_dropout(
 
     Raises:
       TypeError: x holds integers or complex numbers.
-      ValueError: the rate is no probability, or the variance not positive.
+      ValueError: the rate is no probability, the variance not positive, or an axis out of bounds.
 
     Source: Klambauer et al. 2017, section 3; in evaluation it is the identity.
 
@@ -243,7 +244,7 @@ def alpha_dropout(
     a, b = alpha_dropout_affine(rate, mean, var, low)
     if rate == 0:
         return x
-    shared = {axis % x.ndim for axis in broadcast_dims}
+    shared = normalize_axis_tuple(broadcast_dims, x.ndim, "broadcast_dims", allow_duplicate=True)
     shape = tuple(1 if axis in shared else n for axis, n in enumerate(x.shape))
     sharding: Any = jax.typeof(x).sharding  # on a mesh with explicit axes, draw as x lies
     spec = jax.sharding.PartitionSpec(*(None if axis in shared else name for axis, name in enumerate(sharding.spec)))

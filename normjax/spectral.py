@@ -41,7 +41,8 @@ def spectral_norm(
     operator norm. u and v are constants to the gradient, which flows through sigma = v W u and through W.
 
     Training stores the new u; inference uses the stored one and stores nothing, with the same number of steps (as Flax
-    does) or with `steps=0`, which takes u as it stands (as PyTorch does). Where sigma is 0 the kernel stays as it is.
+    does) or with `steps=0`, which takes u for the singular vector (as PyTorch does). Where sigma is 0 the kernel stays as
+    it is.
 
     Args:
       kernel: array of a real floating dtype. [units u]
@@ -84,6 +85,7 @@ def spectral_norm(
         raise FieldError(f'u of shape {given.shape} does not fit {matrix.shape[1]} outputs: kernel of shape '
                          f'{kernel.shape}, layout "{layout}", outputs "{outputs}"')  # fmt: skip
     still, u = lax.stop_gradient(matrix), lax.stop_gradient(given.reshape(-1).astype(work))
+    u = u if steps else _unit(u, eps)
     v = _unit(_times(still, u), eps)
     for step in range(steps):
         u = _unit(_times(still.T, v), eps)
@@ -99,4 +101,5 @@ def _times(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array, eps: float) -> jax.Array:
-    return x * lax.rsqrt(jnp.sum(lax.square(x)) + eps)
+    """The vector at length 1; one of zeros stays, with eps = 0 too."""
+    return x * moments.inverse_power(jnp.sum(lax.square(x)) + eps, 0.5)

@@ -16,14 +16,12 @@ from jax.typing import ArrayLike
 
 from normjax import moments
 from normjax.field import Field, FieldError, bind
+from normjax.layer import NOTHING, Applied, mergeable
 from normjax.running import Running, as_stats, observe, stores, unbias, update
 from normjax.seen import Seen
 from normjax.theory import Normalizer, Stats, equation, normalize, row
 
 ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
-
-
-NOTHING = Running()  # no stored statistics
 
 
 class Mixed(NamedTuple):
@@ -157,15 +155,6 @@ def blend(
     return equation(total, final, layout, scale=scale, bias=bias, dtype=x.dtype).y
 
 
-class Applied(NamedTuple):
-    """The output of a layer, the statistics to store, what it saw of the batch (None: nothing to store), and v."""
-
-    y: jax.Array
-    running: Running
-    seen: Seen | None
-    centered: jax.Array
-
-
 def apply(
     x: ArrayLike,
     normalizers: Sequence[Normalizer | str],
@@ -200,9 +189,9 @@ def apply(
     if at is None or use_running or not update_running or all(value is None for value in running):
         return Applied(out.y, running, None, out.centered)
     batch = observe(out.parts[at], rows[at], layout, x.shape)
-    # Unbiased variances, and those around the means of windows or blocks, do not merge into that of two batches.
-    exact = not given.get("unbiased") and all(span.whole for f in rows[at].fields for span in f.spans)
-    seen = Seen(batch, jnp.asarray(momentum, jnp.float32), averaging, False, exact and rows[at].mean == rows[at].var)
+    # Variances that were unbiased before they were pooled do not merge into that of two batches.
+    exact = not given.get("unbiased") and mergeable(rows[at], layout)
+    seen = Seen(batch, jnp.asarray(momentum, jnp.float32), averaging, False, exact)
     return Applied(out.y, update(running, batch, momentum, averaging), seen, out.centered)
 
 

@@ -186,7 +186,7 @@ class Stats(NamedTuple):
     Attributes:
       mean: E_A[x]. [u]
       var: the moment m = E_B[|v| ** order], before eps, gain and power. [u ** order]
-      mean_weight: number of elements (sum of weights) behind each mean; None where the mean was given.
+      mean_weight: number of elements (sum of weights) behind each mean; where the mean was given, what came with it.
       var_weight: the same for var.
     """
 
@@ -330,15 +330,15 @@ def equation(
     work = moments.wide(x.dtype)
     real = jnp.finfo(work).dtype
     weights = moments.weigh(mask, x.astype(work))
-    scale, bias = (_beside(p, x, layout, name, work) for p, name in ((scale, "scale"), (bias, "bias")))
+    scale, bias = _beside(scale, bias, x, layout, work)
     positive = eps is None and n.eps > 1e-30
     eps = jnp.asarray(n.eps if eps is None else eps, real)
     if eps.ndim and (eps.ndim != x.ndim or any(e not in (1, s) for e, s in zip(eps.shape, x.shape, strict=True))):
         raise FieldError(f"eps is a scalar, or has the rank of x and broadcasts against it: found shapes {eps.shape} "
                          f"and {x.shape}")  # fmt: skip
     mean, var = (stats.mean, stats.var) if stats else (None, None)
-    mean = None if mean is None or n.mean is None else _fit(mean, x, "mean", work)
-    var = None if var is None or n.var is None else _fit(var, x, "var", real)
+    mean = None if mean is None or n.mean is None else statistic_beside(mean, x, "mean", work)
+    var = None if var is None or n.var is None else statistic_beside(var, x, "var", real)
     given = (mean is not None, var is not None)
 
     def plan(field: Any, needed: bool = True) -> Plan | None:
@@ -353,8 +353,9 @@ def equation(
         y, v, mean, var = _ruled(recipe, derivative.in_passes(recipe), x, weights, eps, scale, bias)
     else:
         y, v, mean, var = _plain(recipe, x, weights, eps, scale, bias, mean, var)
-    counted = [_weight(p, weights, work) if p and not was else None
-               for p, was in zip((recipe.a, recipe.b), given, strict=True)]  # fmt: skip
+    came = (stats.mean_weight, stats.var_weight) if stats else (None, None)
+    counted = [weight if was else _weight(p, weights, work) if p else None
+               for p, was, weight in zip((recipe.a, recipe.b), given, came, strict=True)]  # fmt: skip
     return Normalized(y, v, Stats(mean, var, *counted))
 
 
@@ -451,8 +452,15 @@ def _weight(plan: Plan, weights: Weights | None, dtype: Any):
     return moments.average(ones, plan, weights)[1]
 
 
-def _fit(given: ArrayLike, x: jax.Array, name: str, dtype: Any) -> jax.Array:
-    """A statistic of the rank of x, in the dtype of the work."""
+def statistic_beside(given: ArrayLike, x: jax.Array, name: str, dtype: Any) -> jax.Array:
+    """A statistic as an array of this dtype that broadcasts against x: a scalar, or of the rank of x.
+
+    Raises:
+      FieldError: it does not fit x.
+
+    >>> statistic_beside(2.0, jnp.ones((1, 2)), "mean", "float32").dtype
+    dtype('float32')
+    """
     given = jnp.asarray(given)
     fits = given.ndim == x.ndim and all(g in (1, s) for g, s in zip(given.shape, x.shape, strict=True))
     if given.ndim and not fits:
@@ -467,14 +475,30 @@ def affine(y: jax.Array, layout: str, scale: ArrayLike | None, bias: ArrayLike |
     >>> affine(jnp.ones((1, 2)), "n c", jnp.array([2.0, 3.0]), 1.0).tolist()
     [[3.0, 4.0]]
     """
-    scale, bias = (_beside(p, y, layout, name, y.dtype) for p, name in ((scale, "scale"), (bias, "bias")))
-    return _affine(y, scale, bias)
+    return _affine(y, *_beside(scale, bias, y, layout, y.dtype))
 
 
-def _beside(p: ArrayLike | None, x: jax.Array, layout: str, name: str, dtype: Any) -> jax.Array | None:
-    """A scale or bias, laid along the axes of x that its rank speaks of."""
-    if p is None:
-        return None
+def _beside(scale, bias, x, layout, dtype):
+    named = (("scale", scale), ("bias", bias))
+    return [None if p is None else parameter_beside(p, x, layout, name, dtype) for name, p in named]
+
+
+def parameter_beside(p: ArrayLike, x: jax.Array, layout: str, name: str, dtype: Any) -> jax.Array:
+    """A scale, a bias or their like as an array of this dtype that broadcasts against x.
+
+    Args:
+      p: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      x: the array beside which it is laid.
+      layout: name of each axis of x.
+      name: of the parameter, for errors.
+      dtype: of the result.
+
+    Raises:
+      FieldError: it does not fit x.
+
+    >>> parameter_beside(jnp.ones(3), jnp.ones((2, 3, 5)), "n c t", "scale", "float32").shape
+    (1, 3, 1)
+    """
     p = jnp.asarray(p)
     if jnp.iscomplexobj(p) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise FieldError(f"a complex {name} does not fit a real array of dtype {x.dtype}")

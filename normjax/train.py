@@ -138,7 +138,7 @@ def linen_step(
         takes the examples k, k + p, k + 2 p, ..., so that every device has its share of it. Each part is normalized by
         itself; what is stored are the statistics of all parts together, merged exactly where the row
         allows it (order 2, A = B or None, no windows), else averaged. Layers that are lifted (`nn.scan`,
-        `nn.vmap`) merge if the collection `moments` is lifted with them.
+        `nn.vmap`) merge if the collection `moments` is lifted with them; statistics of recurrent cells are averaged.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `total_penalty`.

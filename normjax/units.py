@@ -23,7 +23,7 @@ from normjax import moments
 from normjax.field import Field
 from normjax.running import unbiased as without_bias
 from normjax.selu import as_real
-from normjax.theory import Normalizer, Stats, _beside, _fit, affine, equation
+from normjax.theory import Normalizer, Stats, affine, equation, parameter_beside, statistic_beside
 
 RELU_MEAN = 1 / math.sqrt(2 * math.pi)  # of relu(z), z ~ N(0, 1)
 # One over its standard deviation, 1.7128585504; NFNets' table of constants has 1.7139588594, 0.06 per cent too large.
@@ -71,7 +71,7 @@ def tlu(x: ArrayLike, tau: ArrayLike = 0.0, layout: str = "n ... c") -> jax.Arra
     [[-1.0, 0.5], [2.0, 2.0]]
     """
     x = as_real(x, "tlu")
-    return jnp.maximum(x, _param(tau, x, layout, "tau", x.dtype))
+    return jnp.maximum(x, parameter_beside(tau, x, layout, "tau", x.dtype))
 
 
 def dyt(
@@ -104,7 +104,7 @@ def dyt(
     """
     x = as_real(x, "dyt")
     work = x.astype(moments.wide(x.dtype))
-    y = jnp.tanh(_param(alpha, work, layout, "alpha") * work)
+    y = jnp.tanh(parameter_beside(alpha, work, layout, "alpha", work.dtype) * work)
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
 
 
@@ -140,7 +140,9 @@ def derf(
     """
     x = as_real(x, "derf")
     work = x.astype(moments.wide(x.dtype))
-    y = erf(_param(alpha, work, layout, "alpha") * work + _param(shift, work, layout, "shift"))
+    named = (("alpha", alpha), ("shift", shift))
+    slope, start = (parameter_beside(p, work, layout, name, work.dtype) for name, p in named)
+    y = erf(slope * work + start)
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
 
 
@@ -218,10 +220,11 @@ def evonorm_b0(
         return EvoNormed(affine(work, layout, scale, bias).astype(dtype or x.dtype), Stats())
     if stats is None or stats.var is None:
         stats = equation(x, evonorm_row(batch, epsilon), layout, mask=mask).stats
-    var = _fit(stats.var, x, "var", work.dtype)
+    var = statistic_beside(stats.var, x, "var", work.dtype)
     own = equation(x, evonorm_row(instance, epsilon), layout, mask=mask).stats
     own = (without_bias(own) if unbiased else own).var
-    d = jnp.maximum(_root(var + epsilon), _param(v, work, layout, "v") * work + _root(own + epsilon))
+    v = parameter_beside(v, work, layout, "v", work.dtype)
+    d = jnp.maximum(_root(var + epsilon), v * work + _root(own + epsilon))
     y = moments.silence(work * moments.inverse_power(d, 1.0), weights)
     return EvoNormed(affine(y, layout, scale, bias).astype(dtype or x.dtype), stats)
 
@@ -275,7 +278,7 @@ def evonorm_s0(
     if unbiased:
         var = without_bias(divided.stats).var
         divided = equation(x, row, layout, mask=mask, dtype=work.dtype, stats=Stats(divided.stats.mean, var))
-    y = divided.y * jax.nn.sigmoid(_param(v, work, layout, "v") * work)
+    y = divided.y * jax.nn.sigmoid(parameter_beside(v, work, layout, "v", work.dtype) * work)
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
 
 
@@ -337,13 +340,6 @@ def _prepared(x: ArrayLike, caller: str, mask: ArrayLike | None) -> tuple[jax.Ar
     return x, moments.silence(work, weights), weights
 
 
-def _param(p: ArrayLike, x: jax.Array, layout: str, name: str, dtype: Any = None) -> jax.Array:
-    """A parameter, laid along the axes of x."""
-    laid = _beside(p, x, layout, name, dtype or x.dtype)
-    assert laid is not None
-    return laid
-
-
 def _root(q: jax.Array) -> jax.Array:
-    """The square root, with slope 0 at 0."""
-    return q * moments.inverse_power(q, 0.5)
+    """The square root, with slope 0 at 0; infinite where squares overflow, so that what it divides is 0."""
+    return jnp.where(q != 0, jnp.sqrt(jnp.where(q != 0, q, 1)), 0)

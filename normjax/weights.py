@@ -137,7 +137,7 @@ def bounded_weight_norm(
 
 def norm_bound(
     kernel: ArrayLike, *, rule: str = "rms", p: float = 2, layout: str = KERNEL, field: AnyField = INPUTS,
-    outputs: AnyField = OUTPUTS,
+    outputs: AnyField = OUTPUTS, mask: ArrayLike | None = None,
 ) -> jax.Array:  # fmt: skip
     """The constant rho of `bounded_weight_norm`, from the initial kernel V.
 
@@ -156,12 +156,14 @@ def norm_bound(
     (13.0, 3.0)
     """
     moments.choose("rule", rule, BOUNDS)
-    kernel = _floating(kernel)
+    kernel = _silenced(kernel, mask)
     n = _norm(kernel, p, 0.0, layout, field)
     norms = _power(n.gain * normalize(kernel, n, layout).stats.var, n.power)
-    if rule == "mean":
-        return moments.expect(norms, outputs, layout).reshape(())
-    return _power(moments.expect(norms**2, outputs, layout), 0.5).reshape(())
+    rho = moments.expect(norms if rule == "mean" else norms**2, outputs, layout)
+    if rho.size != 1:
+        raise FieldError(f'one bound is asked for: outputs "{outputs}" beside field "{field}" leave {rho.size} numbers of a '
+                         f'kernel of shape {kernel.shape}, layout "{layout}"')  # fmt: skip
+    return (rho if rule == "mean" else _power(rho, 0.5)).reshape(())
 
 
 def weight_standardization(
@@ -212,6 +214,8 @@ def scaled_weight_standardization(
     >>> scaled_weight_standardization(jnp.array([[1.0], [3.0], [1.0], [3.0]]), gain=1.0).ravel().tolist()
     [-0.5, 0.5, -0.5, 0.5]
     """
+    if isinstance(gain, str):
+        raise TypeError(f"gain is a number or the activation itself, as in gain=jax.nn.relu; found {gain!r}")
     kernel = _floating(kernel)
     work = moments.wide(kernel.dtype)
     count = jnp.asarray(_fan_in(kernel, layout, field), jnp.finfo(work).dtype)
@@ -265,8 +269,7 @@ def _fan_in(kernel: jax.Array, layout: str, field: AnyField) -> float:
 
 def _power(m: jax.Array, power: float) -> jax.Array:
     """The root m ** power, with derivative zero at zero."""
-    there = m > 0
-    return jnp.where(there, jnp.where(there, m, 1) ** power, 0)
+    return moments.inverse_power(m, -power)
 
 
 def _floating(kernel: ArrayLike) -> jax.Array:

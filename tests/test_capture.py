@@ -207,6 +207,27 @@ def test_every_call_of_a_layer_has_its_own_activations_and_gradient():
         assert_equal(found.gradients, slopes)
 
 
+class Doubled(nn.Dense):
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class NNXDoubled(nnx.Linear):
+    def __call__(self, inputs, out_sharding=None):
+        return 2 * super().__call__(inputs)
+
+
+def test_call_of_the_class_above_is_no_second_call():
+    kernel = np.ones((3, 3), np.float32)
+    model = NNXDoubled(3, 3, use_bias=False, kernel_init=lambda *_: jnp.asarray(kernel), rngs=nnx.Rngs(0))
+    linen = linen_capture(Doubled(3, use_bias=False), loss=jnp.sum)({"params": {"kernel": kernel}}, X)
+    for found in (linen, nnx_capture(model, loss=jnp.sum)(X)):
+        assert_equal(found.activations, {".": 2 * np.asarray(X) @ kernel})
+        assert_equal(found.gradients, {".": np.ones((6, 3))})
+
+
+@pytest.mark.slow
 def test_outputs_that_are_trees_are_named_by_place():
     cell = nn.LSTMCell(2)
     carry = cell.initialize_carry(jax.random.key(0), X.shape)
@@ -253,6 +274,7 @@ def deep_variables():
     return {"params": {f"layers_{i}": {"dense": jax.tree.map(lambda a, i=i: a[i], dense)} for i in range(3)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lift", ["remat", "jit", "scan"])
 def test_layers_inside_lifted_transformations_are_captured(lift):
     variables = deep_variables()
@@ -279,6 +301,7 @@ class Jitted(nn.Module):
         return JITTED(name="second")(JITTED(name="first")(x, None)[0], None)[0]
 
 
+@pytest.mark.slow
 def test_probes_of_a_model_whose_layers_jit_knows_already_capture_each_its_own():
     layers = deep_variables()["params"]
     variables = {"params": {"first": layers["layers_0"], "second": layers["layers_1"]}}
@@ -308,6 +331,7 @@ def test_report_of_a_probe_has_every_layer_of_both_libraries_alike():
             assert float(value) == pytest.approx(float(second[name][key]), rel=1e-4, abs=1e-6), (name, key)
 
 
+@pytest.mark.slow
 def test_capture_maps_over_examples_and_keeps_bfloat16():
     probe = linen_capture(Deep(), layers="layers_0/dense", loss=lambda y: jnp.sum(y**2))
 
@@ -331,3 +355,18 @@ def test_error_names_the_layers_that_there_are():
         assert set(str(caught.value).partition("found ")[2].split(", ")) == set(LAYERS)
     with pytest.raises(ValueError, match=r"^at is one of 'output', 'input'; found 'in'$"):
         linen_capture(model, at="in")
+
+
+def test_probe_of_the_other_library_or_of_no_layers_is_refused():
+    model: Any = linen_model()[0]
+    other: Any = nnx_model()
+    number: Any = 3
+    for make, message in (
+        (lambda: linen_capture(other), "linen_capture takes a model of flax.linen, found NNX"),
+        (lambda: nnx_capture(model), "nnx_capture takes a model of flax.nnx, found Linen"),
+        (lambda: linen_capture(model, layers=number),
+         "layers are a name, a pattern, a type, several of these or a function; found 3"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError) as caught:
+            make()
+        assert str(caught.value) == message

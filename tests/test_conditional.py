@@ -1,4 +1,4 @@
-"""Conditional normalization, RevIN and switchable norm, against NumPy float64 and the published forms written in PyTorch."""
+"""Conditional normalization and RevIN, against NumPy float64 and the published forms written in PyTorch."""
 
 import functools
 from typing import Any
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 import normjax.linen.conditional
 import normjax.linen.reversible
@@ -33,12 +32,7 @@ from normjax.conditional import (
     style,
 )
 from normjax.reversible import denormalize, revin
-from normjax.running import Running
-from normjax.seen import absorb
-from normjax.switchable import ROWS, apply, blend, mix, pool
 from tests.test_gdn import assert_same_derivatives, quick
-
-pytestmark = pytest.mark.slow  # together they would take the default tier past its five minutes
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.normal(0.5, 2.0, (3, 4, 5, 6))
@@ -115,6 +109,7 @@ def test_adain_is_each_of_the_three_versions_that_are_about_in_both_layouts():
     close(quarter, 0.25 * np.asarray(found[0][0]) + 0.75 * IMAGE)
 
 
+@pytest.mark.slow
 def test_adain_has_the_gradients_of_torch():
     def theirs(torch, x, s):
         def moments(a):
@@ -126,6 +121,7 @@ def test_adain_has_the_gradients_of_torch():
     assert_as_torch(lambda x, s: adain(x, s, unbiased=True), theirs, (IMAGE, STYLE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbiased", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adain_with_masks_is_adain_of_what_is_left_and_a_nan_behind_them_reaches_nothing(unbiased):
     mask, style_mask = np.ones((3, 4, 5, 1), bool), np.ones((3, 2, 3, 1), bool)
@@ -141,6 +137,7 @@ def test_adain_with_masks_is_adain_of_what_is_left_and_a_nan_behind_them_reaches
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
 
 
+@pytest.mark.slow
 def test_constant_style_has_a_finite_gradient_without_eps():
     content = jnp.asarray(IMAGE, jnp.float32)
     grad = quick(jax.grad(lambda s: jnp.sum(jnp.sin(adain(content, s, style_eps=0.0)))))(jnp.ones((3, 2, 2, 6)))
@@ -170,6 +167,7 @@ def test_adaln_zero_has_outputs_and_gradients_of_the_published_block_written_in_
     assert_as_torch(ours, theirs, (tokens, CONDITION, KERNEL, KERNEL_BIAS))
 
 
+@pytest.mark.slow
 def test_film_has_outputs_and_gradients_of_the_published_form_in_both_layouts():
     kernel, bias = KERNEL[:, :12], KERNEL_BIAS[:12]
 
@@ -218,6 +216,7 @@ def learned(seed=1):
     return [rng.normal(0, 0.4, shape) for shape in kernel_shapes(6, 2, 2, hidden=3)]
 
 
+@pytest.mark.slow
 def test_spade_has_outputs_and_gradients_of_the_published_form_written_in_torch():
     labels = np.eye(2)[np.random.default_rng(2).integers(0, 2, (3, 8, 7))]
 
@@ -247,6 +246,7 @@ def test_spade_has_outputs_and_gradients_of_the_published_form_written_in_torch(
     close(got, want)
 
 
+@pytest.mark.slow
 def test_nearest_takes_the_elements_that_torch_takes():
     torch = pytest.importorskip("torch")
     for old, new in ((8, 4), (7, 5), (3, 8), (5, 5), (9, 2)):
@@ -255,6 +255,7 @@ def test_nearest_takes_the_elements_that_torch_takes():
         assert nearest(jnp.arange(float(old)), (new,), "...").tolist() == want.tolist()
 
 
+@pytest.mark.slow
 def test_a_small_scale_survives_a_bfloat16_condition():
     flat = jnp.array([[2.0**-9, 0.0]], jnp.bfloat16)  # 1 + 2 ** -9 is 1 in bfloat16
     assert float(split(flat).scale[0, 0]) == 1 + 2.0**-9
@@ -287,7 +288,12 @@ def test_revin_has_outputs_and_gradients_of_the_published_code_written_in_torch(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"centre": "last"}, {"normalizer": Normalizer(None, "...", order=1, power=1.0)}]
+    "settings",
+    [
+        {"centre": "last"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"normalizer": Normalizer(None, "...", order=1, power=1.0)}, marks=pytest.mark.slow),
+    ],
 )
 def test_revin_is_undone_exactly_in_both_layouts_and_beside_a_mask(settings):
     mask = jnp.asarray(np.arange(7) < 5).reshape(1, 7, 1)
@@ -314,6 +320,7 @@ def test_revin_is_undone_exactly_in_both_layouts_and_beside_a_mask(settings):
         close(got, want)
 
 
+@pytest.mark.slow
 def test_revin_takes_the_last_value_that_is_not_masked_of_each_series():
     mask = np.ones((2, 7, 3), bool)
     mask[0, 5:, 0], mask[1, :, 2] = False, False
@@ -330,6 +337,7 @@ def test_revin_takes_the_last_value_that_is_not_masked_of_each_series():
     assert bool(jnp.isfinite(grad).all())
 
 
+@pytest.mark.slow
 def test_statistics_of_revin_are_float32_beside_bfloat16_and_a_constant_series_comes_back():
     x = jnp.full((1, 300, 1), 257.0, jnp.bfloat16)
     (y, stats), back = quick(lambda x: ((r := revin(x)), denormalize(*r)))(x)
@@ -339,6 +347,7 @@ def test_statistics_of_revin_are_float32_beside_bfloat16_and_a_constant_series_c
     assert bool((back == x).all())
 
 
+@pytest.mark.slow
 def test_a_scale_of_zero_gives_the_mean_where_the_published_code_multiplies_rounding_by_1e10():
     x = jnp.asarray(SERIES, jnp.float32)
 
@@ -351,164 +360,6 @@ def test_a_scale_of_zero_gives_the_mean_where_the_published_code_multiplies_roun
     close(exact, np.broadcast_to(SERIES.mean(1, keepdims=True), SERIES.shape))
     assert float(jnp.abs(published).max()) > 1e9
     assert bool(jnp.isfinite(grad).all())
-
-
-# Switchable norm.
-
-LOGITS = RNG.normal(size=3), RNG.normal(size=3)
-
-
-def softmax(a):
-    e = np.exp(a - a.max())
-    return e / e.sum()
-
-
-def mixed(x, w, v, axes=((1, 2), (1, 2, 3), (0, 1, 2)), eps=1e-5):
-    mean = sum(k * x.mean(a, keepdims=True) for k, a in zip(w, axes, strict=True))
-    var = sum(k * x.var(a, keepdims=True) for k, a in zip(v, axes, strict=True))
-    return (x - mean) / np.sqrt(var + eps)
-
-
-def test_switchable_norm_is_the_direct_mixture_of_means_and_variances_in_both_layouts():
-    w, v = (softmax(a) for a in LOGITS)
-    want, x = mixed(IMAGE, w, v), jnp.asarray(IMAGE, jnp.float32)
-
-    @quick
-    def ours(x, w, v, *logits):
-        same = mix(x, ROWS, w, v).y, last(mix(first(x), ROWS, w, v, "n c ...").y), apply(x, ROWS, *logits).y
-        return same, mix(x, ROWS).stats.var, mix(x + 3000, ROWS).stats.var
-
-    same, near, far = ours(x, *single((w, v, *LOGITS)))
-    for got in same:
-        close(got, want)
-    close(far, near, 1e-3)  # the authors' difference of squares would lose this
-
-
-def test_switchable_norm_of_one_row_is_that_row_and_rows_without_a_mean_give_zero():
-    x = jnp.asarray(IMAGE, jnp.float32)
-
-    @quick
-    def ours(x):
-        only = [mix(x, ROWS, one, one).y for one in jnp.eye(3)]
-        alone = [normalize(x, name).y for name in (*ROWS, "rms")]
-        return [*only, mix(x, ("rms",)).y], alone, mix(x, ("rms", "token")).stats
-
-    only, alone, half = ours(x)
-    for got, want in zip(only, alone, strict=True):
-        close(got, want)
-    close(half.mean, IMAGE.mean(-1, keepdims=True) / 2)
-    close(half.var, (np.square(IMAGE).mean(-1, keepdims=True) + IMAGE.var(-1, keepdims=True)) / 2)
-
-
-def test_switchable_norm_has_outputs_and_gradients_of_the_published_code_written_in_torch():
-    def theirs(torch, x, mean_weight, var_weight, scale, bias):
-        mean_in, var_in = x.mean(SPACE, keepdim=True), x.var(SPACE, keepdim=True, unbiased=True)
-        square = var_in + mean_in**2
-        mean_ln, mean_bn = mean_in.mean(3, keepdim=True), mean_in.mean(0, keepdim=True)
-        var_ln, var_bn = square.mean(3, keepdim=True) - mean_ln**2, square.mean(0, keepdim=True) - mean_bn**2
-        w, v = torch.softmax(mean_weight, 0), torch.softmax(var_weight, 0)
-        mean = w[0] * mean_in + w[1] * mean_ln + w[2] * mean_bn
-        var = v[0] * var_in + v[1] * var_ln + v[2] * var_bn
-        return (x - mean) / (var + 1e-5).sqrt() * scale + bias
-
-    def ours(x, mean_weight, var_weight, scale, bias):
-        return apply(x, ROWS, mean_weight, var_weight, scale=scale, bias=bias, unbiased=True).y
-
-    assert_as_torch(ours, theirs, (IMAGE, *LOGITS, *draw(3, 2, 6)))
-
-
-def test_switchable_norm_of_vectors_has_unbiased_variances_of_its_own_like_the_published_code():
-    x = IMAGE[:, 0, 0]
-    mean = (x.mean(1, keepdims=True) + x.mean(0, keepdims=True)) / 2
-    var = (x.var(1, ddof=1, keepdims=True) + x.var(0, ddof=1, keepdims=True)) / 2
-    got = quick(lambda x: mix(x, ("layer", "batch"), unbiased=True).y)(single(x))
-    close(got, (x - mean) / np.sqrt(var + 1e-5))
-
-
-MASK = RNG.uniform(size=(3, 4, 5, 1)) > 0.3
-MASK[2] = False
-
-
-def test_pooled_statistics_are_those_of_the_rows_themselves_also_beside_masks_and_weights():
-    rows = (*ROWS, Normalizer("... c/2", "... c/2"))
-    weights = MASK * np.random.default_rng(4).uniform(0.1, 2, MASK.shape)
-
-    def loss(x):
-        masks = jnp.asarray(MASK), jnp.asarray(weights, jnp.float32)
-        found = [(mix(x, rows, mask=m).parts, [normalize(x, n, mask=m).stats for n in rows]) for m in masks]
-        return jnp.sum(jnp.sin(mix(x, ROWS, mask=masks[0]).y)), found
-
-    grad, found = quick(jax.grad(loss, has_aux=True))(jnp.asarray(np.where(MASK, IMAGE, np.nan), jnp.float32))
-    for parts, direct in found:
-        for got, want in zip(jax.tree.leaves(parts), jax.tree.leaves(direct), strict=True):
-            close(np.broadcast_to(got, IMAGE.shape), np.broadcast_to(want, IMAGE.shape))
-    assert bool(jnp.isfinite(grad).all())
-
-
-@pytest.mark.parametrize("way", ["vmap", pytest.param("shard_map", marks=pytest.mark.slow)])
-def test_a_mixture_over_a_mapped_axis_is_that_of_the_whole_batch(way):
-    x = jnp.asarray(np.random.default_rng(5).normal(1, 2, (8, 2, 3, 4)), jnp.float32)
-    mask = jnp.asarray(np.random.default_rng(6).uniform(size=(8, 2, 3, 1)) > 0.4)
-    want = quick(lambda x, m: mix(x, ROWS, mask=m).y)(x, mask)
-    if way == "vmap":
-        rows, layout = ("instance", "layer", Normalizer("@d ...", "@d ...")), "... c"
-        got = quick(jax.vmap(lambda x, m: mix(x, rows, layout=layout, mask=m).y, axis_name="d"))(x, mask)
-    else:
-        rows, spec = ("instance", "layer", Normalizer("@d n ...", "@d n ...")), PartitionSpec("d")
-        mesh = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
-        f = jax.shard_map(lambda x, m: mix(x, rows, mask=m).y, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
-        got = quick(f)(x, mask)
-    close(got, want)
-
-
-def test_running_statistics_of_a_mixture_move_and_serve_as_those_of_batch_norm():
-    x = jnp.asarray(IMAGE, jnp.float32)
-    running = Running(jnp.zeros(6), jnp.ones(6))
-    mean, var = IMAGE.mean((0, 1, 2)), IMAGE.var((0, 1, 2))
-    stored = Running(*single((mean, var)))
-
-    @quick
-    def ours(x, *logits):
-        out = apply(x, ROWS, *logits, running=running, momentum=0.9)
-        one = apply(x[:1], ROWS, *logits, running=stored, use_running=True)
-        kept = apply(x, ROWS, *logits, running=running, update_running=False)
-        return out, one, kept, apply(x, ROWS, *logits, running=running, momentum=0.0, unbiased=True).running.var
-
-    out, one, kept, unbiased = ours(x, *single(LOGITS))
-    close(out.running.mean, 0.1 * mean)
-    close(out.running.var, 0.9 + 0.1 * var)
-    close(one.y, out.y[:1])
-    assert one.seen is None
-    assert kept.running.var.tolist() == [1.0] * 6
-    within = IMAGE.var(SPACE, ddof=1)  # the authors' are unbiased in an instance, and biased over them
-    close(unbiased, within.mean(0) + IMAGE.mean(SPACE).var(0))
-
-
-def test_what_a_mixture_saw_of_micro_batches_is_stored_as_that_of_the_whole_batch():
-    running = Running(jnp.zeros(6), jnp.ones(6))
-
-    @quick
-    def ours(x):
-        seen = [apply(part, ROWS, *single(LOGITS), running=running).seen for part in (x[:2], x[2:])]
-        together = absorb(running, jax.tree.map(lambda *parts: jnp.stack(parts), *seen))
-        return together, apply(x, ROWS, *single(LOGITS), running=running).running
-
-    together, whole = ours(single(IMAGE))
-    jax.tree.map(close, together, whole)
-
-
-def test_blend_mixes_outputs_by_row_and_channel():
-    x, rho = jnp.asarray(IMAGE, jnp.float32), np.linspace(0, 1, 6)
-
-    @quick
-    def ours(x, w):
-        rows = [normalize(x, name).y for name in ("batch", "instance", "response")]
-        both = blend(x, ("batch", "response"), jnp.array([0.3, 0.7]), scale=2.0, bias=jnp.ones(6))
-        return rows, blend(x, ("batch", "instance"), w), both
-
-    (batch, instance, response), channels, both = ours(x, jnp.asarray(np.stack([rho, 1 - rho]), jnp.float32))
-    close(channels, rho * np.asarray(batch) + (1 - rho) * np.asarray(instance))
-    close(both, 2 * (0.3 * batch + 0.7 * response) + 1)
 
 
 # Every method under every transformation.
@@ -527,14 +378,6 @@ def plain_revin(x, scale, bias):
 def our_revin(x, scale, bias):
     y, stats = revin(x, scale=scale, bias=bias, centre="last")
     return y, denormalize(y**2, stats, scale=scale, bias=bias)
-
-
-def plain_mix(x, w, v):
-    axes = ((1,), (1, 2), (0, 1))
-    w, v = jax.nn.softmax(w), jax.nn.softmax(v)
-    mean = sum(w[k] * x.mean(a, keepdims=True) for k, a in enumerate(axes))
-    var = sum(v[k] * x.var(a, keepdims=True) for k, a in enumerate(axes))
-    return (x - mean) / jnp.sqrt(var + 1e-5)
 
 
 SMALL, OTHER, VECTOR = RNG.normal(size=(2, 3, 2)), RNG.normal(size=(2, 4, 2)), RNG.normal(size=(2, 2))
@@ -563,12 +406,6 @@ METHODS = {
         (SMALL, *RNG.normal(size=(3, 1, 2, 2))),
     ),
     "revin": (our_revin, plain_revin, (SMALL, np.array([0.7, -1.3]), np.array([0.2, 0.4]))),
-    "switchable": (lambda x, w, v: apply(x, ROWS, w, v).y, plain_mix, (SMALL, *LOGITS)),
-    "blend": (
-        lambda x, w: blend(x, ("batch", "token"), w),
-        lambda x, w: w[0] * whitened(x, (0, 1)) + w[1] * whitened(x, -1),
-        (SMALL, np.array([0.3, 0.7])),
-    ),
 }  # fmt: skip
 
 
@@ -613,7 +450,7 @@ def linen_and_nnx(name, **more):
     return functools.partial(layer.apply, **training), {**variables, "params": params}, other, given, layer
 
 
-SLOW = ("AdaLN", "ConditionalNorm", "SPADE", "FiLM")  # their code is that of others
+SLOW = ("AdaLN", "AdaLNZero", "ConditionalNorm", "SPADE", "FiLM")  # their code is that of others
 
 
 @pytest.mark.parametrize("name", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in MODULES])
@@ -652,6 +489,7 @@ def test_linen_is_nnx_on_the_same_parameters_with_gradients_and_running_statisti
         assert np.allclose(fixed, out, atol=1e-4) == (name == "SwitchableNorm")  # debiased, of one batch: that batch's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FiLM", "AdaLN", "AdaLNZero"])
 def test_modulation_starts_as_nothing(name):
     _, sizes, _, given = MODULES[name]
@@ -668,7 +506,8 @@ def test_modulation_starts_as_nothing(name):
 def test_dtype_of_a_module_is_that_of_its_output():
     for name in ("FiLM", "SwitchableNorm", "RevIN"):
         train, variables, other, given, _ = linen_and_nnx(name, dtype=jnp.bfloat16)
-        outs = train(variables, X, *given, mutable=["batch_stats"])[0], other(X, *given)
+        apply = functools.partial(train, mutable=["batch_stats"])
+        outs = jax.eval_shape(apply, variables, X, *given)[0], other(X, *given)
         for out in outs:
             assert (out.y if name == "RevIN" else out).dtype == jnp.bfloat16
 
@@ -723,6 +562,11 @@ ERRORS = {
         "a kernel of shape (3, 3, 2, 128) with a bias of shape (128,) does not fit maps of shape (1, 4, 4, 3), layout "
         '"n ... c"',
     ),
+    "layout of a map": (
+        lambda: from_map(jnp.ones((1, 4, 3)), Convolutions(*(jnp.ones(s) for s in kernel_shapes(6, 3, 1))), "n t c"),
+        FieldError,
+        'SPADE takes layouts of n, c and "..." for space; found "n t c"',
+    ),
     "window": (lambda: kernel_shapes(6, 2, 2, width=4), ValueError, "the windows of the convolutions are odd; found 4"),
     "lengths": (
         lambda: nearest(D, (4,)),
@@ -750,38 +594,6 @@ ERRORS = {
         lambda: denormalize(jnp.ones((2, 3, 4)), Stats(jnp.ones((2, 1, 3)), jnp.ones((2, 1, 3)))),
         FieldError,
         "the statistics have the rank of y and broadcast against it: found shapes (2, 1, 3) and (2, 3, 4)",
-    ),
-    "no rows": (lambda: mix(D, ()), ValueError, "a mix needs at least one row"),
-    "weights of a mix": (
-        lambda: mix(D, ("token", "batch"), jnp.ones(3)),
-        ValueError,
-        "mean weights are one for each of the 2 rows; found shape (3,)",
-    ),
-    "statistics of a mix": (
-        lambda: mix(D, ("token", "batch"), stats=(None,)),
-        ValueError,
-        "statistics are one for each of the 2 rows; found 1",
-    ),
-    "row of a mix": (
-        lambda: mix(D, ("l1_batch",)),
-        ValueError,
-        "a mix takes rows that divide, of order 2, without floor and keep_mean; found Normalizer('n ...', 'n ...', "
-        "gain=1.2533141373155001, power=1.0, order=1)",
-    ),
-    "two that store": (
-        lambda: apply(D, ("batch", "ghost"), jnp.ones(2), jnp.ones(2)),
-        ValueError,
-        "one row of a mix may store statistics; found Normalizer('n ...', 'n ...'), Normalizer('n/8 ...', 'n/8 ...')",
-    ),
-    "weights of a blend": (
-        lambda: blend(D, ("token", "batch"), jnp.ones(3)),
-        ValueError,
-        "weights are [rows] or [rows, c] for 2 rows; found shape (3,)",
-    ),
-    "pool": (
-        lambda: pool(Stats(D), "layer"),
-        FieldError,
-        "pooling needs means, variances and their weights, and a row that divides; found Normalizer('... c', '... c')",
     ),
     "scale": (
         lambda: modulate(D, Modulation(jnp.ones(4), None)),

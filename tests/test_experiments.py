@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -320,14 +321,22 @@ def test_max_pool_equals_flaxs(shape):
     np.testing.assert_array_equal(models.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
 
 
-def test_correlation_equals_numpys_without_the_dead_unit():
-    z = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32) + 3
-    z[..., 1] += z[..., 0]
-    r = np.abs(np.corrcoef(z.reshape(-1, 6).T))
-    expected = r[~np.eye(6, dtype=bool)].mean()
-    dead = np.concatenate([z, np.full((5, 4, 1), 7, np.float32)], axis=-1)
-    assert float(report.correlation(jnp.asarray(z))) == pytest.approx(expected, rel=1e-5)
-    assert float(report.correlation(jnp.asarray(dead))) == pytest.approx(expected, rel=1e-5)
+def test_histograms_show_a_typical_pair_of_living_units_and_say_what_diverged(monkeypatch):
+    z = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
+    z[:, 1] += z[:, 0]
+    z[:, 3] = 0.1  # dead
+    layers = {"batch": z, "batch*": np.full_like(z, np.nan)}
+    monkeypatch.setattr(compare, "first_layer", lambda name, *_: layers[name])
+    rows: Any = dict.fromkeys(layers)
+    figure = compare.draw_histograms({"batch*": "batch"}, rows, rows)
+    above, below = figure.axes
+    i, j = (int(label.split()[-1]) for label in (above.get_xlabel(), above.get_ylabel()))
+    r = np.abs(np.corrcoef(z[:, :3].T))
+    pairs = r[np.triu_indices(3, 1)]
+    assert above.get_title() == f"batch: |r| = {r[i, j]:.2f}"
+    assert abs(r[i, j] - pairs.mean()) == pytest.approx(abs(pairs - pairs.mean()).min())
+    np.testing.assert_array_equal(above.collections[0].get_array(), np.histogram2d(z[:, i], z[:, j], 60)[0].T)
+    assert below.get_title() == "batch*: diverged"
 
 
 def test_differences_are_paired_over_seeds():

@@ -30,8 +30,6 @@ from normjax.gdn import (
     towards,
 )
 
-pytestmark = pytest.mark.slow  # together they would take the default tier past its five minutes
-
 EXPONENTS = [(2.0, 0.5), (1.0, 1.0), (2.0, 0.75), (1.5, 2 / 3), (3.0, 0.2), (0.5, 1.0)]
 
 
@@ -213,6 +211,7 @@ def test_reparametrization_stays_in_the_domain_and_keeps_the_whole_gradient_at_t
     np.testing.assert_allclose(slopes["block"], [0.0, 0.0, bound, 1.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_with_towards_keeps_what_is_learned_out_of_the_forbidden_side():
     raw, target = jnp.array([0.3, 0.3]), jnp.array([-1.0, 0.5])  # the first target lies outside of the domain
 
@@ -257,6 +256,7 @@ def test_inverse_is_nan_exactly_where_no_input_gives_the_output():
     np.testing.assert_array_equal(np.isnan(quick(inverse)(*single(y, beta, gamma))).all(-1), radius >= 1)
 
 
+@pytest.mark.slow
 def test_each_step_of_the_inverse_shrinks_the_error_by_the_rate_that_the_docstring_states():
     x, beta, gamma = numbers(3, (2,), seed=5)
     ways, steps = ((2.0, 0.5), (1.5, 0.5)), (1, 2, 4, 8, 16)
@@ -287,6 +287,7 @@ def plainly(x, beta, gamma, alpha, epsilon, sign=-1):
     return x * q ** (sign * epsilon)
 
 
+@pytest.mark.slow
 def test_gdn_has_every_derivative_of_its_formula_in_inputs_parameters_and_exponents():
     x, beta, gamma = numbers(2, (1, 2), seed=6)
     args = (x, beta, gamma, np.array(1.7), np.array(0.6))
@@ -388,6 +389,7 @@ def test_linen_is_nnx_on_the_same_parameters_with_its_gradients(settings):
         assert float(jnp.abs(grad).max()) > 0, name
 
 
+@pytest.mark.slow
 def test_layer_starts_from_the_published_values():
     layer: Any = normjax.linen.gdn.GDN(learn_alpha=True, learn_epsilon=True)
     params = quick(layer.init)(jax.random.key(0), jnp.ones((1, 3)))["params"]
@@ -455,6 +457,19 @@ def test_refusal_says_what_was_found_and_what_is_accepted(name):
     assert str(caught.value) == text
 
 
+@pytest.mark.slow
+def test_channels_that_are_sharded_pool_as_a_whole_under_jit_and_are_refused_inside_shard_map():
+    x, beta, gamma = single(*numbers(8, (2,)))
+    mesh = jax.make_mesh((4,), ("model",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec(None, "model")
+    lying = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    np.testing.assert_allclose(quick(gdn)(lying, beta, gamma), quick(gdn)(x, beta, gamma), rtol=1e-6)
+    inside = jax.shard_map(lambda x: gdn(x, beta, gamma), mesh=mesh, in_specs=spec, out_specs=spec)
+    with pytest.raises(FieldError, match=r"beta has shape \(8,\), but 2 channels"):
+        jax.eval_shape(inside, x)
+
+
+@pytest.mark.slow
 def test_compiled_under_a_mapped_axis_and_alone_is_the_same():
     x, beta, gamma = single(*numbers(3, (4, 2)))
     mapped = quick(jax.vmap(functools.partial(gdn, beta=beta, gamma=gamma, layout="... c"), axis_name="n"))(x)

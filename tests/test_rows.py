@@ -1,19 +1,24 @@
-"""The families of rows: published outputs and gradients, constants, dialects, layers, every transformation."""
+"""The families of rows: published outputs and gradients, constants, dialects, every transformation."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx as fx
 from jax import lax
 
-import normjax.linen.rows as linen
-import normjax.nnx.rows as nnx
 from normjax import TABLE, FieldError, Normalizer, normalize, running
-from normjax.around import QK_KINDS, filter_response, ghost_top, partial_rms, qk, qk_scale, range_batch, virtual_batch
+from normjax.around import (
+    QK_KINDS,
+    filter_response,
+    ghost_top,
+    partial_rms,
+    qk,
+    qk_scale,
+    range_batch,
+    virtual_batch,
+)
 from normjax.dialects import DIALECTS, start, step
 from normjax.gaussian import bounds_constant, gaussian_largest, gaussian_moment
 from normjax.rows import (
@@ -28,12 +33,11 @@ from normjax.rows import (
     lrn_onnx,
     lrn_tensorflow,
     lrn_torch,
+    range_row,
     top_batch,
     unbiased_group,
     with_ddof,
 )
-
-pytestmark = pytest.mark.slow  # together they would take the default tier past its five minutes
 
 # What the authors' layers gave in float64 on X (then trained on X2 as well): outputs, the gradient for the cotangent DY,
 # outputs at inference. Axes "n c h w"; scale and bias as below. Hoffer et al. 2018: lp_norm.py, but for l1_mean_bn and
@@ -303,6 +307,7 @@ def test_constants_are_those_of_gaussian_data():
         assert abs(0.35 * bounds_constant(n // 16) * 2 * gaussian_largest(n // 16, signed=True) - published) < 0.012
 
 
+@pytest.mark.slow
 def test_expected_maxima_agree_with_scipy():
     integrate, stats = pytest.importorskip("scipy.integrate"), pytest.importorskip("scipy.stats")
     for n, k in ((2, 1), (64, 10), (1024, 1), (1024, 700)):
@@ -341,6 +346,26 @@ def test_calibrated_range_gives_gaussian_data_unit_variance():
     y, published = fast(lambda x: [range_batch(x, size=64, calibrated=c).y for c in (True, False)])(x)
     assert abs(float(np.std(y)) - 1) < 0.015
     assert float(np.std(published)) > 1.05
+
+
+def test_l1_spread_of_float16_data_is_right_at_every_scale_where_float16_squares_are_not():
+    z = np.random.default_rng(0).normal(size=(4096, 1))
+    n = np.float16(4096)
+    naive = {}
+    for scale in (0.001, 0.01, 1.0, 100.0, 3000.0):
+        x = (scale * z).astype(np.float16)
+        with np.errstate(over="ignore", invalid="ignore"):
+            naive[scale] = math.sqrt((np.square(x) / n).sum(dtype=np.float16)) / scale
+            in_half = (np.abs(x) / n).sum(dtype=np.float16)
+        row = l1_batch(eps=0.0)
+        ours = normalize(x, row).stats.var.item()
+        assert ours == pytest.approx(float(in_half), rel=6e-3)
+        assert 0.99 < row.gain * ours / scale < 1.01
+    assert naive[0.001] == 0
+    assert naive[0.01] == pytest.approx(0.92, abs=0.005)
+    assert naive[100.0] == naive[3000.0] == math.inf
+    with np.errstate(over="ignore"):
+        assert np.isinf(np.abs((30 * z).astype(np.float16)).sum(dtype=np.float16))  # summed before the division by n
 
 
 def test_half_precision_overflows_in_no_row_and_l1_outlasts_l2_in_single():
@@ -442,7 +467,13 @@ def test_unbiased_group_norm_divides_by_one_less():
     x = IMAGE.reshape(4, -1, 2, 3)  # two groups of three channels
     v = x - x.mean((1, 3), keepdims=True)
     want = v / np.sqrt(x.var((1, 3), keepdims=True, ddof=1) + 1e-5)
-    near(fast(lambda x: normalize(x, unbiased_group(2, 36)).y)(f32(IMAGE)), want.reshape(IMAGE.shape), 1e-6)
+    # So that it is neither layer nor instance norm, by the root of the ratio of their counts.
+    both = [(unbiased_group(1, 72, eps=0.0), "... c", 72), (unbiased_group(6, 12, eps=0.0), "...", 12)]
+    rows = [unbiased_group(2, 36), *(n for row, field, _ in both for n in (row, Normalizer(field, field, eps=0.0)))]
+    y, *pairs = fast(lambda x: [normalize(x, row).y for row in rows])(f32(IMAGE))
+    near(y, want.reshape(IMAGE.shape), 1e-6)
+    for (_, _, size), ours, theirs in zip(both, pairs[::2], pairs[1::2], strict=True):
+        near(ours, math.sqrt((size - 1) / size) * np.asarray(theirs), 1e-6)
 
 
 def test_extended_batch_norm_has_a_mean_a_channel_and_one_spread():
@@ -554,7 +585,7 @@ def quick(names):
     )
 
 
-@quick(("partial_rms",))
+@quick(("l1",))
 def test_derivatives_of_every_kind_are_finite_differences(name):
     f, h = AROUND[name], 1e-5
 
@@ -579,8 +610,7 @@ def test_derivatives_of_every_kind_are_finite_differences(name):
         }
 
     with jax.enable_x64(True):
-        run = (jax.jit if name == "range" else fast)(every)
-        got = jax.tree.map(np.asarray, run(POINT, OTHER, DX))
+        got = jax.tree.map(np.asarray, fast(every)(POINT, OTHER, DX))
         single = fast(lambda x: (f(x), jax.grad(g)(x)))
         points = (POINT + h * DX, POINT - h * DX, POINT, OTHER)
         (high, up), (low, down), (y, gradient), (other, _) = jax.tree.map(np.asarray, [single(x) for x in points])
@@ -595,6 +625,7 @@ def test_derivatives_of_every_kind_are_finite_differences(name):
         near(got[kind], (up - down) / (2 * h), 1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_rounded_once_and_channels_first_is_the_transpose():
     def run(x, low):
         first = jnp.moveaxis(x, -1, 1)
@@ -654,6 +685,7 @@ def test_over_a_mapped_axis_the_batch_is_whole():
             "l3": normalize(x, lp_batch(3, field)).y,
             "top": normalize(x, top_batch(3, 16, field)).y,
             "virtual": virtual_batch(x, reference, field=field)[0].y,
+            "range": range_batch(x, size=8, parts=1, field=field).y,  # parts lie within a shard: one each
         }
 
     def whole(x, reference):
@@ -662,6 +694,7 @@ def test_over_a_mapped_axis_the_batch_is_whole():
             "l3": normalize(x, lp_batch(3)).y,
             "top": normalize(x, top_batch(3, 16)).y,
             "virtual": virtual_batch(x, reference)[0].y,
+            "range": range_batch(x, size=8, parts=2).y,
         }
 
     halves = (a.reshape(2, 2, *SMALL[1:]) for a in (x, reference))
@@ -683,130 +716,6 @@ def test_constant_and_zero_inputs_have_finite_outputs_and_derivatives():
     assert (still == 0).all()
 
 
-# Layers.
-
-LAYERS = {
-    "L1BatchNorm": {},
-    "LpBatchNorm": {"p": 3, "calibrated": True},
-    "TopKBatchNorm": {"k": 3, "size": 16},
-    "LinfBatchNorm": {"size": 16, "calibrated": True},
-    "VarianceNorm": {},
-    "ExtendedBatchNorm": {},
-    "PositionNorm": {},
-    "LocalContextNorm": {"window": 3, "groups": 2},
-    "GhostBatchNorm": {"examples": 2},
-    "VirtualBatchNorm": {},
-    "FilterResponseNorm": {"learn_eps": True},
-    "ScaleNorm": {},
-    "PartialRMSNorm": {"fraction": 0.5, "use_bias": True},
-    "QKNorm": {"kind": "layer"},
-}
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in ("GhostBatchNorm",) else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS]
-)
-def test_linen_and_nnx_give_the_same_outputs_gradients_and_statistics(name):
-    cls = getattr(linen, name)
-    kwargs = LAYERS[name]
-    args = (f32(POINT), f32(OTHER)) if name in ("VirtualBatchNorm", "QKNorm") else (f32(POINT),)
-    module = cls(**kwargs, **({"use_running_average": False} if issubclass(cls, linen.Norm) else {}))
-    variables = module.init(jax.random.key(0), *args)
-    rng = np.random.default_rng(8)
-    params = jax.tree.map(lambda a: a + f32(rng.uniform(0.1, 1, a.shape)), variables["params"])
-    stored = variables.get("batch_stats", {})
-    other = getattr(nnx, name)(4, **kwargs, rngs=fx.Rngs(0))
-    graph, theirs, rest = fx.split(other, fx.Param, ...)
-    assert {key[0] for key, _ in fx.to_flat_state(theirs)} == set(params)
-
-    def by_linen(params, args):
-        y, changed = module.apply({"params": params, "batch_stats": stored}, *args, mutable=["batch_stats"])
-        return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(y)), (y, dict(changed.get("batch_stats", {})))
-
-    def by_nnx(params, args):
-        layer = fx.merge(graph, *jax.tree.map(jnp.array, (theirs, rest)))  # variables of this trace
-        for key, value in params.items():
-            getattr(layer, key)[...] = value
-        y = layer(*args)
-        kept = {key: getattr(layer, key)[...] for key in stored}
-        return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(y)), (y, kept)
-
-    got, want = (fast(jax.value_and_grad(f, (0, 1), has_aux=True))(params, args) for f in (by_nnx, by_linen))
-    jax.tree.map(lambda a, b: near(a, b, 1e-6), got, want)
-    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(want[1]))
-
-
-def test_a_layer_that_starts_as_published_ends_as_published():
-    fields = {"momentum": 0.1, "epsilon": 0.0, "layout": FIRST}
-    module: Any = linen.L1BatchNorm(**fields)
-    kept = start(l1_batch(), FIRST, X.shape, "hoffer")
-    variables: Any = {
-        "params": {"scale": f32(SCALE), "bias": f32(BIAS)},
-        "batch_stats": {"mean": kept.mean, "var": kept.var},
-    }
-    for x in (X, X2):
-        _, changed = module.apply(variables, f32(x), False, mutable=["batch_stats"])
-        variables = variables | changed
-    near(module.apply(variables, f32(X), True).ravel(), PUBLISHED["l1_mean_bn"][2])
-    layer: Any = nnx.VarianceNorm(2, momentum=0.9, layout=FIRST, rngs=fx.Rngs(0))
-    layer.scale[...], layer.bias[...] = f32(SCALE), f32(BIAS)
-    for x in (X, X2):
-        layer(f32(x))
-    near(layer(f32(X), use_running_average=True).ravel(), PUBLISHED["variance"][2])
-
-
-@pytest.mark.slow
-def test_ghost_layers_normalize_parts_and_infer_on_any_batch():
-    x = f32(IMAGE)
-    module = linen.GhostBatchNorm(examples=2, momentum=0.0)
-    variables = fast(lambda x: module.init(jax.random.key(0), x, False))(x[:3])  # a batch that does not divide
-    y, changed = fast(lambda v, x: module.apply(v, x, False, mutable=["batch_stats"]))(variables, x)
-    halves = IMAGE.reshape(2, -1, 6)
-    v = halves - halves.mean(1, keepdims=True)
-    near(y, (v / np.sqrt(halves.var(1, keepdims=True) + 1e-5)).reshape(IMAGE.shape), 1e-6)
-    near(changed["batch_stats"]["var"], halves.var(1).mean(0), 1e-6)
-    want = (IMAGE - IMAGE.mean((0, 1, 2))) / np.sqrt(halves.var(1).mean(0) + 1e-5)
-    near(fast(lambda v, x: module.apply(v, x, True))(variables | changed, x[:3]), want[:3], 1e-5)
-    layer = nnx.GhostBatchNorm(6, 2, momentum=0.0, rngs=fx.Rngs(0))
-    near(layer(x), y, 1e-6)
-    near(layer(x[:3], use_running_average=True), want[:3], 1e-5)
-
-
-def test_qk_layers_of_length_one_start_where_the_paper_says():
-    args = f32(IMAGE), f32(IMAGE)
-    layer = nnx.QKNorm(6, "l2", length=64, rngs=fx.Rngs(0))
-    (q, k), variables = linen.QKNorm("l2", length=64).init_with_output(jax.random.key(0), *args)
-    near(jnp.linalg.norm(q, axis=-1), np.full(q.shape[:-1], math.log2(64 * 63)), 1e-5)
-    near(jnp.linalg.norm(k, axis=-1), np.ones(q.shape[:-1]), 1e-5)
-    near(layer(*args)[0], q, 1e-6)
-    assert list(variables["params"]) == ["query_scale"]
-
-
-def test_scale_norm_starts_at_the_root_of_the_channels_and_filters_without_their_unit_keep_signs():
-    y, variables = linen.ScaleNorm().init_with_output(jax.random.key(0), f32(IMAGE))
-    near(variables["params"]["scale"], math.sqrt(6), 1e-6)
-    near(y, normalize(f32(IMAGE), Normalizer(None, "c", eps=0.0)).y, 1e-5)
-    plain = linen.FilterResponseNorm(use_tau=False, use_bias=False, use_scale=False).apply({}, f32(IMAGE))
-    near(plain, normalize(f32(IMAGE), Normalizer(None, "...", eps=1e-6)).y, 1e-6)
-
-
-@pytest.mark.slow
-def test_virtual_layers_start_where_a_mapped_axis_is_not_bound_yet():
-    module = linen.VirtualBatchNorm(field="@data n ...")
-    variables = module.init(jax.random.key(0), f32(POINT), f32(OTHER))
-    f = jax.vmap(lambda x, r: module.apply(variables, x, r)[0], axis_name="data")
-    halves = [f32(a).reshape(2, 2, *SMALL[1:]) for a in (POINT, OTHER)]
-    near(f(*halves).reshape(SMALL), virtual_batch(f32(POINT), f32(OTHER))[0].y, 1e-6)
-
-
-def test_parameters_and_outputs_have_the_dtypes_of_flax():
-    y, variables = linen.FilterResponseNorm(param_dtype=jnp.bfloat16).init_with_output(
-        jax.random.key(0), jnp.asarray(IMAGE, jnp.float16)
-    )
-    assert y.dtype == jnp.float16
-    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype(jnp.bfloat16)}
-
-
 # Errors.
 
 ERRORS = [
@@ -819,9 +728,44 @@ ERRORS = [
         "p is at least 1 and finite; found 0.5 (for the maximum: top_batch(1, size))",
     ),
     (
-        lambda: linen.TopKBatchNorm(),
+        lambda: top_batch(10, None),
         ValueError,
         "top-k batch norm needs size, the number of elements behind each statistic in training",
+    ),
+    (
+        lambda: range_row(None),
+        ValueError,
+        "range batch norm needs size, the number of elements of a part in training, at least 2; found None",
+    ),
+    (
+        lambda: range_batch(jnp.ones((4, 2), jnp.complex64), size=4, parts=2),
+        TypeError,
+        "a range orders real numbers, found complex64",
+    ),
+    (
+        lambda: range_batch(jnp.ones((3, 2)), size=4, parts=2),
+        FieldError,
+        "cannot split axis 'n' of length 3 into 2 equal groups",
+    ),
+    (
+        lambda: filter_response(jnp.ones((2, 3, 4)), tau=jnp.ones(3)),
+        FieldError,
+        'tau of shape (3,) does not broadcast against shape (2, 3, 4), layout "n ... c"',
+    ),
+    (
+        lambda: filter_response(jnp.ones((2, 3, 4), jnp.complex64), tau=0.0),
+        TypeError,
+        "a threshold orders real numbers, found complex64; tau=None goes without",
+    ),
+    (
+        lambda: virtual_batch(jnp.ones((2, 3)), jnp.ones((4, 3)), field="n/2"),
+        FieldError,
+        'a reference batch is averaged whole and without windows; found field "n/2"',
+    ),
+    (
+        lambda: virtual_batch(jnp.ones((2, 3)), jnp.ones((4, 5))),
+        FieldError,
+        "a given reference mean has the rank of x and broadcasts against it: found shapes (1, 5) and (2, 3)",
     ),
     (
         lambda: ghost_row((5, 3), "n c", 2),
@@ -860,7 +804,7 @@ ERRORS = [
         "qk normalizes over the axis of a head, 'c', which layout \"t d\" does not name",
     ),
     (
-        lambda: nnx.QKNorm(2, "l2", rngs=fx.Rngs(0)),
+        lambda: qk_scale(None),
         ValueError,
         'kind "l2" starts from the length of sequences, at least 2; found length=None',
     ),

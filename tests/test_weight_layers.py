@@ -1,4 +1,4 @@
-"""Layers with normalized kernels: linen, nnx and the functions on their kernels; Flax's wrappers on Flax's variables."""
+"""Layers with normalized kernels: linen, nnx and the functions on their kernels, and models of them under nnx and scan."""
 
 import functools
 from typing import Any
@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import normjax.linen.weights as linen_weights
-import normjax.nnx as our_nnx
 import normjax.nnx.weights as nnx_weights
 from normjax.reparametrize import reparametrize
 from normjax.weights import (
@@ -21,7 +21,7 @@ from normjax.weights import (
     weight_norm,
     weight_standardization,
 )
-from tests.test_weights import close, draw, each, formula, quickly
+from tests.kernels import close, draw, each, formula, quickly
 
 # Kernels by path.
 
@@ -127,7 +127,7 @@ def test_linen_and_nnx_layers_are_the_function_on_the_kernel(name):
 @pytest.mark.slow
 def test_a_scale_from_the_norms_leaves_a_new_layer_as_flax_makes_it():
     options: Any
-    for options in ({}, {"weight": bounded_weight_norm}):
+    for options in ({}, {"weight": bounded_weight_norm}, {"weight": functools.partial(bounded_weight_norm, p=1)}):
         ours = linen_weights.Dense(4, scale_init=None, **options)
         y, variables = ours.init_with_output(jax.random.key(0), X)
         exact, flax = nn.Dense(4).init_with_output(jax.random.key(0), X)
@@ -153,6 +153,28 @@ def test_the_bound_of_a_layer_does_not_move_when_its_kernel_does():
     twin.kernel[...] = 3 * twin.kernel[...]
     close(twin(X), y)
     assert float(twin.rho[...]) == rho
+
+
+def test_the_bound_of_a_layer_is_found_by_the_rule_that_it_was_given():
+    options: dict[str, Any] = {"weight": bounded_weight_norm, "use_scale": False}
+    kernel = np.arange(20.0, dtype=np.float32).reshape(5, 4)
+    norms = np.linalg.norm(kernel.astype(float), axis=0)
+    options["kernel_init"] = lambda key, shape, dtype, **_: jnp.asarray(kernel)
+    for bound, exact in (("rms", np.sqrt((norms**2).mean())), ("mean", norms.mean())):
+        variables = linen_weights.Dense(4, bound=bound, **options).init(jax.random.key(0), X)
+        twin: Any = nnx_weights.Linear(5, 4, bound=bound, rngs=nnx.Rngs(0), **options)
+        close(variables["batch_stats"]["rho"], exact)
+        close(twin.rho[...], exact)
+
+
+@pytest.mark.slow
+def test_the_bound_of_a_masked_convolution_is_that_of_the_weights_it_leaves():
+    mask = (np.random.default_rng(48).random((3, 3, 3, 4)) < 0.6).astype(np.float32)
+    options: dict[str, Any] = {"mask": mask, "weight": bounded_weight_norm, "use_scale": False}
+    layer: Any = nnx_weights.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0), **options)
+    close(layer.rho[...], np.linalg.norm(np.asarray(layer.kernel[...], float) * mask) / 2)
+    variables = linen_weights.Conv(4, (3, 3), **options).init(jax.random.key(0), IMAGE)
+    close(variables["batch_stats"]["rho"], np.linalg.norm(np.asarray(variables["params"]["kernel"]) * mask) / 2)
 
 
 @pytest.mark.slow
@@ -181,199 +203,61 @@ def test_a_layer_may_be_called_inside_of_a_transformation_that_closes_over_it():
         close(mapped, layer(X))
 
 
-# Wrappers with Flax's names.
+class Stack(nnx.Module):
+    """Every nnx layer of this room, one upon the other."""
 
+    def __init__(self, rngs):
+        self.spectral = nnx_weights.SpectralNorm(nnx.Linear(5, 6, rngs=rngs), rngs=rngs)
+        self.weight = nnx_weights.WeightNorm(nnx.Linear(6, 6, rngs=rngs), rngs=rngs)
+        self.linear = nnx_weights.Linear(6, 2, rngs=rngs)
+        self.bounded = nnx_weights.Linear(2, 2, weight=bounded_weight_norm, use_scale=False, rngs=rngs)
 
-class Inner(nn.Module):
-    """Two layers, one below another."""
-
-    @nn.compact
     def __call__(self, x):
-        return nn.Dense(4, name="last")(nn.Dense(3, bias_init=nn.initializers.normal())(x))
+        return self.bounded(self.linear(self.weight(self.spectral(x))))
 
 
-def linen_wrapper(library, row):
-    class Model(nn.Module):
+def test_nnx_layers_train_under_nnx_jit_with_an_optimizer():
+    model: Any = Stack(nnx.Rngs(0))
+    u, rho = model.spectral.batch_stats[("kernel", "u")][...], float(model.bounded.rho[...])
+    scales = model.linear.scale[...], model.weight.scales[("kernel",)][...]
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean(jnp.square(model(X) - 1)))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert np.abs(model.spectral.batch_stats[("kernel", "u")][...] - u).max() > 1e-3
+    assert model.bounded.rho[...] == rho
+    for before, after in zip(scales, (model.linear.scale[...], model.weight.scales[("kernel",)][...]), strict=True):
+        assert np.abs(after - before).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_layers_stack_under_vmap_and_scan_as_one_after_the_other():
+    def make(key):
+        rngs = nnx.Rngs(key)
+        return nnx_weights.SpectralNorm(nnx_weights.Linear(5, 5, rngs=rngs), rngs=rngs, update_stats=False)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = nnx.vmap(make)(keys)
+    scanned = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(X, stacked)
+    y = X
+    for key in keys:
+        y = make(key)(y)
+    close(scanned, y, 1e-5)
+
+    class Block(nn.Module):
         @nn.compact
-        def __call__(self, x):
-            return library.WeightNorm(Inner(), **row)(nn.Dense(6)(x))
+        def __call__(self, x, _):
+            return linen_weights.WeightNorm(linen_weights.Dense(5, scale_init=None))(x), None
 
-    return Model()
-
-
-WRAPPED: dict[str, dict[str, Any]] = {
-    "default": {},
-    "all variables": {"variable_filter": None, "scale_init": nn.initializers.normal()},
-    "one layer": {"variable_filter": {"last"}, "use_scale": False},
-    "one norm": {"feature_axes": None, "epsilon": 0.1, "scale_init": nn.initializers.normal()},
-    "inputs": {"feature_axes": 0, "scale_init": nn.initializers.normal()},
-    "none averaged": {"feature_axes": (0, -1), "epsilon": 0.1},
-}
-
-
-@each(WRAPPED, ())
-def test_linen_weight_norm_takes_flax_s_variables_and_gives_its_numbers(name):
-    row = WRAPPED[name]
-    ours, flax = linen_wrapper(linen_weights, row), linen_wrapper(nn, row)
-    variables = flax.init(jax.random.key(0), X)
-    mine = ours.init(jax.random.key(0), X)
-    assert jax.tree.map(jnp.shape, mine) == jax.tree.map(jnp.shape, variables)
-
-    def everything(model):
-        def loss(variables):
-            y = model.apply(variables, X)
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.grad(loss, has_aux=True)
-
-    for inputs in (variables, mine):
-        got, want = quickly(lambda v: (everything(ours)(v), everything(flax)(v)))(inputs)
-        # A bias by itself is a sign times its scale, and its gradient 0.
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
-
-
-@pytest.mark.slow
-def test_linen_wrappers_store_the_kernels_that_the_layer_made():
-    wrapper: Any
-    options: Any
-    for wrapper, options in ((linen_weights.WeightNorm, {}), (linen_weights.SpectralNorm, {"update_stats": True})):
-        layer: Any = wrapper(nn.Dense(4, kernel_init=nn.initializers.constant(3.0)))
-        variables = layer.init(jax.random.key(0), X, **options)
-        assert (variables["params"]["layer_instance"]["kernel"] == 3).all()
-        _, after = layer.apply(variables, X, mutable=True, **options)
-        jax.tree.map(np.testing.assert_array_equal, after["params"], variables["params"])
-
-
-class Normed(nn.Module):
-    """A layer with running statistics of two axes, which are no parameters."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(4)(x)
-        mean = self.variable("batch_stats", "kernel", jnp.zeros, (2, 4))
-        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-            mean.value = mean.value + jnp.mean(x, 0)[None]
-        return x + mean.value[:1]
-
-
-@pytest.mark.slow
-def test_linen_wrappers_leave_the_statistics_of_the_layer_alone():
-    wrapper: Any
-    options: Any
-    for wrapper, options in ((linen_weights.WeightNorm, {}), (linen_weights.SpectralNorm, {"update_stats": True})):
-        layer = wrapper(Normed())
-        variables = layer.init(jax.random.key(0), X, **options)
-        bare = {"params": variables["params"]["layer_instance"]}
-        _, after = layer.apply(variables, X, mutable=["batch_stats"], **options)
-        stored = after["batch_stats"]["layer_instance"]["kernel"]
-        kernel = np.asarray(bare["params"]["Dense_0"]["kernel"], float)
-        scale = (
-            np.sqrt((kernel**2).sum(0)) if not options else after["batch_stats"]["layer_instance/Dense_0/kernel/sigma"]
-        )
-        close(stored, np.broadcast_to((X @ (kernel / scale)).mean(0), (2, 4)), 1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 3])
-def test_linen_spectral_norm_takes_flax_s_variables_and_gives_its_numbers(steps):
-    ours, flax = (library.SpectralNorm(Inner(), n_steps=steps) for library in (linen_weights, nn))
-    variables = flax.init(jax.random.key(0), X, update_stats=False)
-    mine = ours.init(jax.random.key(0), X, update_stats=False)
-    assert jax.tree.map(jnp.shape, mine) == jax.tree.map(jnp.shape, variables)
-
-    def everything(model):
-        def loss(params, update):
-            rest = {"batch_stats": variables["batch_stats"]}
-            y, after = model.apply({"params": params, **rest}, X, update_stats=update, mutable=["batch_stats"])
-            return jnp.sum(jnp.sin(y)), (y, after)
-
-        return [jax.grad(loss, has_aux=True)(variables["params"], update) for update in (True, False)]
-
-    got, want = quickly(lambda: (everything(ours), everything(flax)))()
-    jax.tree.map(functools.partial(close, bound=1e-5), got, want)
-    kept = got[1][1][1]["batch_stats"]
-    jax.tree.map(np.testing.assert_array_equal, kept, variables["batch_stats"])
-
-
-def as_flax(state):
-    """A pure dictionary, keys as text: Flax keeps its scales as bare arrays."""
-    flat = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
-
-
-@each(["default", "one norm", "inputs", "no scale"], ("default",))
-def test_nnx_weight_norm_gives_flax_s_numbers_and_learns_its_scale(name):
-    row = {"no scale": {"use_scale": False}, **WRAPPED}[name]
-    row = {k: v for k, v in row.items() if k != "scale_init"}
-    ours, flax = (
-        lib.WeightNorm(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1), **row) for lib in (nnx_weights, nnx)
-    )
-    before = nnx.to_pure_dict(nnx.state(ours))
-    assert as_flax(before).keys() == as_flax(nnx.to_pure_dict(nnx.state(flax))).keys()
-    structure, params = nnx.split(ours, nnx.Param)
-
-    def loss(params):
-        y = nnx.merge(structure, params)(X)
-        return jnp.sum(jnp.sin(y)), y
-
-    gradient, y = jax.grad(loss, has_aux=True)(params)
-    close(y, flax(X), 1e-5)
-    close(ours(X), y)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(ours)), before)
-    if row.get("use_scale", True):
-        assert np.abs(gradient["scales"][("kernel",)][...]).max() > 1e-3
-
-
-def test_an_nnx_checkpoint_of_flax_loads():
-    flax: Any = nnx.WeightNorm(nnx.Linear(5, 4, rngs=nnx.Rngs(3)), rngs=nnx.Rngs(1))
-    flax.scales[("kernel",)] = jnp.arange(1.0, 5.0)
-    saved = nnx.to_pure_dict(nnx.state(flax))
-    ours = nnx_weights.WeightNorm(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
-    state = nnx.state(ours)
-    nnx.replace_by_pure_dict(state, saved)
-    nnx.update(ours, state)
-    close(ours(X), flax(X), 1e-5)
-
-
-@pytest.mark.slow
-def test_nnx_spectral_norm_gives_flax_s_first_numbers_and_changes_no_kernel():
-    made = [
-        lib.SpectralNorm(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), n_steps=2, rngs=nnx.Rngs(1)) for lib in (nnx_weights, nnx)
-    ]
-    ours, flax = made
-    assert as_flax(nnx.to_pure_dict(nnx.state(ours))).keys() == as_flax(nnx.to_pure_dict(nnx.state(flax))).keys()
-    kernel, u = ours.layer_instance.kernel[...], ours.batch_stats[("kernel", "u")][...]
-    ours.eval()
-    y = ours(X)
-    np.testing.assert_array_equal(ours.batch_stats[("kernel", "u")][...], u)
-    np.testing.assert_array_equal(ours.layer_instance.kernel[...], kernel)
-    ours.train()
-    close(ours(X), y)
-    close(flax(X), y, 1e-5)
-    for name in ("u", "sigma"):
-        close(ours.batch_stats[("kernel", name)][...], flax.batch_stats[("kernel", name)][...], 1e-5)
-    for _ in range(30):
-        ours(X)
-    np.testing.assert_array_equal(ours.layer_instance.kernel[...], kernel)
-    close(ours.batch_stats[("kernel", "sigma")][...], np.linalg.svd(np.asarray(kernel, float))[1][0], 1e-4)
-    matrix = nnx_weights.SpectralNorm(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), n_steps=0, rngs=nnx.Rngs(0))
-    close(matrix(X), matrix.layer_instance(X))
-
-
-@pytest.mark.slow
-def test_nnx_wrappers_let_the_layer_update_and_be_captured():
-    class Block(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(5, 4, rngs=rngs)
-            self.norm = our_nnx.Norm("batch", 4, l1=0.5, rngs=rngs)
-
-        def __call__(self, x):
-            return self.norm(self.linear(x))
-
-    for wrapper in (nnx_weights.WeightNorm, nnx_weights.SpectralNorm):
-        model: Any = wrapper(Block(nnx.Rngs(0)), rngs=nnx.Rngs(1))
-        before = model.layer_instance.norm.mean[...]
-        captured: Any = nnx.capture(model, our_nnx.Penalty)(X)
-        sown = captured[1]
-        assert np.abs(model.layer_instance.norm.mean[...] - before).max() > 1e-4
-        assert float(sown["layer_instance"]["norm"]["l1"][...]) > 0
+    deep: Any = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    variables = deep.init(jax.random.key(0), X, None)
+    y = X
+    for k in range(3):
+        y = Block().apply(jax.tree.map(lambda p, k=k: p[k], variables), y, None)[0]
+    close(deep.apply(variables, X, None)[0], y, 1e-5)

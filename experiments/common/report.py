@@ -1,7 +1,7 @@
 """From run folders to a report: tables, differences paired over seeds, learning curves, one HTML page.
 
 Everything shown is read back from the folders of `runs.py`; a number without a run folder is not
-shown. `correlation` is the exception that is computed while training.
+shown.
 """
 
 import base64
@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import markdown
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,26 +23,6 @@ from experiments.common import runs
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; } td, th { padding: .2em .7em; border-bottom: 1px solid #ddd; }
 img { max-width: 100%; } code { background: #f4f4f4; }"""
-
-
-def correlation(z: jax.Array) -> jax.Array:
-    """Averages |correlation| over all pairs of different units: [..., c] to a scalar in 0..1.
-
-    Every axis but the last counts as samples. A unit that never changes has no correlation: its
-    pairs are left out, and without any pair the mean is NaN.
-
-    Source: Ren et al. 2017, the analysis of first-layer activations.
-
-    >>> round(float(correlation(jnp.array([[1.0, -2.0, 3.0], [2.0, -4.0, 3.0], [3.0, -6.0, 3.0]]))), 5)
-    1.0
-    """
-    v = z.reshape(-1, z.shape[-1]).astype(jnp.float32)
-    v = v - v.mean(axis=0, keepdims=True)
-    size = jnp.sqrt(jnp.square(v).sum(axis=0, keepdims=True))
-    alive = size > 0
-    v = v / jnp.where(alive, size, 1)
-    pairs = alive & alive.T & ~jnp.eye(alive.size, dtype=bool)
-    return jnp.mean(jnp.abs(v.T @ v), where=pairs)
 
 
 # --- numbers --------------------------------------------------------------------------------------

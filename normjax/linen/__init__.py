@@ -5,6 +5,7 @@
 One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table, and Flax's own layers.
 """
 
+from normjax.linen.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.linen.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
 from normjax.linen.gdn import GDN
 from normjax.linen.kalman import KalmanNorm
@@ -24,22 +25,20 @@ from normjax.linen.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, S
 from normjax.linen.reversible import RevIN
 from normjax.linen.rows import (
     ExtendedBatchNorm,
-    FilterResponseNorm,
     GhostBatchNorm,
+    GhostTopKBatchNorm,
     L1BatchNorm,
     LinfBatchNorm,
     LocalContextNorm,
     LpBatchNorm,
-    PartialRMSNorm,
     PositionNorm,
-    QKNorm,
-    ScaleNorm,
+    RangeBatchNorm,
     TopKBatchNorm,
     VarianceNorm,
-    VirtualBatchNorm,
 )
+from normjax.linen.selu import AlphaDropout
 from normjax.linen.switchable import SwitchableNorm
-from normjax.linen.units import GRN, TLU, AlphaDropout, Derf, DyT, EvoNormB0, EvoNormS0
+from normjax.linen.units import GRN, TLU, Derf, DyT, EvoNormB0, EvoNormS0
 from normjax.linen.weights import Conv, Dense, SpectralNorm, WeightNorm
 
 __all__ = [
@@ -67,6 +66,7 @@ __all__ = [
     "FilterResponseNorm",
     "GRUCell",
     "GhostBatchNorm",
+    "GhostTopKBatchNorm",
     "GroupNorm",
     "InstanceNorm",
     "KalmanNorm",
@@ -84,6 +84,7 @@ __all__ = [
     "PositionNorm",
     "QKNorm",
     "RMSNorm",
+    "RangeBatchNorm",
     "RevIN",
     "ScaleNorm",
     "SimpleCell",

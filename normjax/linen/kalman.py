@@ -108,7 +108,7 @@ class KalmanNorm(nn.Module):
         Raises:
           FieldError: normalizer or prior do not fit the input.
           TypeError: integer input.
-          ValueError: the row has no variance.
+          ValueError: the row has no variance, or a gain or `stored` that is none of those accepted.
         """
         x, whole = as_floating(x, "KalmanNorm"), row(self.normalizer)
         starting = self.is_initializing()

@@ -42,6 +42,8 @@ class Norm(nn.Module):
       momentum: weight of the old value in the running average.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `running.py`.
       unbiased: whether the unbiased variance is stored, as PyTorch does; none is where the weights sum to 1 or less.
+      mean_init: first value of a running mean.
+      var_init: first value of a running variance, or other moment.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
       renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; here or at the call, where they
         may be arrays. None is plain.
@@ -74,6 +76,8 @@ class Norm(nn.Module):
     momentum: float = 0.99
     averaging: str = "exponential"
     unbiased: bool = False
+    mean_init: float = 0.0
+    var_init: float = 1.0
     update_running_average: bool = True
     renorm: tuple[float, float] | None = None
     stats_names: tuple[str | None, ...] | None = None
@@ -145,7 +149,8 @@ def _apply_norm(
     if module.learn_sigma:
         start = n.eps**0.5 if sigma_init is None else sigma_init
         eps = jnp.square(module.param("sigma", initializers.constant(start), (), module.param_dtype))
-    found = slots(whole, module.layout, x.shape, averaging)
+    starts = (getattr(module, "mean_init", 0.0), getattr(module, "var_init", 1.0))
+    found = layer.first_values(slots(whole, module.layout, x.shape, averaging), *starts)
     use_running = bool(found) and nn.merge_param("use_running_average", default, average)
     counting = starting or (storing.get("update_running", True) and not use_running)
     stored = {

@@ -4,7 +4,9 @@ A cell has the arguments, parameters and carry of Flax's; with `normalizer=None`
 arguments is by name only, and says what is normalized, and where. Each site (`normjax.recurrent.sites`) is a submodule
 `norm_<site>`. Any `nn.RNN` runs a cell; ours, `RNN`, also lifts the running statistics and the penalty through the scan.
 
-A row that stores statistics with `max_steps` counts its steps: its carry ends with a `Clock`.
+A row that stores statistics with `max_steps` counts its steps: its carry ends with a `Clock`. Cells leave nothing in
+`moments`: micro-batches of `normjax.train` average what each of them stored, so that a variance lacks the spread between
+their means, and `linen_recalibrate` refuses them.
 """
 
 import dataclasses
@@ -15,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
+from flax.core.scope import union_filters
 from flax.linen import initializers
-from flax.linen.recurrent import DenseParams
+from flax.linen.recurrent import DenseParams, flip_sequences
 from jax.typing import ArrayLike
 
 from normjax import recurrent
@@ -42,12 +45,16 @@ class _Site(nn.Module):
     momentum: float
     l1: float
     l1_axis_name: Any
+    sigma_init: float | None  # None learns none
 
     @nn.compact
     def __call__(self, z: jax.Array, clock: Clock | None, use_running: bool) -> tuple[jax.Array, jax.Array | None]:
         shape, starting = (z.shape[-1],), self.is_initializing()
         scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.norm_bias_init, shape, self.param_dtype) if self.use_bias else None
+        eps = None
+        if self.sigma_init is not None:
+            eps = jnp.square(self.param("sigma", initializers.constant(self.sigma_init), (), self.param_dtype))
         found = recurrent.site_slots(self.normalizer, shape[0], self.max_steps)
         stored = {name: self.variable("batch_stats", name, slot.make) for name, slot in found.items()}
         # While initializing, mapped axes need not exist yet.
@@ -55,7 +62,7 @@ class _Site(nn.Module):
             z, self.normalizer.local() if starting else self.normalizer,
             Running(**{name: variable.value for name, variable in stored.items()}), clock=clock,
             max_steps=self.max_steps, refuse=not starting, use_running=use_running, momentum=self.momentum, scale=scale,
-            bias=bias, l1=0.0 if starting else self.l1, l1_axis_name=self.l1_axis_name,
+            bias=bias, eps=eps, l1=0.0 if starting else self.l1, l1_axis_name=self.l1_axis_name,
         )  # fmt: skip
         if stored and not starting and not use_running:
             for name, variable in stored.items():
@@ -76,6 +83,8 @@ class _Normalized(nn.Module, kw_only=True):
       max_steps: number of steps with stored statistics of their own; None shares one of all steps.
       use_scale: whether a site learns a factor; or the names of those that do.
       use_bias: whether a site learns an addend; or the names of those that do.
+      learn_sigma: whether a site learns sigma, one scalar; eps = sigma ** 2.
+      sigma_init: its initial value; by default the square root of the row's eps.
       scale_init: initializer of the factors.
       norm_bias_init: initializer of the addends.
       l1: weight alpha of the L1 penalty, alpha * mean |v| summed over the sites, sown as `l1` into the collection
@@ -92,30 +101,29 @@ class _Normalized(nn.Module, kw_only=True):
     max_steps: int | None = None
     use_scale: bool | Sequence[str] = True
     use_bias: bool | Sequence[str] = True
+    learn_sigma: bool = False
+    sigma_init: float | None = None
     scale_init: Initializer = initializers.ones
     norm_bias_init: Initializer = initializers.zeros
     l1: float = 0.0
     l1_axis_name: str | Sequence[str] | None = None
 
 
-def _places(cell: Any) -> Places:
-    return Places(cell.place, cell.per_gate, cell.bias_at).check()
-
-
 def _apply(cell: Any, kind: str, carry: Carry, x: ArrayLike, average: bool | None, step: Callable[..., Any]) -> Any:
     """One step of a cell; `step(norm, places, *states, x)` is one of `recurrent.py` with its weights."""
-    places, (states, clock) = _places(cell), recurrent.unpack(carry)
+    places, (states, clock) = Places(cell.place, cell.per_gate, cell.bias_at), recurrent.unpack(carry)
     norm, penalties = None, []
     if cell.normalizer is not None:
         n = row(cell.normalizer)
         use_running = any(stores(n)) and nn.merge_param("use_running_average", cell.use_running_average, average)
         names = tuple(recurrent.sites(kind, cell.features, places))
+        sigma = recurrent.start_sigma(n, cell.learn_sigma, cell.sigma_init)
         scaled, biased = (recurrent.choose_sites(f, getattr(cell, f), names) for f in ("use_scale", "use_bias"))
 
         def at_site(name: str, z: jax.Array) -> jax.Array:
             site = _Site(
                 n, name in scaled, name in biased, cell.scale_init, cell.norm_bias_init, cell.param_dtype,
-                cell.max_steps, cell.momentum, cell.l1, cell.l1_axis_name, name=f"norm_{name}",
+                cell.max_steps, cell.momentum, cell.l1, cell.l1_axis_name, sigma, name=f"norm_{name}",
             )  # fmt: skip
             y, penalty = site(z, clock, use_running)
             penalties.append(penalty)
@@ -291,7 +299,8 @@ class SimpleCell(_Normalized, nn.SimpleCell):
 class RNN(nn.RNN):
     """`flax.linen.RNN` with what a normalized cell needs.
 
-    Running statistics are carried through the scan. `seq_lengths` masks the padding: it enters no statistic and no
+    Running statistics are carried through the scan; in inference, where they do not change, they are read in it (under
+    Flax's, variables that are carried must be mutable). `seq_lengths` masks the padding: it enters no statistic and no
     penalty, and an example that is over keeps its state, which is then also its output. The penalties of the steps
     become their mean over all valid steps of all examples.
 
@@ -320,32 +329,52 @@ class RNN(nn.RNN):
         seq_lengths: ArrayLike | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
-        **kwargs: Any,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        use_running_average: bool | None = None,
     ) -> Any:
-        """Applies the cell to every step; see `flax.linen.RNN`."""
+        """Applies the cell to every step; see `flax.linen.RNN`. `use_running_average` is that of the cell's call."""
         cell: Any = self.cell
-        major = self.time_major if time_major is None else time_major
-        returned = self.return_carry if return_carry is None else return_carry
-        time = 0 if major else inputs.ndim - 2
-        shape = inputs.shape[:time] + inputs.shape[time + 1 :]
+        given = {"return_carry": return_carry, "time_major": time_major, "reverse": reverse, "keep_order": keep_order}
+        if seq_lengths is not None and not isinstance(cell, _Normalized):  # a cell that reads no clock
+            return super().__call__(
+                inputs, initial_carry=initial_carry, init_key=init_key, seq_lengths=jnp.asarray(seq_lengths), **given
+            )
+        how = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        time = 0 if how["time_major"] else inputs.ndim - cell.num_feature_axes - 1
+        batch = inputs.ndim - cell.num_feature_axes - 1
+        asked = {} if use_running_average is None else {"use_running_average": use_running_average}
         carry = initial_carry
         if carry is None:
+            shape = inputs.shape[:time] + inputs.shape[time + 1 :]
             carry = cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, shape)
         clocked = recurrent.unpack(carry)[1] is not None
-        if seq_lengths is not None:
-            seq_lengths = jnp.asarray(seq_lengths)
-            carry = recurrent.with_lengths(carry, seq_lengths)
+        carry = carry if seq_lengths is None else recurrent.with_lengths(carry, seq_lengths)
+
+        def flip(sequences: jax.Array) -> jax.Array:
+            lengths = None if seq_lengths is None else jnp.asarray(seq_lengths)
+            return flip_sequences(sequences, lengths, num_batch_dims=batch, time_major=how["time_major"])
+
+        inputs = flip(inputs) if how["reverse"] else inputs
         if self.is_initializing():
-            cell(carry, jnp.take(inputs, 0, time))  # a scan carries only variables that exist
+            cell(carry, jnp.take(inputs, 0, time), **asked)  # a scan carries only variables that exist
         before = cell.get_variable("losses", "l1") if cell.has_variable("losses", "l1") else None
         if before is not None:
             cell.put_variable("losses", "l1", jnp.zeros(inputs.shape[time], before.dtype))
-        last, outputs = super().__call__(
-            inputs, initial_carry=carry, seq_lengths=seq_lengths, return_carry=True, time_major=major, **kwargs
-        )
+        carried, broadcast = self.variable_carry, self.variable_broadcast
+        if carried == "batch_stats" and not cell.is_mutable_collection(carried):  # a scan carries only what may change
+            carried, broadcast = False, union_filters(broadcast, carried)
+        scan = nn.scan(
+            lambda cell, carry, x: cell(carry, x, **asked), in_axes=time, out_axes=time, unroll=self.unroll,
+            variable_axes=self.variable_axes, variable_broadcast=broadcast, variable_carry=carried,
+            split_rngs=self.split_rngs,
+        )  # fmt: skip
+        carry, outputs = scan(cell, carry, inputs)
         if cell.is_mutable_collection("losses") and cell.has_variable("losses", "l1"):
-            value = recurrent.mean_over_time(cell.get_variable("losses", "l1"), seq_lengths)
+            shared = recurrent.penalty_axes(getattr(cell, "normalizer", None), getattr(cell, "l1_axis_name", None))
+            value = recurrent.mean_over_time(cell.get_variable("losses", "l1"), seq_lengths, shared)
             cell.put_variable("losses", "l1", value if before is None else before + value)
-        if not returned:
+        outputs = flip(outputs) if how["reverse"] and how["keep_order"] else outputs
+        if not how["return_carry"]:
             return outputs
-        return (last if clocked else recurrent.pack(recurrent.unpack(last)[0], None)), outputs
+        return recurrent.hand_over(carry, clocked, seq_lengths is not None), outputs

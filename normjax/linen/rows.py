@@ -1,33 +1,20 @@
-"""Linen layers of `normjax.rows` and `normjax.around`: parameters and state, no arithmetic of their own.
+"""Linen layers of `normjax.rows`: `Norm` with a row made of a few numbers.
 
-The batch norms here are `Norm` with a row made of a few numbers: they take its attributes, store what it stores, and take
-its arguments at the call.
+They take the attributes of `Norm`, store what it stores, and take its arguments at the call.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import initializers
 from jax.typing import ArrayLike
 
-from normjax import around, layer, rows
-from normjax.linen.norms import Norm, _apply_norm
+from normjax import around, rows
+from normjax.linen.norms import Norm, _apply_norm, _stored
 from normjax.moments import as_floating
-from normjax.theory import TABLE, Normalizer, normalize
-
-Initializer = Any
-Dtype = Any
-ONES, ZEROS = initializers.ones, initializers.zeros
-
-
-def _channels(module: Any, name: str, make: Initializer, use: bool, given: Any, x: jax.Array) -> Any:
-    """A learned array `[c]`, or what was given at the call in its place, or None."""
-    if not use or given is not None:
-        return given
-    return module.param(name, make, layer.channel_shape(module.layout, x.shape), module.param_dtype)
+from normjax.running import slots
+from normjax.theory import TABLE, Normalizer, Stats
 
 
 class _Row(Norm):
@@ -222,7 +209,35 @@ class LocalContextNorm(_Row):
         return rows.local_context(self.window, self.groups, eps=self.epsilon)
 
 
-class GhostBatchNorm(_Row):
+class _Measured(_Row):
+    """A `_Row` of which a training batch has a row, or statistics, made at the call."""
+
+    @nn.nowrap
+    def _measure(self, x: jax.Array, mask: Any, update: bool) -> tuple[Normalizer, Stats | None]:
+        """The row for a batch, and statistics if they are other than the row's own; mapped axes need not exist at init."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, *, update_running_average: bool | None = None,
+        renorm: tuple[ArrayLike, ArrayLike] | None = None, mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None, bias: ArrayLike | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """Normalizes x; arguments as for `Norm`."""
+        x = as_floating(x, "Norm")
+        average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        update = self.update_running_average if update_running_average is None else update_running_average
+        n, measured = self.normalizer, None
+        if not average or self.is_initializing():
+            n, measured = self._measure(x, mask, update)
+        return _apply_norm(
+            self, n, x, mask=mask, scale=scale, bias=bias, average=average, sigma_init=self.sigma_init,
+            stats_names=self.stats_names, momentum=self.momentum, averaging=self.averaging, unbiased=self.unbiased,
+            update_running=update, renorm=self.renorm if renorm is None else renorm, measured=measured,
+        )  # fmt: skip
+
+
+class GhostBatchNorm(_Measured):
     """Batch norm by the statistics of each part of the batch, and of all batches at inference; row "ghost" of TABLE.
 
     Attributes:
@@ -244,235 +259,71 @@ class GhostBatchNorm(_Row):
     def _row(self) -> Normalizer:
         return rows.ghost_batch(1, eps=self.epsilon)
 
-    @nn.compact
-    def __call__(
-        self, x: ArrayLike, use_running_average: bool | None = None, *, update_running_average: bool | None = None,
-        renorm: tuple[ArrayLike, ArrayLike] | None = None, mask: ArrayLike | None = None,
-        scale: ArrayLike | None = None, bias: ArrayLike | None = None,
-    ) -> jax.Array:  # fmt: skip
-        """Normalizes x; arguments as for `Norm`."""
-        average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        examples = None if average else self.examples
-        n = rows.ghost_row(jnp.shape(x), self.layout, examples, self.epsilon, strict=not self.is_initializing())
-        return _apply_norm(
-            self, n, x, mask=mask, scale=scale, bias=bias, average=average, sigma_init=self.sigma_init,
-            stats_names=self.stats_names, momentum=self.momentum, averaging=self.averaging, unbiased=self.unbiased,
-            update_running=self.update_running_average if update_running_average is None else update_running_average,
-            renorm=self.renorm if renorm is None else renorm,
-        )  # fmt: skip
+    @nn.nowrap
+    def _measure(self, x: jax.Array, mask: Any, update: bool) -> tuple[Normalizer, Stats | None]:
+        strict = not self.is_initializing()
+        return rows.ghost_row(x.shape, self.layout, self.examples, self.epsilon, strict=strict), None
 
 
-class VirtualBatchNorm(nn.Module):
-    """Each example by the statistics of a reference batch that it is added to; see `around.virtual_batch`.
-
-    The layer takes both and returns both: the reference batch goes through the network beside the examples.
+class RangeBatchNorm(_Measured):
+    """Batch norm by the mean range of parts of the batch; see `around.range_batch`.
 
     Attributes:
-      epsilon: added to the variance. [units of x squared]
-      layout: name of each axis of both.
-      field: of the reference's statistics.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      size: elements of a part in training, examples * positions, on which the constant depends. Required.
+      parts: number of equal parts of a training batch.
+      epsilon: added to the spread. [units of x]
+      calibrated: whether the constant is that of Gaussian data, rather than the published one.
+      field: what is averaged.
 
-    Source: Salimans et al. 2016, section 3.5.
+    All others are those of `Norm`; the stored `var` is the mean range.
 
-    >>> layer = VirtualBatchNorm(epsilon=0.0, use_scale=False, use_bias=False)
-    >>> [(4 * y).round().tolist() for y in layer.apply({}, jnp.array([[3.0]]), jnp.array([[-3.0], [0.0]]))]
-    [[[5.0]], [[-4.0], [4.0]]]
+    Source: Banner et al. 2018, section 3.
+
+    >>> layer = RangeBatchNorm(size=2, parts=2, calibrated=True, use_running_average=False)
+    >>> layer.init_with_output(jax.random.key(0), jnp.array([[0.0], [4.0], [1.0], [3.0]]))[0].shape
+    (4, 1)
     """
 
-    epsilon: float = 1e-5
-    layout: str = "n ... c"
+    size: int | None = None
+    parts: int = 16
+    calibrated: bool = False
     field: str = rows.BATCH
-    use_scale: bool = True
-    use_bias: bool = True
-    param_dtype: Dtype = jnp.float32
-    scale_init: Initializer = ONES
-    bias_init: Initializer = ZEROS
 
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        reference: ArrayLike,
-        *,
-        mask: ArrayLike | None = None,
-        reference_mask: ArrayLike | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the normalized x and the normalized reference; masks as for `normjax.normalize`."""
-        x = as_floating(x, "VirtualBatchNorm")
-        scale = _channels(self, "scale", self.scale_init, self.use_scale, None, x)
-        bias = _channels(self, "bias", self.bias_init, self.use_bias, None, x)
-        n = Normalizer(self.field, None)  # while initializing, mapped axes need not exist yet
-        field = (n.local() if self.is_initializing() else n).fields[0]
-        out, known = around.virtual_batch(
-            x, reference, self.layout, field=field, scale=scale, bias=bias, eps=self.epsilon, mask=mask,
-            reference_mask=reference_mask,
-        )  # fmt: skip
-        return out.y, known.y
+    @nn.nowrap
+    def _row(self) -> Normalizer:
+        return rows.range_row(self.size, self.field, eps=self.epsilon, calibrated=self.calibrated)
+
+    @nn.nowrap
+    def _measure(self, x: jax.Array, mask: Any, update: bool) -> tuple[Normalizer, Stats | None]:
+        n, starting = self._row(), self.is_initializing()
+        field = (n.local() if starting else n).fields[0]
+        return n, around.mean_range(x, self.layout, field, parts=1 if starting else self.parts, mask=mask)
 
 
-class FilterResponseNorm(nn.Module):
-    """Filter response norm and its thresholded linear unit; see `around.filter_response`.
+class GhostTopKBatchNorm(TopKBatchNorm, _Measured):
+    """Batch norm by a moving average of the mean of the k largest |v|, in training too; see `around.ghost_top`.
 
     Attributes:
-      epsilon: added to the mean square, and where `eps` starts if it is learned. [units of x squared]
-      learn_eps: whether eps is learned, one scalar a layer of which the absolute value counts. Lubana et al. 2021 do so
-        from 1e-5; the paper where maps are a single element.
-      use_tau: whether the unit max(y, tau) follows, tau learned, `[c]`.
-      layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
-      tau_init: initializer of the threshold.
+      beta: weight of the average before, stored in `batch_stats` as `top`, from 0 on.
 
-    Source: Singh & Krishnan 2020, section 3.
+    All others are those of `TopKBatchNorm`. The stored `var` averages the moving average.
 
-    >>> layer = FilterResponseNorm(learn_eps=True)
-    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.array([[[3.0], [-4.0]]]))
-    >>> (10 * y).round().tolist(), sorted(variables["params"])
-    ([[[8.0], [0.0]]], ['bias', 'eps', 'scale', 'tau'])
+    Source: Hoffer et al. 2018, their code.
+
+    >>> layer = GhostTopKBatchNorm(k=2, size=4)
+    >>> jax.tree.map(jnp.shape, layer.init(jax.random.key(0), jnp.ones((4, 3)), True)["batch_stats"])
+    {'mean': (3,), 'top': (3,), 'var': (3,)}
     """
 
-    epsilon: float = 1e-6
-    learn_eps: bool = False
-    use_tau: bool = True
-    layout: str = "n ... c"
-    use_scale: bool = True
-    use_bias: bool = True
-    param_dtype: Dtype = jnp.float32
-    scale_init: Initializer = ONES
-    bias_init: Initializer = ZEROS
-    tau_init: Initializer = ZEROS
+    beta: float = 0.75
 
-    @nn.compact
-    def __call__(self, x: ArrayLike, *, mask=None, scale=None, bias=None) -> jax.Array:
-        """Normalizes x; arguments as for `Norm`."""
-        x = as_floating(x, "FilterResponseNorm")
-        scale = _channels(self, "scale", self.scale_init, self.use_scale, scale, x)
-        bias = _channels(self, "bias", self.bias_init, self.use_bias, bias, x)
-        tau = _channels(self, "tau", self.tau_init, self.use_tau, None, x)
-        eps: Any = self.epsilon
-        if self.learn_eps:
-            eps = self.param("eps", initializers.constant(self.epsilon), (), self.param_dtype)
-        return around.filter_response(x, self.layout, scale=scale, bias=bias, tau=tau, eps=eps, mask=mask).y
-
-
-class ScaleNorm(nn.Module):
-    """Vectors of channels at one learned length; see `rows.l2`.
-
-    Attributes:
-      epsilon: added to the squared length. [units of x squared]
-      layout: name of each axis of the input.
-      scale_init: initializer of the length, a scalar; None starts at the square root of the number of channels.
-      param_dtype: of the parameter.
-
-    Source: Nguyen & Salazar 2019, equation 7.
-
-    >>> y, _ = ScaleNorm().init_with_output(jax.random.key(0), jnp.array([[0.0, 6.0, 8.0, 0.0]]))
-    >>> (10 * y).round().tolist()
-    [[0.0, 12.0, 16.0, 0.0]]
-    """
-
-    epsilon: float = 1e-10
-    layout: str = "n ... c"
-    scale_init: Initializer | None = None
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x; see `normjax.normalize` for the mask."""
-        x = as_floating(x, "ScaleNorm")
-        (channels,) = layer.channel_shape(self.layout, x.shape)
-        make = initializers.constant(channels**0.5) if self.scale_init is None else self.scale_init
-        scale = self.param("scale", make, (), self.param_dtype)
-        return normalize(x, rows.l2(channels, eps=self.epsilon), self.layout, scale=scale, mask=mask).y
-
-
-class PartialRMSNorm(nn.Module):
-    """RMS norm by the first channels; see `around.partial_rms`.
-
-    Attributes:
-      fraction: of the channels, rounded up.
-      epsilon: added to the mean square. [units of x squared]
-      layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`; the paper has none.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
-
-    Source: Zhang & Sennrich 2019, section 3.2.
-
-    >>> (10 * PartialRMSNorm(0.5, use_scale=False).apply({}, jnp.array([[2.0, 6.0]]))).round().tolist()
-    [[10.0, 30.0]]
-    """
-
-    fraction: float = 0.0625
-    epsilon: float = 1e-6
-    layout: str = "n ... c"
-    use_scale: bool = True
-    use_bias: bool = False
-    param_dtype: Dtype = jnp.float32
-    scale_init: Initializer = ONES
-    bias_init: Initializer = ZEROS
-
-    @nn.compact
-    def __call__(self, x: ArrayLike, *, mask=None, scale=None, bias=None) -> jax.Array:
-        """Normalizes x; arguments as for `Norm`."""
-        x = as_floating(x, "PartialRMSNorm")
-        scale = _channels(self, "scale", self.scale_init, self.use_scale, scale, x)
-        bias = _channels(self, "bias", self.bias_init, self.use_bias, bias, x)
-        return around.partial_rms(
-            x, self.layout, fraction=self.fraction, scale=scale, bias=bias, eps=self.epsilon, mask=mask
-        ).y
-
-
-class QKNorm(nn.Module):
-    """Query and key, each normalized over the axis of a head; see `around.qk`.
-
-    Attributes:
-      kind: "rms", "layer" or "l2".
-      epsilon: None takes that of the kind.
-      length: for "l2", the length of sequences, which tells where the factor starts (`around.qk_scale`).
-      layout: name of each axis of both; c is the axis of a head.
-      use_scale: whether factors are learned: `query_scale` and `key_scale`, `[head_dim]`; for "l2" `query_scale` alone, a
-        scalar in place of the division by sqrt(head_dim).
-      param_dtype: of the parameters.
-      scale_init: initializer of the factors, but for "l2".
-
-    Source: Henry et al. 2020; Dehghani et al. 2023.
-
-    >>> layer = QKNorm("l2", length=64)
-    >>> (q, k), variables = layer.init_with_output(jax.random.key(0), jnp.ones((5, 2, 4)), jnp.ones((7, 1, 4)))
-    >>> q.shape, k[0, 0].tolist(), variables["params"]["query_scale"].round(2)
-    ((5, 2, 4), [0.5, 0.5, 0.5, 0.5], Array(11.98, dtype=float32))
-    """
-
-    kind: str = "rms"
-    epsilon: float | None = None
-    length: int | None = None
-    layout: str = "... c"
-    use_scale: bool = True
-    param_dtype: Dtype = jnp.float32
-    scale_init: Initializer = ONES
-
-    @nn.compact
-    def __call__(self, query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Returns both, normalized."""
-        query = as_floating(query, "QKNorm")
-        query_scale = key_scale = None
-        if self.use_scale and self.kind == "l2":
-            make = initializers.constant(around.qk_scale(self.length))
-            query_scale = self.param("query_scale", make, (), self.param_dtype)
-        elif self.use_scale:
-            query_scale = _channels(self, "query_scale", self.scale_init, True, None, query)
-            key_scale = _channels(self, "key_scale", self.scale_init, True, None, query)
-        return around.qk(
-            query, key, self.layout, kind=self.kind, query_scale=query_scale, key_scale=key_scale, eps=self.epsilon
-        )
+    @nn.nowrap
+    def _measure(self, x: jax.Array, mask: Any, update: bool) -> tuple[Normalizer, Stats | None]:
+        n = self._row()
+        top = _stored(self, "top", slots(n, self.layout, x.shape)["var"]._replace(fill=0.0), self.stats_names)
+        if self.is_initializing():
+            return n, None
+        stats, kept = around.stored_top(x, top.value, n, self.layout, beta=self.beta, mask=mask)
+        if update:
+            top.value = kept
+        return n, stats

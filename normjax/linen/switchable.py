@@ -87,5 +87,5 @@ class SwitchableNorm(nn.Module):
             update_running=self.update_running_average, momentum=self.momentum, averaging=self.averaging, scale=scale,
             bias=bias, mask=mask, eps=self.epsilon, unbiased=self.unbiased, refuse=not starting, dtype=self.dtype,
         )  # fmt: skip
-        _store(self, stored, layer.Applied(out.y, out.running, out.seen, out.centered))
+        _store(self, stored, out)
         return out.y

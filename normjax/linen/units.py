@@ -1,6 +1,5 @@
-"""Flax linen modules of `units.py` and `selu.py`: parameters, the running variance of EvoNorm-B0, and random keys."""
+"""Flax linen modules of `units.py`: parameters, and the running variance of EvoNorm-B0."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,62 +11,24 @@ from jax.typing import ArrayLike
 from normjax import layer, selu, units
 from normjax.field import Field
 from normjax.linen.norms import Dtype, Initializer, _store, _stored
-from normjax.running import Running, as_stats, observe, slots, update
+from normjax.running import Running, as_stats, slots
+from normjax.theory import Normalized
 
 
-def _param(module: Any, name: str, x: ArrayLike, use: bool = True) -> Any:
-    """A parameter of the shape `[c]`, with the module's initializer of that name."""
-    if not use:
-        return None
+def _param(
+    module: Any, name: str, x: ArrayLike, use: bool = True, given: Any = None, make: Initializer | None = None
+) -> Any:
+    """A parameter `[c]`, by the module's initializer of its name or another, or what was given at the call instead."""
+    if not use or given is not None:
+        return given
     shape = layer.channel_shape(module.layout, jnp.shape(x))
-    return module.param(name, getattr(module, f"{name}_init"), shape, module.param_dtype)
+    return module.param(name, getattr(module, f"{name}_init") if make is None else make, shape, module.param_dtype)
 
 
 def _fields(module: nn.Module, *fields: Field | str) -> tuple[Any, ...]:
     """The fields; while initializing, mapped axes need not exist yet."""
     parsed = (Field.parse(field) for field in fields)
     return tuple((field.local() or Field(())) if module.is_initializing() else field for field in parsed)
-
-
-class AlphaDropout(nn.Module):
-    """Dropout for SELU: drops to its value far below zero, and restores mean and variance.
-
-    Attributes:
-      rate: probability of dropping. (Not of keeping.)
-      broadcast_dims: axes along which elements are dropped together.
-      deterministic: whether the input passes as it is (evaluation); here or at the call.
-      rng_collection: collection of the random key.
-      mean: of the inputs, restored.
-      var: of the inputs, restored.
-      low: what elements are dropped to, -scale * alpha of the SELU.
-
-    Source: Klambauer et al. 2017, section 3.
-
-    >>> dropout = AlphaDropout(0.5)
-    >>> dropout.apply({}, jnp.zeros(4), deterministic=False, rngs={"dropout": jax.random.key(0)}).shape
-    (4,)
-    >>> dropout.apply({}, jnp.zeros(2), deterministic=True).tolist()
-    [0.0, 0.0]
-    """
-
-    rate: float
-    broadcast_dims: Sequence[int] = ()
-    deterministic: bool | None = None
-    rng_collection: str = "dropout"
-    mean: float = 0.0
-    var: float = 1.0
-    low: float = selu.LOW
-
-    @nn.compact
-    def __call__(self, x: ArrayLike, deterministic: bool | None = None, rng: jax.Array | None = None) -> jax.Array:
-        """Drops elements of x; a key given here replaces the collection's."""
-        x = selu.as_real(x, "AlphaDropout")
-        if nn.merge_param("deterministic", self.deterministic, deterministic) or self.rate == 0:
-            return x
-        key = self.make_rng(self.rng_collection) if rng is None else rng
-        return selu.alpha_dropout(
-            key, x, self.rate, mean=self.mean, var=self.var, low=self.low, broadcast_dims=self.broadcast_dims
-        )
 
 
 class TLU(nn.Module):
@@ -235,10 +196,8 @@ class EvoNormB0(nn.Module):
             stats=as_stats(running, row, self.layout, x.shape) if average else None,
         )  # fmt: skip
         if stored and not average:
-            seen = observe(out.stats, row, self.layout, x.shape)
-            mergeable = layer.mergeable(row, self.layout)
-            left = layer.Seen(seen, jnp.asarray(self.momentum, jnp.float32), mergeable=mergeable)
-            _store(self, stored, layer.Applied(out.y, update(running, seen, self.momentum), left, out.y))
+            trained = Normalized(out.y, out.y, out.stats)
+            _store(self, stored, layer.remember(trained, running, row, self.layout, self.momentum))
         return out.y
 
 

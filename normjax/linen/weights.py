@@ -18,9 +18,9 @@ from flax.linen import dtypes, initializers
 
 from normjax import moments
 from normjax.layer import Axes
-from normjax.reparametrize import Weight, by_number, matching_scale, takes_bound
+from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
 from normjax.spectral import spectral_norm
-from normjax.weights import norm_bound, weight_norm
+from normjax.weights import weight_norm
 
 Dtype = Any
 Initializer = Any
@@ -38,8 +38,24 @@ def _reparametrized(module: Any, kernel: jax.Array) -> jax.Array:
         else:
             scale = (module.param("scale", init, shape, dtype),)
     if takes_bound(weight):
-        options["rho"] = module.variable("batch_stats", "rho", lambda: norm_bound(kernel, rule=module.bound)).value
+        rho = module.variable("batch_stats", "rho", lambda: initial_bound(kernel, weight, module.bound, **options))
+        options["rho"] = rho.value
     return weight(kernel, *scale, **options)
+
+
+class _Reparametrized(nn.Module):
+    """What `Dense` and `Conv` add to Flax's."""
+
+    weight: Weight = weight_norm
+    use_scale: bool = True
+    scale_init: Initializer | None = initializers.ones
+    bound: str = "rms"
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Any, *init_args: Any, unbox: bool = True, **init_kwargs: Any) -> Any:
+        """Declares a parameter; the kernel comes back reparametrized."""
+        value: Any = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
+        return _reparametrized(self, value) if name == "kernel" else value
 
 
 def _result(dtype: Dtype | None, *arrays: jax.Array) -> Any:
@@ -48,7 +64,7 @@ def _result(dtype: Dtype | None, *arrays: jax.Array) -> Any:
         return dtypes.canonicalize_dtype(*arrays, dtype=dtype)
 
 
-class Dense(nn.Dense):
+class Dense(_Reparametrized, nn.Dense):
     """`flax.linen.Dense` whose kernel is a function of a free kernel, by default weight norm.
 
     Attributes:
@@ -73,19 +89,8 @@ class Dense(nn.Dense):
     {'batch_stats': {'rho': ()}, 'params': {'bias': (4,), 'kernel': (3, 4)}}
     """
 
-    weight: Weight = weight_norm
-    use_scale: bool = True
-    scale_init: Initializer | None = initializers.ones
-    bound: str = "rms"
 
-    @nn.nowrap
-    def param(self, name: str, init_fn: Any, *init_args: Any, unbox: bool = True, **init_kwargs: Any) -> Any:
-        """Declares a parameter; the kernel comes back reparametrized."""
-        value: Any = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
-        return _reparametrized(self, value) if name == "kernel" else value
-
-
-class Conv(nn.Conv):
+class Conv(_Reparametrized, nn.Conv):
     """`flax.linen.Conv` whose kernel is a function of a free kernel; attributes as for `Dense`.
 
     The attribute `mask` of Flax leaves masked weights out of the statistics too.
@@ -95,17 +100,6 @@ class Conv(nn.Conv):
     >>> jax.tree.map(jnp.shape, jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 5, 5, 3))))
     {'params': {'bias': (8,), 'kernel': (3, 3, 3, 8), 'scale': (8,)}}
     """
-
-    weight: Weight = weight_norm
-    use_scale: bool = True
-    scale_init: Initializer | None = initializers.ones
-    bound: str = "rms"
-
-    @nn.nowrap
-    def param(self, name: str, init_fn: Any, *init_args: Any, unbox: bool = True, **init_kwargs: Any) -> Any:
-        """Declares a parameter; the kernel comes back reparametrized."""
-        value: Any = super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
-        return _reparametrized(self, value) if name == "kernel" else value
 
 
 def _mapped(module: Any, change: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@
 One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table, and Flax's own layers.
 """
 
+from normjax.nnx.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.nnx.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
 from normjax.nnx.gdn import GDN
 from normjax.nnx.kalman import KalmanNorm
@@ -26,22 +27,20 @@ from normjax.nnx.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, Sim
 from normjax.nnx.reversible import RevIN
 from normjax.nnx.rows import (
     ExtendedBatchNorm,
-    FilterResponseNorm,
     GhostBatchNorm,
+    GhostTopKBatchNorm,
     L1BatchNorm,
     LinfBatchNorm,
     LocalContextNorm,
     LpBatchNorm,
-    PartialRMSNorm,
     PositionNorm,
-    QKNorm,
-    ScaleNorm,
+    RangeBatchNorm,
     TopKBatchNorm,
     VarianceNorm,
-    VirtualBatchNorm,
 )
+from normjax.nnx.selu import AlphaDropout
 from normjax.nnx.switchable import SwitchableNorm
-from normjax.nnx.units import GRN, TLU, AlphaDropout, Derf, DyT, EvoNormB0, EvoNormS0
+from normjax.nnx.units import GRN, TLU, Derf, DyT, EvoNormB0, EvoNormS0
 from normjax.nnx.weights import Conv, Linear, SpectralNorm, WeightNorm
 
 __all__ = [
@@ -68,6 +67,7 @@ __all__ = [
     "FilterResponseNorm",
     "GRUCell",
     "GhostBatchNorm",
+    "GhostTopKBatchNorm",
     "GroupNorm",
     "InstanceNorm",
     "KalmanNorm",
@@ -88,6 +88,7 @@ __all__ = [
     "PositionNorm",
     "QKNorm",
     "RMSNorm",
+    "RangeBatchNorm",
     "RevIN",
     "ScaleNorm",
     "SimpleCell",

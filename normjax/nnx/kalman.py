@@ -55,6 +55,7 @@ class KalmanNorm(nnx.Module):
 
     Raises:
       FieldError: the row stores statistics whose shape `features` does not tell.
+      ValueError: the row has no variance, or a gain or `stored` that is none of those accepted.
 
     Source: Wang et al. 2018.
 
@@ -95,6 +96,7 @@ class KalmanNorm(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.normalizer = row(normalizer)
+        kalman.check(self.normalizer, gain, stored)
         self.features = features if isinstance(features, int) else tuple(features)
         self.layout = layout
         self.gain = gain

@@ -28,7 +28,7 @@ from normjax.field import FieldError
 from normjax.layer import Axes
 from normjax.moments import as_floating
 from normjax.running import Running, slots
-from normjax.theory import Normalizer, row
+from normjax.theory import Normalizer, Stats, row
 
 Dtype = Any
 Initializer = Any
@@ -45,7 +45,14 @@ class Moments(nnx.Intermediate):
     """What a layer saw of the batch (`normjax.seen.Seen`), as `nnx.capture(model, Moments)` finds it."""
 
 
-def _parameter(make: Initializer, use: bool, shape: tuple[int, ...], dtype: Dtype, metadata: Metadata, rngs: nnx.Rngs):
+def _parameter(
+    make: Initializer,
+    use: bool,
+    shape: tuple[int, ...],
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+    metadata: Metadata = _NO_METADATA,
+) -> Any:
     return nnx.Param(make(rngs.params(), shape, dtype), **metadata) if use else nnx.data(None)
 
 
@@ -91,6 +98,8 @@ class Norm(nnx.Module):
       momentum: weight of the old value in the running average.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `running.py`.
       unbiased: whether the unbiased variance is stored, as PyTorch does.
+      mean_init: first value of a running mean.
+      var_init: first value of a running variance, or other moment.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; `nnx.view` sets it.
       renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; None is plain.
       use_scale: whether a factor is learned, `[c]`.
@@ -130,6 +139,8 @@ class Norm(nnx.Module):
         momentum: float = 0.99,
         averaging: str = "exponential",
         unbiased: bool = False,
+        mean_init: float = 0.0,
+        var_init: float = 1.0,
         update_running_average: bool = True,
         renorm: tuple[float, float] | None = None,
         use_scale: bool = True,
@@ -162,11 +173,11 @@ class Norm(nnx.Module):
         self.l1_axis_name = l1_axis_name
         shape = layer.whole_shape(features, layout)
         channels = layer.channel_shape(layout, shape) if use_scale or use_bias else ()
-        self.scale = _parameter(scale_init, use_scale, channels, param_dtype, scale_metadata, rngs)
-        self.bias = _parameter(bias_init, use_bias, channels, param_dtype, bias_metadata, rngs)
+        self.scale = _parameter(scale_init, use_scale, channels, param_dtype, rngs, scale_metadata)
+        self.bias = _parameter(bias_init, use_bias, channels, param_dtype, rngs, bias_metadata)
         start = self.normalizer.eps**0.5 if sigma_init is None else sigma_init
         self.sigma = nnx.Param(jnp.asarray(start, param_dtype)) if learn_sigma else nnx.data(None)
-        found = slots(self.normalizer, layout, shape, averaging)
+        found = layer.first_values(slots(self.normalizer, layout, shape, averaging), mean_init, var_init)
         if any(None in slot.shape for slot in found.values()):
             raise FieldError(
                 f"{self.normalizer} stores statistics along other axes than the channels: give the whole shape of an "
@@ -191,22 +202,10 @@ class Norm(nnx.Module):
         bias: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes x; arguments as for `normjax.linen.Norm`. A scale or bias given here replaces the learned one."""
-        x, n = as_floating(x, "Norm"), self.normalizer
-        stored = Running(*(_value(getattr(self, name)) for name in Running._fields))
-        stores = any(value is not None for value in stored)
-        use_running = stores and _flag(use_running_average, self.use_running_average, "Norm")
-        kept = self.update_running_average if update_running_average is None else update_running_average
-        out = layer.apply(
-            x, n, self.layout, stored, use_running=use_running, update_running=kept, momentum=self.momentum,
-            averaging=self.averaging, unbiased=self.unbiased, renorm=self.renorm if renorm is None else renorm,
-            scale=_value(self.scale) if scale is None else scale, bias=_value(self.bias) if bias is None else bias,
-            mask=mask, eps=None if self.sigma is None else jnp.square(self.sigma[...]), refuse=True, dtype=self.dtype,
+        return _apply_norm(
+            self, self.normalizer, x, use_running_average, update_running_average=update_running_average, renorm=renorm,
+            mask=mask, scale=scale, bias=bias,
         )  # fmt: skip
-        _store(self, out)
-        if self.l1 and hasattr(self, "__captures__"):
-            value = layer.layer_penalty(out.centered, self.l1, n, mask, self.l1_axis_name)
-            self.sow(Penalty, "l1", value, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros((), value.dtype))
-        return out.y
 
     def set_view(self, use_running_average: bool | None = None, update_running_average: bool | None = None):
         """Class method used by `nnx.view`.
@@ -219,6 +218,39 @@ class Norm(nnx.Module):
             self.use_running_average = use_running_average
         if update_running_average is not None:
             self.update_running_average = update_running_average
+
+
+def _uses_running(module: Norm, call: bool | None) -> bool:
+    """Whether a call takes the stored statistics; a row that stores none needs no flag."""
+    stores = any(getattr(module, name) is not None for name in Running._fields)
+    return stores and _flag(call, module.use_running_average, type(module).__name__)
+
+
+def _keeps_running(module: Norm, call: bool | None) -> bool:
+    """Whether a training batch moves the stored statistics."""
+    return module.update_running_average if call is None else call
+
+
+def _apply_norm(
+    module: Norm, normalizer: Normalizer, x: ArrayLike, use_running_average: bool | None = None, *,
+    update_running_average: bool | None = None, renorm: Any = None, mask: Any = None, scale: Any = None,
+    bias: Any = None, measured: Stats | None = None,
+) -> jax.Array:  # fmt: skip
+    """One application of `Norm`, by a row and measured statistics of the batch that may be those of the call."""
+    sigma, running = module.sigma, Running(*(_value(getattr(module, name)) for name in Running._fields))
+    out = layer.apply(
+        as_floating(x, "Norm"), normalizer, module.layout, running, refuse=True, dtype=module.dtype,
+        use_running=_uses_running(module, use_running_average), measured=measured, momentum=module.momentum,
+        update_running=_keeps_running(module, update_running_average), averaging=module.averaging,
+        unbiased=module.unbiased, renorm=module.renorm if renorm is None else renorm, mask=mask,
+        scale=_value(module.scale) if scale is None else scale, bias=_value(module.bias) if bias is None else bias,
+        eps=None if sigma is None else jnp.square(sigma[...]),
+    )  # fmt: skip
+    _store(module, out)
+    if module.l1 and hasattr(module, "__captures__"):
+        value = layer.layer_penalty(out.centered, module.l1, normalizer, mask, module.l1_axis_name)
+        module.sow(Penalty, "l1", value, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros((), value.dtype))
+    return out.y
 
 
 def _apply_flax(module: Any, x: ArrayLike, reading: Any, mask: Any, stored: Running = layer.NOTHING, average=False):
@@ -282,8 +314,8 @@ class BatchNorm(nnx.Module):
     ):
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32), **stats_metadata)
         self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.float32), **stats_metadata)
-        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, scale_metadata, rngs)
-        self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, bias_metadata, rngs)
+        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, rngs, scale_metadata)
+        self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, rngs, bias_metadata)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -361,8 +393,8 @@ class LayerNorm(nnx.Module):
         bias_metadata: Metadata = _NO_METADATA,
         scale_metadata: Metadata = _NO_METADATA,
     ):
-        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, scale_metadata, rngs)
-        self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, bias_metadata, rngs)
+        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, rngs, scale_metadata)
+        self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, rngs, bias_metadata)
         self.num_features = num_features
         self.epsilon = epsilon
         self.dtype = dtype
@@ -410,7 +442,7 @@ class RMSNorm(nnx.Module):
         rngs: nnx.Rngs,
         scale_metadata: Metadata = _NO_METADATA,
     ):
-        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, scale_metadata, rngs)
+        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, rngs, scale_metadata)
         self.num_features = num_features
         self.epsilon = epsilon
         self.dtype = dtype
@@ -468,8 +500,8 @@ class GroupNorm(nnx.Module):
         self.feature_axis = -1
         self.num_groups = layer.group_count(num_features, num_groups, group_size, "features")
         self.group_size = num_features // self.num_groups
-        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, scale_metadata, rngs)
-        self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, bias_metadata, rngs)
+        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, rngs, scale_metadata)
+        self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, rngs, bias_metadata)
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -517,8 +549,8 @@ class InstanceNorm(nnx.Module):
         bias_metadata: Metadata = _NO_METADATA,
         scale_metadata: Metadata = _NO_METADATA,
     ):
-        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, scale_metadata, rngs)
-        self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, bias_metadata, rngs)
+        self.scale = _parameter(scale_init, use_scale, (num_features,), param_dtype, rngs, scale_metadata)
+        self.bias = _parameter(bias_init, use_bias, (num_features,), param_dtype, rngs, bias_metadata)
         self.num_features = num_features
         self.epsilon = epsilon
         self.dtype = dtype

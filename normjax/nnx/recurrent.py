@@ -34,11 +34,15 @@ def _value(variable: Any) -> Any:
 class _Site(nnx.Module):
     """The parameters and statistics of one site."""
 
-    def __init__(self, cell: Any, size: int, scaled: bool, biased: bool, inits: tuple[Any, Any], rngs: nnx.Rngs):
+    def __init__(
+        self, cell: Any, size: int, scaled: bool, biased: bool, inits: tuple[Any, Any], sigma: float | None,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
         def learned(make: Initializer, use: bool) -> Any:
             return nnx.Param(make(rngs.params(), (size,), cell.param_dtype)) if use else nnx.data(None)
 
         self.scale, self.bias = learned(inits[0], scaled), learned(inits[1], biased)
+        self.sigma = nnx.data(None) if sigma is None else nnx.Param(jnp.asarray(sigma, cell.param_dtype))
         found = recurrent.site_slots(cell.normalizer, size, cell.max_steps)
         self.mean, self.var = (
             nnx.BatchStat(found[name].make()) if name in found else nnx.data(None) for name in ("mean", "var")
@@ -49,7 +53,7 @@ class _Site(nnx.Module):
         out = recurrent.normalize_site(
             z, cell.normalizer, Running(_value(self.mean), _value(self.var)), clock=clock, max_steps=cell.max_steps,
             use_running=use_running, momentum=cell.momentum, scale=_value(self.scale), bias=_value(self.bias),
-            l1=cell.l1, l1_axis_name=cell.l1_axis_name,
+            eps=None if self.sigma is None else jnp.square(self.sigma[...]), l1=cell.l1, l1_axis_name=cell.l1_axis_name,
         )  # fmt: skip
         if not use_running:
             for name in ("mean", "var"):
@@ -73,6 +77,8 @@ class _Normalized(nnx.RNNCellBase):
       max_steps: number of steps with stored statistics of their own; None shares one of all steps.
       use_scale: whether a site learns a factor; or the names of those that do.
       use_bias: whether a site learns an addend; or the names of those that do.
+      learn_sigma: whether a site learns sigma, one scalar; eps = sigma ** 2.
+      sigma_init: its initial value; by default the square root of the row's eps.
       scale_init: initializer of the factors.
       norm_bias_init: initializer of the addends.
       l1: weight of the L1 penalty, alpha * mean |v| summed over the sites, captured as `Penalty` when it is not 0.
@@ -97,6 +103,8 @@ class _Normalized(nnx.RNNCellBase):
         max_steps: int | None = None,
         use_scale: bool | Sequence[str] = True,
         use_bias: bool | Sequence[str] = True,
+        learn_sigma: bool = False,
+        sigma_init: float | None = None,
         scale_init: Initializer = _ONES,
         norm_bias_init: Initializer = _ZEROS,
         l1: float = 0.0,
@@ -107,19 +115,20 @@ class _Normalized(nnx.RNNCellBase):
     ):
         super().__init__(in_features, hidden_features, bias_init=bias_init, rngs=rngs, **flax)  # pyright: ignore[reportCallIssue]
         self.normalizer = None if normalizer is None else row(normalizer)
-        self.places = Places(place, per_gate, bias_at).check()
+        self.places = Places(place, per_gate, bias_at)
         self.use_running_average = use_running_average
         self.momentum = momentum
         self.max_steps = max_steps
         self.l1 = l1
         self.l1_axis_name = l1_axis_name
-        if normalizer is None:
+        if self.normalizer is None:
             return
         sites = recurrent.sites(self._kind, hidden_features, self.places)
         scaled = recurrent.choose_sites("use_scale", use_scale, tuple(sites))
         biased = recurrent.choose_sites("use_bias", use_bias, tuple(sites))
+        sigma = recurrent.start_sigma(self.normalizer, learn_sigma, sigma_init)
         for name, size in sites.items():
-            site = _Site(self, size, name in scaled, name in biased, (scale_init, norm_bias_init), rngs)
+            site = _Site(self, size, name in scaled, name in biased, (scale_init, norm_bias_init), sigma, rngs)
             setattr(self, f"norm_{name}", site)
         if self._other and place != "inside" and bias_at == "before":
             name, gates = self._other
@@ -317,10 +326,12 @@ class RNN(nnx.RNN):
     which is then also its output. Under a capture of `Penalty` the penalties of the steps become their mean over all
     valid steps of all examples. `flax.nnx.RNN` runs a normalized cell too, but cannot capture within its scan.
 
-    >>> rnn = RNN(SimpleCell(4, 8, normalizer="token", l1=0.1, rngs=nnx.Rngs(0)), return_carry=True)
-    >>> (h, y), sown = nnx.capture(rnn, Penalty)(jnp.ones((2, 5, 4)), seq_lengths=jnp.array([5, 2]))
-    >>> bool(jnp.array_equal(y[1, 1], h[1])), sown["cell"]["l1"][...].shape
-    (True, ())
+    >>> def run(x):
+    ...     rnn = RNN(SimpleCell(4, 8, normalizer="token", l1=0.1, rngs=nnx.Rngs(0)))
+    ...     y, sown = nnx.capture(rnn, Penalty)(x, seq_lengths=jnp.array([5, 2]))
+    ...     return y, sown["cell"]["l1"][...]
+    >>> [a.shape for a in jax.eval_shape(run, jnp.ones((2, 5, 4)))]
+    [(2, 5, 8), ()]
     """
 
     def __init__(self, cell: nnx.RNNCellBase, *, state_axes: Any = None, **kwargs: Any):
@@ -340,9 +351,10 @@ class RNN(nnx.RNN):
     ) -> Any:
         """Applies the cell to every step; see `flax.nnx.RNN`."""
         cell: Any = self.cell
+        ours = isinstance(cell, _Normalized)  # others read no clock, and have no penalty
         major = self.time_major if time_major is None else time_major
         returned = self.return_carry if return_carry is None else return_carry
-        time = 0 if major else inputs.ndim - 2
+        time = 0 if major else inputs.ndim - cell.num_feature_axes - 1
         carry = initial_carry
         if carry is None:
             stream = self.rngs if rngs is None else rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
@@ -350,8 +362,10 @@ class RNN(nnx.RNN):
         clocked = recurrent.unpack(carry)[1] is not None
         if seq_lengths is not None:
             seq_lengths = jnp.asarray(seq_lengths)
-            carry = recurrent.with_lengths(carry, seq_lengths)
-        sown = [v for v in getattr(cell, "__captures__", ()) if type(v) is Penalty and cell.l1 and cell.normalizer]
+            carry = recurrent.with_lengths(carry, seq_lengths) if ours else carry
+        sown = [
+            v for v in getattr(cell, "__captures__", ()) if type(v) is Penalty and ours and cell.l1 and cell.normalizer
+        ]
         before = [v["l1"] if "l1" in v else None for v in sown]
         for v in sown:  # a scan writes only what exists
             v["l1"] = jnp.zeros(inputs.shape[time], jnp.float32)
@@ -365,8 +379,9 @@ class RNN(nnx.RNN):
             **kwargs,
         )
         for v, old in zip(sown, before, strict=True):
-            value = recurrent.mean_over_time(v["l1"], seq_lengths)
+            shared = recurrent.penalty_axes(cell.normalizer, cell.l1_axis_name)
+            value = recurrent.mean_over_time(v["l1"], seq_lengths, shared)
             v["l1"] = value if old is None else old + value
         if not returned:
             return outputs
-        return (last if clocked else recurrent.pack(recurrent.unpack(last)[0], None)), outputs
+        return recurrent.hand_over(last, clocked, seq_lengths is not None), outputs

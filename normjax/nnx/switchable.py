@@ -90,7 +90,7 @@ class SwitchableNorm(nnx.Module):
             averaging=self.averaging, scale=value("scale"), bias=value("bias"), mask=mask, eps=self.epsilon,
             unbiased=self.unbiased, dtype=self.dtype,
         )  # fmt: skip
-        _store(self, layer.Applied(out.y, out.running, out.seen, out.centered))
+        _store(self, out)
         return out.y
 
     def set_view(self, use_running_average: bool | None = None, update_running_average: bool | None = None):

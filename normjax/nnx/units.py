@@ -1,7 +1,4 @@
-"""Flax nnx modules of `units.py` and `selu.py`: parameters, the running variance of EvoNorm-B0, and random keys."""
-
-from collections.abc import Sequence
-from typing import Any
+"""Flax nnx modules of `units.py`: parameters, and the running variance of EvoNorm-B0."""
 
 import jax
 import jax.numpy as jnp
@@ -10,96 +7,9 @@ from jax.typing import ArrayLike
 
 from normjax import layer, selu, units
 from normjax.field import Field, FieldError
-from normjax.nnx.norms import _NO_METADATA, _ONES, _ZEROS, Dtype, Initializer, _flag, _parameter, _store, _value
-from normjax.running import Running, as_stats, observe, slots, update
-
-
-def _param(make: Initializer, use: bool, features: int, dtype: Dtype, rngs: nnx.Rngs) -> Any:
-    """A parameter of the shape `[c]`."""
-    return _parameter(make, use, (features,), dtype, _NO_METADATA, rngs)
-
-
-class AlphaDropout(nnx.Module):
-    """Dropout for SELU; see `normjax.linen.AlphaDropout`.
-
-    Args:
-      rate: probability of dropping.
-      broadcast_dims: axes along which elements are dropped together.
-      deterministic: whether the input passes as it is; `.train()`, `.eval()` and `nnx.view` set it.
-      rng_collection: name of the stream of random keys.
-      mean: of the inputs, restored.
-      var: of the inputs, restored.
-      low: what elements are dropped to.
-      rngs: random keys, or a stream of them; here or at the call.
-
-    Source: Klambauer et al. 2017, section 3.
-
-    >>> dropout = AlphaDropout(0.5, rngs=nnx.Rngs(0))
-    >>> dropout(jnp.zeros(4)).shape, dropout(jnp.zeros(2), deterministic=True).tolist()
-    ((4,), [0.0, 0.0])
-    """
-
-    def __init__(
-        self,
-        rate: float,
-        *,
-        broadcast_dims: Sequence[int] = (),
-        deterministic: bool | None = False,
-        rng_collection: str = "dropout",
-        mean: float = 0.0,
-        var: float = 1.0,
-        low: float = selu.LOW,
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-    ):
-        self.rate = rate
-        self.broadcast_dims = tuple(broadcast_dims)
-        self.deterministic = deterministic
-        self.rng_collection = rng_collection
-        self.mean = mean
-        self.var = var
-        self.low = low
-        stream = rngs[rng_collection] if isinstance(rngs, nnx.Rngs) else rngs
-        self.rngs = nnx.data(None) if stream is None else stream.fork()
-
-    def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
-    ) -> jax.Array:
-        """Drops elements of x; keys given here replace those of the constructor.
-
-        Raises:
-          ValueError: `deterministic` or the random keys were given neither here nor to the constructor.
-        """
-        x = selu.as_real(x, "AlphaDropout")
-        flag = self.deterministic if deterministic is None else deterministic
-        if flag is None:
-            raise ValueError("No `deterministic` argument was provided to AlphaDropout: pass it to the constructor or to "
-                             "the call, or set it on the whole model with .train(), .eval() or nnx.view")  # fmt: skip
-        if flag or self.rate == 0:
-            return x
-        keys: Any = self.rngs if rngs is None else rngs
-        if keys is None:
-            raise ValueError(
-                "AlphaDropout is not deterministic but has no `rngs`: pass them to the constructor or the call"
-            )
-        if isinstance(keys, nnx.Rngs):
-            keys = keys[self.rng_collection]
-        key = keys if isinstance(keys, jax.Array) else keys()
-        return selu.alpha_dropout(
-            key, x, self.rate, mean=self.mean, var=self.var, low=self.low, broadcast_dims=self.broadcast_dims
-        )
-
-    def set_view(self, deterministic: bool | None = None):
-        """Class method used by `nnx.view`.
-
-        Args:
-          deterministic: whether the input passes as it is.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
+from normjax.nnx.norms import _ONES, _ZEROS, Dtype, Initializer, _flag, _parameter, _store, _value
+from normjax.running import Running, as_stats, slots
+from normjax.theory import Normalized
 
 
 class TLU(nnx.Module):
@@ -127,7 +37,7 @@ class TLU(nnx.Module):
         tau_init: Initializer = _ZEROS,
         rngs: nnx.Rngs,
     ):
-        self.tau = _param(tau_init, True, features, param_dtype, rngs)
+        self.tau = _parameter(tau_init, True, (features,), param_dtype, rngs)
         self.layout = layout
 
     def __call__(self, x: ArrayLike) -> jax.Array:
@@ -171,8 +81,8 @@ class DyT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.alpha = nnx.Param(jnp.asarray(alpha_init, param_dtype))
-        self.scale = _param(scale_init, use_scale, features, param_dtype, rngs)
-        self.bias = _param(bias_init, use_bias, features, param_dtype, rngs)
+        self.scale = _parameter(scale_init, use_scale, (features,), param_dtype, rngs)
+        self.bias = _parameter(bias_init, use_bias, (features,), param_dtype, rngs)
         self.layout = layout
         self.dtype = dtype
 
@@ -221,8 +131,8 @@ class Derf(nnx.Module):
     ):
         self.alpha = nnx.Param(jnp.asarray(alpha_init, param_dtype))
         self.shift = nnx.Param(jnp.asarray(shift_init, param_dtype))
-        self.scale = _param(scale_init, use_scale, features, param_dtype, rngs)
-        self.bias = _param(bias_init, use_bias, features, param_dtype, rngs)
+        self.scale = _parameter(scale_init, use_scale, (features,), param_dtype, rngs)
+        self.bias = _parameter(bias_init, use_bias, (features,), param_dtype, rngs)
         self.layout = layout
         self.dtype = dtype
 
@@ -285,9 +195,9 @@ class EvoNormB0(nnx.Module):
         bias_init: Initializer = _ZEROS,
         rngs: nnx.Rngs,
     ):
-        self.v = _param(v_init, nonlinear, features, param_dtype, rngs)
-        self.scale = _param(scale_init, use_scale, features, param_dtype, rngs)
-        self.bias = _param(bias_init, use_bias, features, param_dtype, rngs)
+        self.v = _parameter(v_init, nonlinear, (features,), param_dtype, rngs)
+        self.scale = _parameter(scale_init, use_scale, (features,), param_dtype, rngs)
+        self.bias = _parameter(bias_init, use_bias, (features,), param_dtype, rngs)
         self.row = units.evonorm_row(batch, epsilon)
         self.instance = Field.parse(instance)
         self.layout = layout
@@ -317,10 +227,8 @@ class EvoNormB0(nnx.Module):
             dtype=self.dtype, stats=as_stats(running, self.row, self.layout, x.shape) if average else None,
         )  # fmt: skip
         if stores and not average:
-            seen = observe(out.stats, self.row, self.layout, x.shape)
-            mergeable = layer.mergeable(self.row, self.layout)
-            left = layer.Seen(seen, jnp.asarray(self.momentum, jnp.float32), mergeable=mergeable)
-            _store(self, layer.Applied(out.y, update(running, seen, self.momentum), left, out.y))
+            trained = Normalized(out.y, out.y, out.stats)
+            _store(self, layer.remember(trained, running, self.row, self.layout, self.momentum))
         return out.y
 
     def set_view(self, use_running_average: bool | None = None):
@@ -376,9 +284,9 @@ class EvoNormS0(nnx.Module):
         bias_init: Initializer = _ZEROS,
         rngs: nnx.Rngs,
     ):
-        self.v = _param(v_init, nonlinear, features, param_dtype, rngs)
-        self.scale = _param(scale_init, use_scale, features, param_dtype, rngs)
-        self.bias = _param(bias_init, use_bias, features, param_dtype, rngs)
+        self.v = _parameter(v_init, nonlinear, (features,), param_dtype, rngs)
+        self.scale = _parameter(scale_init, use_scale, (features,), param_dtype, rngs)
+        self.bias = _parameter(bias_init, use_bias, (features,), param_dtype, rngs)
         self.field = Field.parse(field)
         self.layout = layout
         self.epsilon = epsilon
@@ -430,8 +338,8 @@ class GRN(nnx.Module):
         bias_init: Initializer = _ZEROS,
         rngs: nnx.Rngs,
     ):
-        self.scale = _param(scale_init, True, features, param_dtype, rngs)
-        self.bias = _param(bias_init, True, features, param_dtype, rngs)
+        self.scale = _parameter(scale_init, True, (features,), param_dtype, rngs)
+        self.bias = _parameter(bias_init, True, (features,), param_dtype, rngs)
         self.space = Field.parse(space)
         self.channels = Field.parse(channels)
         self.layout = layout

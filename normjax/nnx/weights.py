@@ -19,9 +19,9 @@ from jax.typing import ArrayLike
 
 from normjax import moments
 from normjax.layer import Axes
-from normjax.reparametrize import Weight, by_number, matching_scale, takes_bound
+from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
 from normjax.spectral import spectral_norm
-from normjax.weights import norm_bound, weight_norm
+from normjax.weights import weight_norm
 
 Dtype = Any
 Initializer = Any
@@ -43,17 +43,23 @@ def _with_params(module: Any, change: Callable[[tuple[Any, ...], Any], jax.Array
     return nnx.merge(structure, nnx.from_flat_state(new), rest)
 
 
+def _mask(module: Any) -> dict[str, Any]:
+    """Flax's mask of a convolution, as an argument of a reparametrization."""
+    mask = getattr(module, "mask", None)
+    return {} if mask is None else {"mask": mask}
+
+
 def _state(
     module: Any, weight: Weight, use_scale: bool, scale_init: Initializer | None, bound: str, metadata: Metadata,
     rngs: nnx.Rngs,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The variables that `Linear` and `Conv` add to Flax's: scale and rho."""
-    kernel, mask = module.kernel[...], getattr(module, "mask", None)
-    rho = nnx.BatchStat(norm_bound(kernel, rule=bound)) if takes_bound(weight) else nnx.data(None)
+    kernel, options = module.kernel[...], _mask(module)
+    rho = nnx.BatchStat(initial_bound(kernel, weight, bound, **options)) if takes_bound(weight) else nnx.data(None)
     if not use_scale:
         return nnx.data(None), rho
     if scale_init is None:
-        scale = matching_scale(kernel, weight, **({} if mask is None else {"mask": mask})).astype(module.param_dtype)
+        scale = matching_scale(kernel, weight, **options).astype(module.param_dtype)
     else:
         scale = scale_init(rngs.params(), kernel.shape[-1:], module.param_dtype)
     return nnx.Param(scale, **metadata), rho
@@ -61,8 +67,7 @@ def _state(
 
 def _reparametrized(module: Any) -> Any:
     """The twin of a `Linear` or `Conv` that has the kernel of the product."""
-    mask = getattr(module, "mask", None)
-    options: dict[str, Any] = {} if mask is None else {"mask": mask}
+    options = _mask(module)
     if module.rho is not None:
         options["rho"] = module.rho[...]
     scale = () if module.scale is None else (module.scale[...],)
@@ -127,7 +132,7 @@ class Conv(nnx.Conv):
 
     >>> from normjax.weights import scaled_weight_standardization
     >>> layer = Conv(3, 8, (3, 3), weight=scaled_weight_standardization, rngs=nnx.Rngs(0))
-    >>> layer(jnp.ones((2, 5, 5, 3))).shape, layer.scale.shape
+    >>> jax.eval_shape(layer, jnp.ones((2, 5, 5, 3))).shape, layer.scale.shape
     ((2, 5, 5, 8), (8,))
     """
 

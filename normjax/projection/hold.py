@@ -1,0 +1,172 @@
+"""Kernels held at a norm, or led along a schedule of norms."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax.projection.update import (
+    ProjectState,
+    Record,
+    Schedule,
+    added,
+    first_step,
+    is_placeholder,
+    next_step,
+    not_zero,
+    now,
+    pair,
+    towards,
+    transformation,
+    want_output,
+)
+from normjax.selection import Kernels, root
+
+
+def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -> optax.GradientTransformationExtraArgs:
+    """Normalize-and-Project: after the optimizer's step, kernels return to the norm rho.
+
+    Emits rho (p + u) / |p + u| - p; the optimizer's moments stay as they are. Weight decay before it is no more than a
+    factor 1 / (1 - eta lambda) of the learning rate. A norm of 0, or not finite, lets the update pass.
+
+    Args:
+      kernels: which. No official code was published, and ports disagree on the output layer: `Kernels(output="Dense_2")`
+        leaves it free, `Kernels(output=())` takes it too.
+      rho: "initial", each norm as it is when the state is made; "rms" or "mean" of a kernel's initial norms, for all its
+        features; or a number. [units w]
+      every: only each so many steps; the others pass.
+
+    Returns:
+      An optax transformation with a ProjectState.
+
+    Raises:
+      FieldError, TypeError, ValueError: see `Kernels.select`.
+      ValueError: an output layer that is not named, an unknown rho, weights that start at norm 0 (seen only outside of
+        transformations; inside they are left free), or no parameters at update.
+
+    Source: Lyle et al. 2024 (Normalize-and-Project). The whole kernel is layer norm's symmetry, each feature batch norm's.
+
+    >>> from normjax.projection import norms
+    >>> params = {"hidden": {"kernel": 2 * jnp.eye(2)}, "head": {"kernel": jnp.ones((2, 2))}}
+    >>> tx = optax.chain(optax.sgd(1.0), project(Kernels(output="head")))
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    >>> norms(params)["hidden/kernel"].round(4), norms(optax.apply_updates(params, updates))["hidden/kernel"].round(4)
+    (Array(2.8284, dtype=float32), Array(2.8284, dtype=float32))
+    """
+    return _project(kernels, rho, every, "project")
+
+
+def bounded_norm(kernels: Kernels, *, rho: str | float = "rms") -> optax.GradientTransformationExtraArgs:
+    """Bounded weight norm: all output features of a kernel have one norm, which is kept.
+
+    It is `project` with the field "... i" and one rho. The first step moves weights that do not start there. The published
+    code has three forms: rho = |V_0| / sqrt(o), the paper's, is "rms"; a later module takes the "mean" of the features'
+    norms; an earlier one bounds the whole kernel's norm alone, which is `project` with the field "... i o".
+
+    Args:
+      kernels: which, as for `project`; the field is "... i".
+      rho: as for `project`.
+
+    Raises:
+      FieldError, TypeError, ValueError: see `project`.
+
+    Source: Hoffer et al. 2018, bounded weight normalization.
+
+    >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, 7.0]])}
+    >>> tx = bounded_norm(Kernels(output=()))
+    >>> updates, _ = tx.update({"kernel": jnp.zeros((2, 2))}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["kernel"].tolist()      # 5 = sqrt((1 + 49) / 2)
+    [[5.0, 0.0], [0.0, 5.0]]
+    """
+    want_output(kernels, "bounded_norm")
+    return _project(dataclasses.replace(kernels, field="... i"), rho, 1, "bounded_norm")
+
+
+def norm_schedule(
+    schedule: Schedule, kernels: Kernels, *, recorded: Mapping[str, ArrayLike] | None = None, record_every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """A schedule of the norm in place of one of the learning rate: a norm times c is a learning rate over c ** 2.
+
+    Update number t = 0, 1, ... leaves the norm schedule(t + 1) * N, on which update t + 1 acts; N is the initial norm, or
+    the recorded one of t + 1.
+
+    Args:
+      schedule: factor of the norm; 10 ** (epoch // 20 / 2) is a learning rate over 10 every 20 epochs.
+      kernels: which; the published form takes the field "... i".
+      recorded: norms by path, as `norms` gives them, of these kernels and perhaps of others; or stacked along a first axis
+        of time, as `lax.scan` does: record k is of before update k * record_every, and the last one stays. [units w]
+      record_every: updates from one record to the next.
+
+    Returns:
+      An optax transformation with a ProjectState.
+
+    Raises:
+      FieldError, TypeError, ValueError: see `project`; a kernel without a record, or a record of another shape.
+
+    Source: Hoffer et al. 2018; their code rescales to the record of a run with weight decay.
+
+    >>> params = {"kernel": jnp.array([[3.0], [4.0]])}
+    >>> from normjax.projection import norms
+    >>> tx = norm_schedule(lambda step: 10.0 ** (step / 2), Kernels(output=()))
+    >>> updates, _ = tx.update({"kernel": jnp.zeros((2, 1))}, tx.init(params), params)
+    >>> round(float(norms(optax.apply_updates(params, updates))["kernel"]), 3)  # 5 * sqrt(10)
+    15.811
+    """
+    record = None if recorded is None else Record(recorded, record_every)
+    return _project(kernels, "initial", 1, "norm_schedule", schedule, record)
+
+
+def _project(
+    kernels: Kernels,
+    rho: str | float,
+    every: int,
+    caller: str,
+    schedule: Schedule | None = None,
+    record: Record | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    number = float(rho) if isinstance(rho, int | float | np.floating) and not isinstance(rho, bool) else None
+    if rho not in ("initial", "rms", "mean") and (number is None or not 0 < number < math.inf):
+        raise ValueError(f"{caller}: rho is 'initial', 'rms', 'mean' or a number above 0; found {rho!r}")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"{caller}: every is an integer of at least 1; found {every!r}")
+    want_output(kernels, caller)
+
+    def target(norm: jax.Array) -> jax.Array:
+        if number is not None:
+            return jnp.full((), number, norm.dtype)
+        return norm if rho == "initial" else jnp.mean(norm) if rho == "mean" else root(jnp.mean(lax.square(norm)))
+
+    def init(params: Any) -> ProjectState:
+        if is_placeholder(params):
+            return ProjectState(first_step(), first_step())
+        chosen = kernels.select(params, caller)
+        if record is not None:
+            for name, w in chosen.items():
+                record.at(0, name, kernels, w, caller)  # what does not fit is refused here already
+            return ProjectState(first_step(), {})
+        return ProjectState(
+            first_step(), not_zero({name: target(kernels.norm(w)) for name, w in chosen.items()}, caller)
+        )
+
+    def update(updates: Any, state: ProjectState, params: Any = None) -> tuple[Any, ProjectState]:
+        ps, us, back = pair(updates, params, state.norms, caller)
+        step, changed = next_step(state.step), {}
+        for name in state.norms or kernels.select(params, caller):
+            p, u = ps[name], us[name]
+            squared = kernels.squared(added(p, u))
+            norm = record.at(step, name, kernels, p, caller) if record else state.norms[name]
+            norm = kernels.beside(norm, p).astype(squared.dtype)
+            if schedule is not None:
+                norm = norm * now(schedule, step, squared.dtype)
+            new = towards(p, u, squared, norm)
+            changed[name] = new if every == 1 else jnp.where(step % every == 0, new, u)
+        return back(changed), ProjectState(step, state.norms)
+
+    return transformation(init, update)

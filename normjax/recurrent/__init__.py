@@ -1,0 +1,88 @@
+"""Normalized recurrent cells as pure steps: the published places of a normalizer in an RNN, an LSTM and a GRU.
+
+    inside         act(norm(W x + U h + b)) at every gate and candidate, and at the LSTM's cell state before its output
+                   activation; the cell state is carried raw        Ren et al. 2017: DN, DN*, LN-s, LN-l1, LN*
+    separate       norm(W x) + norm(U h) + b, and norm at the LSTM's cell state, which is carried normalized
+                                                                    Ren et al. 2017: their BN rows and plain LN
+    separate_raw   the same, but the cell state is carried raw      Ba et al. 2016, equations 20 to 22;
+                                                                    Cooijmans et al. 2017, equations 6 to 8
+
+Each array that is normalized is a *site* with a scale, a bias and statistics of its own: "i f g o c" of an LSTM inside,
+"xifgo hifgo c" where W x and U h are normalized as they are published: all gates at once. The layout is "n c".
+
+`steps.py` has the cells, `site.py` the normalization of one site, `carry.py` what travels beside the states, and
+`published.py` the published cells as arguments.
+"""
+
+from normjax.recurrent.carry import (
+    Clock,
+    advance,
+    hand_over,
+    mean_over_time,
+    pack,
+    restart,
+    start_clock,
+    unpack,
+    valid,
+    with_lengths,
+)
+from normjax.recurrent.published import DIALECTS, REN2017, ba2016, cooijmans2017, ren2017, symmetric_uniform
+from normjax.recurrent.site import (
+    LAYOUT,
+    Site,
+    choose_sites,
+    needs_clock,
+    normalize_site,
+    penalty_axes,
+    site_slots,
+    start_sigma,
+)
+from normjax.recurrent.steps import (
+    BIASES,
+    GATES,
+    PLACES,
+    Norm,
+    Places,
+    Weights,
+    gru_step,
+    lstm_step,
+    simple_step,
+    sites,
+)
+
+__all__ = [
+    "BIASES",
+    "DIALECTS",
+    "GATES",
+    "LAYOUT",
+    "PLACES",
+    "REN2017",
+    "Clock",
+    "Norm",
+    "Places",
+    "Site",
+    "Weights",
+    "advance",
+    "ba2016",
+    "choose_sites",
+    "cooijmans2017",
+    "gru_step",
+    "hand_over",
+    "lstm_step",
+    "mean_over_time",
+    "needs_clock",
+    "normalize_site",
+    "pack",
+    "penalty_axes",
+    "ren2017",
+    "restart",
+    "simple_step",
+    "site_slots",
+    "sites",
+    "start_clock",
+    "start_sigma",
+    "symmetric_uniform",
+    "unpack",
+    "valid",
+    "with_lengths",
+]

@@ -1,0 +1,120 @@
+"""Published normalized cells, as the keyword arguments of a cell."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from normjax import moments
+from normjax.theory import Normalizer
+
+DIALECTS = ("code", "paper")
+
+
+def symmetric_uniform(scale: float = 0.1) -> Callable[..., jax.Array]:
+    """An initializer of U(-scale, scale), as Ren et al. 2017 draw every kernel.
+
+    >>> bool(jnp.all(jnp.abs(symmetric_uniform(0.1)(jax.random.key(0), (4, 4))) <= 0.1))
+    True
+    """
+
+    def make(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, **kwargs: Any) -> jax.Array:
+        return jax.random.uniform(key, tuple(shape), dtype, -scale, scale, **kwargs)
+
+    return make
+
+
+def ba2016() -> dict[str, Any]:
+    """The layer-normalized cells of Ba et al. 2016, as arguments of a cell.
+
+    Their published LSTM adds its bias twice: `bias_at="both"`. Their published GRU adds its own `"before"`.
+
+    Source: Ba, Kiros & Hinton 2016, equations 20 to 22.
+
+    >>> ba2016()
+    {'normalizer': Normalizer('c', 'c'), 'place': 'separate_raw', 'bias_at': 'after'}
+    """
+    return {"normalizer": Normalizer("c", "c", eps=1e-5), "place": "separate_raw", "bias_at": "after"}
+
+
+def cooijmans2017(max_steps: int) -> dict[str, Any]:
+    """Recurrent batch norm, as arguments of an LSTM cell: statistics for each step, scales that start at 0.1.
+
+    Only the site c has a bias of its own (their beta_x = beta_h = 0); the forget gate's bias starts at 1, and the running
+    average keeps 0.95, as in their code.
+
+    Source: Cooijmans et al. 2017, equations 6 to 8 and section 4.
+
+    >>> cooijmans2017(100)["max_steps"]
+    100
+    """
+    return {
+        "normalizer": Normalizer("n", "n", eps=1e-5), "place": "separate_raw", "bias_at": "after", "momentum": 0.95,
+        "max_steps": max_steps, "scale_init": jax.nn.initializers.constant(0.1), "use_bias": ("c",), "forget_bias": 1.0,
+    }  # fmt: skip
+
+
+REN2017 = ("base", "bn", "bn-s", "bn-l1", "bn*", "ln", "ln-s", "ln-l1", "ln*", "dn", "dn-s", "dn*")
+_ALPHA = {
+    ("bn-l1", "lstm"): 1e-2, ("bn-l1", "tanh"): 1e-1, ("bn-l1", "relu"): 1e-4, ("bn*", "lstm"): 1e-1,
+    ("bn*", "tanh"): 1e-4, ("bn*", "relu"): 1e-1, ("ln-l1", "lstm"): 1e-2, ("ln-l1", "tanh"): 1e-2,
+    ("ln-l1", "relu"): 1e-2, ("ln*", "lstm"): 1e-3, ("ln*", "tanh"): 1e-2, ("ln*", "relu"): 1e-2,
+    ("dn*", "lstm"): 1e-4, ("dn*", "tanh"): 1e-2, ("dn*", "relu"): 1e-2,
+}  # fmt: skip
+
+
+def ren2017(row: str, cell: str, dialect: str = "code", max_steps: int = 20) -> dict[str, Any]:
+    """A cell of the word models of Ren et al. 2017, as arguments of an LSTM or a plain RNN cell.
+
+    Where the code differs from the paper: its windows count zeros past the edge; on the plain RNNs, plain ln sits inside,
+    with scale and bias, and ln and ln-s are penalized as ln-l1 is.
+
+    Two things lie outside of a cell. Their loss and their penalty are both summed over the 20 steps: the penalty of our
+    `RNN`, a mean over the steps, stands beside a loss that is one too. And their steps are counted from 0 in each segment
+    (`restart`), which for the bn rows decides the statistics.
+
+    Args:
+      row: one of REN2017.
+      cell: "lstm", "tanh" or "relu".
+      dialect: "code", which the published numbers come from, or "paper".
+      max_steps: steps with statistics of their own, in the bn rows.
+
+    Returns:
+      Keyword arguments of LSTMCell or SimpleCell.
+
+    Raises:
+      ValueError: no row, cell or dialect has this name.
+
+    Source: Ren et al. 2017, section 5.2 and its published configuration.
+
+    >>> ren2017("dn*", "lstm")["normalizer"]
+    Normalizer('c:30', 'c:30', eps=1.0, border='zero')
+    >>> ren2017("bn", "tanh")["place"], ren2017("ln", "tanh")["place"], ren2017("ln", "lstm")["place"]
+    ('separate', 'inside', 'separate')
+    """
+    moments.choose("row", row, REN2017)
+    moments.choose("cell", cell, ("lstm", "tanh", "relu"))
+    moments.choose("dialect", dialect, DIALECTS)
+    out: dict[str, Any] = {"kernel_init": symmetric_uniform(0.1), "recurrent_kernel_init": symmetric_uniform(0.1)}
+    out |= {} if cell == "lstm" else {"activation_fn": jnp.tanh if cell == "tanh" else jax.nn.relu}
+    if row == "base":
+        return out | {"normalizer": None}
+    code = dialect == "code"
+    eps = 1.0 if row.endswith(("-s", "*")) else 1e-4
+    alpha = _ALPHA.get((row, cell), 0.0)
+    if row in ("ln", "ln-s") and cell != "lstm" and code:
+        alpha = 1e-2
+    if row.startswith("bn"):
+        normalizer = Normalizer("n", "n", eps=eps)
+        out |= {"place": "separate", "bias_at": "before", "max_steps": max_steps, "momentum": 0.9}
+    elif row == "ln" and (cell == "lstm" or not code):
+        normalizer = Normalizer("c", "c", eps=eps)
+        out |= {"place": "separate", "bias_at": "before"}
+    else:
+        field = "c" if row.startswith("ln") else "c:30" if cell == "lstm" else "c:60"
+        border = "zero" if code and row.startswith("dn") else "truncate"
+        normalizer = Normalizer(field, field, eps=eps, border=border)
+        affine = row == "ln"
+        out |= {"place": "inside", "use_scale": affine, "use_bias": affine}
+    return out | {"normalizer": normalizer, "l1": alpha}

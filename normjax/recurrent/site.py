@@ -1,0 +1,173 @@
+"""One normalized array of a cell: its statistics, which may be those of each step, and its penalty."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax.field import FieldError
+from normjax.layer import NOTHING
+from normjax.penalty import l1_penalty
+from normjax.recurrent.carry import Clock, valid
+from normjax.running import Running, Slot, as_stats, observe, slots, stores, update
+from normjax.theory import Normalizer, Stats, equation, normalize, row
+
+LAYOUT = "n c"
+
+
+def site_slots(normalizer: Normalizer, features: int, max_steps: int | None) -> dict[str, Slot]:
+    """What a site stores, with a first axis of steps if there is a `max_steps`.
+
+    Raises:
+      ValueError: `max_steps` is less than 1.
+
+    >>> from normjax import TABLE
+    >>> {name: slot.shape for name, slot in site_slots(TABLE["batch"], 4, 20).items()}
+    {'mean': (20, 4), 'var': (20, 4)}
+    """
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps is at least 1, or None for one statistic of all steps; found {max_steps!r}")
+    found = slots(normalizer, LAYOUT, (None, features))
+    steps = () if max_steps is None else (max_steps,)
+    return {name: slot._replace(shape=steps + slot.shape) for name, slot in found.items()}
+
+
+def needs_clock(normalizer: Normalizer | None, max_steps: int | None) -> bool:
+    """Whether a cell must know the number of its step.
+
+    >>> from normjax import TABLE
+    >>> needs_clock(TABLE["batch"], 20), needs_clock(TABLE["token"], 20), needs_clock(TABLE["batch"], None)
+    (True, False, False)
+    """
+    return normalizer is not None and max_steps is not None and any(stores(normalizer))
+
+
+def choose_sites(name: str, given: bool | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The sites that an argument like `use_bias` speaks of: all, none, or those it names.
+
+    Raises:
+      ValueError: it names a site that the cell lacks.
+
+    >>> choose_sites("use_bias", True, ("x", "c")), choose_sites("use_bias", ("c",), ("x", "c"))
+    (('x', 'c'), ('c',))
+    """
+    if isinstance(given, bool):
+        return tuple(known) if given else ()
+    unknown = [site for site in given if site not in known]
+    if isinstance(given, str) or unknown:
+        raise ValueError(f"{name} is True, False or a tuple of sites of this cell, {', '.join(known)}; found {given!r}")
+    return tuple(given)
+
+
+def start_sigma(normalizer: Normalizer, learn: bool, given: float | None) -> float | None:
+    """The first value of a learned sigma: the given one, or the square root of the row's eps; None where none is learned.
+
+    >>> start_sigma(Normalizer("c", "c", eps=0.25), True, None), start_sigma(Normalizer("c", "c"), False, 1.0)
+    (0.5, None)
+    """
+    if not learn:
+        return None
+    return normalizer.eps**0.5 if given is None else given
+
+
+def penalty_axes(normalizer: Normalizer | str | None, given: str | Sequence[str] | None = None) -> tuple[str, ...]:
+    """The mapped axes that share one mean of |v|: those given, or those of the fields.
+
+    >>> penalty_axes(Normalizer("@n", "@n @m")), penalty_axes("token", "n")
+    (('n', 'm'), ('n',))
+    """
+    if given is not None:
+        return (given,) if isinstance(given, str) else tuple(given)
+    fields = () if normalizer is None else row(normalizer).fields
+    return tuple(dict.fromkeys(name for field in fields for name in field.mapped))
+
+
+class Site(NamedTuple):
+    """What `normalize_site` returns: y, the statistics to store, and the penalty (None where none was asked for)."""
+
+    y: jax.Array
+    running: Running
+    penalty: jax.Array | None
+
+
+def normalize_site(
+    z: jax.Array,
+    normalizer: Normalizer,
+    running: Running = NOTHING,
+    *,
+    clock: Clock | None = None,
+    max_steps: int | None = None,
+    refuse: bool = True,
+    use_running: bool = False,
+    momentum: ArrayLike = 0.99,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    l1: float = 0.0,
+    l1_axis_name: str | Sequence[str] | None = None,
+) -> Site:
+    """Normalizes one array of a step; all axes but the last are examples.
+
+    With `max_steps` the statistics that are stored have a first axis of steps. In training, the statistics of this batch
+    move those of its step (of the step of its latest example); in inference each example takes those of its own step.
+    Steps past the last take, and move, the last.
+
+    Args:
+      z: pre-activations, `[n, site]`.
+      normalizer: of layout "n c".
+      running: stored statistics.
+      clock: number of the step, and the lengths: examples that are over are masked.
+      max_steps: number of steps with statistics of their own; None shares them.
+      refuse: whether the checks of `normalize` are made.
+      use_running: whether to normalize with what is stored.
+      momentum: weight of the old value.
+      scale: factor, `[site]`.
+      bias: addend, `[site]`.
+      eps: replaces the row's number, for a learned sigma.
+      l1: weight of the penalty l1 * mean |v| over this step's valid elements.
+      l1_axis_name: mapped axes that share the mean; by default those of the fields.
+
+    Raises:
+      FieldError: the normalizer does not fit, or the carry has no clock.
+
+    Source: Cooijmans et al. 2017, section 3; Ren et al. 2017, equation 7 (the penalty).
+
+    >>> from normjax import TABLE
+    >>> z, stored = jnp.array([[1.0], [3.0]]), Running(jnp.zeros((3, 1)), jnp.ones((3, 1)))
+    >>> out = normalize_site(z, TABLE["batch"], stored, clock=Clock(jnp.array([1, 1])), max_steps=3, momentum=0.5)
+    >>> out.running.mean.ravel().tolist()
+    [0.0, 1.0, 0.0]
+    """
+    shape = z.shape
+    z = z.reshape(-1, shape[-1])
+    going = valid(clock)
+    mask = None if going is None else going.reshape(-1, 1)
+    stored, stats, at = any(value is not None for value in running), None, None
+    if stored and max_steps is not None:
+        if clock is None:
+            raise FieldError("statistics for each step need the number of the step: give the cell a carry of its own "
+                             "initialize_carry, which ends with a Clock")  # fmt: skip
+        steps = jnp.clip(clock.step.reshape(-1), 0, max_steps - 1)
+        at = jnp.max(steps if mask is None else jnp.where(mask[:, 0], steps, 0))
+        if mapped := penalty_axes(normalizer):  # all shards move the same row
+            at = lax.pmax(at, mapped)
+        if use_running:  # one row for each example, which may be at another step than its neighbour
+            stats = Stats(*(None if p is None else p[steps].reshape(len(z), -1) for p in running[:2]))
+    elif stored and use_running:
+        stats = as_stats(running, normalizer, LAYOUT, z.shape)
+    evaluate = normalize if refuse else equation
+    out = evaluate(z, normalizer, LAYOUT, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps)
+    if stored and not use_running:
+        batch = observe(out.stats, normalizer, LAYOUT, z.shape)
+        if at is None:
+            running = update(running, batch, momentum)
+        else:
+            moved = update(Running(*(None if p is None else p[at] for p in running)), batch, momentum)
+            pairs = zip(running, moved, strict=True)
+            running = Running(*(None if p is None else p.at[at].set(new.astype(p.dtype)) for p, new in pairs))
+    shared = penalty_axes(normalizer, l1_axis_name)
+    penalty = l1_penalty(out.centered, l1, mask=mask, axis_name=shared) if l1 else None
+    return Site(out.y.reshape(shape), running, penalty)

@@ -1,0 +1,229 @@
+"""One step of an LSTM, a plain RNN and a GRU, with a normalizer at the published places."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normjax import moments
+
+PLACES = ("inside", "separate", "separate_raw")
+BIASES = ("after", "before", "both")
+# The gates in the order in which kernels are stacked, and what is normalized at once where W x and U h are apart.
+GATES = {"simple": "z", "lstm": "ifgo", "gru": "rzn"}
+_TOGETHER = {"simple": ("z",), "lstm": ("ifgo",), "gru": ("rz", "n")}
+
+# (name of the site, z [n, site]) to the normalized z.
+Norm = Callable[[str, jax.Array], jax.Array]
+
+
+class Weights(NamedTuple):
+    """The linear maps of a cell, gates side by side in the order of `GATES`.
+
+    Attributes:
+      w: of the input, `[i, gates * c]`.
+      u: of the state, `[c, gates * c]`.
+      bw: added to W x, `[gates * c]` or None.
+      bu: added to U h, `[gates * c]` or None.
+    """
+
+    w: Any
+    u: Any
+    bw: Any = None
+    bu: Any = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a cell normalizes.
+
+    Attributes:
+      place: one of PLACES.
+      per_gate: whether W x and U h are normalized gate by gate. The paper and the code of Ba et al. 2016 and the code of
+        Ren et al. 2017 normalize all gates at once (a GRU's r and z at once, its candidate alone).
+      bias_at: where W x and U h are apart, b is added "after" the normalization (Ba et al. 2016, Cooijmans et al. 2017),
+        "before" it (code of Ren et al. 2017), or "both": before it to W x and after (LSTM in the code of Ba et al. 2016).
+
+    Raises:
+      ValueError: `place` or `bias_at` has another name.
+    """
+
+    place: str = "inside"
+    per_gate: bool = False
+    bias_at: str = "after"
+
+    def __post_init__(self):
+        moments.choose("place", self.place, PLACES)
+        moments.choose("bias_at", self.bias_at, BIASES)
+
+
+def sites(cell: str, features: int, places: Places) -> dict[str, int]:
+    """The names and lengths of the arrays that a cell ("simple", "lstm" or "gru") normalizes.
+
+    >>> sites("lstm", 8, Places("inside"))
+    {'i': 8, 'f': 8, 'g': 8, 'o': 8, 'c': 8}
+    >>> sites("lstm", 8, Places("separate"))
+    {'xifgo': 32, 'hifgo': 32, 'c': 8}
+    >>> sites("gru", 8, Places("separate"))
+    {'xrz': 16, 'xn': 8, 'hrz': 16, 'hn': 8}
+    """
+    moments.choose("cell", cell, tuple(GATES))
+    inside = places.place == "inside"
+    groups = GATES[cell] if inside or places.per_gate else _TOGETHER[cell]
+    found = {side + group: features * len(group) for side in ([""] if inside else "xh") for group in groups}
+    return found | ({"c": features} if cell == "lstm" else {})
+
+
+def lstm_step(
+    norm: Norm | None, places: Places, weights: Weights, c: jax.Array, h: jax.Array, x: jax.Array, *,
+    gate_fn: Callable[..., Any] = jax.nn.sigmoid, activation_fn: Callable[..., Any] = jnp.tanh, forget_bias: float = 0.0,
+    dtype: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """One step of an LSTM.
+
+    Args:
+      norm: normalizes a site; None normalizes nothing.
+      places: where.
+      weights: the linear maps, gates i f g o.
+      c: cell state, `[n, c]`.
+      h: hidden state, `[n, c]`.
+      x: input, `[n, i]`.
+      gate_fn: of i, f and o.
+      activation_fn: of g and of the cell state.
+      forget_bias: added to the pre-activation of f, after any norm.
+      dtype: of the linear maps; by default the widest of x, h and the weights.
+
+    Returns:
+      The new c and h, each `[n, c]`.
+
+    Source: Ren et al. 2017, section 5.2; Ba et al. 2016, equations 20 to 22; Cooijmans et al. 2017, equations 6 to 8.
+
+    >>> zero = jnp.zeros((1, 1))
+    >>> lstm_step(None, Places(), Weights(jnp.zeros((1, 4)), jnp.zeros((1, 4))), zero + 2, zero, zero)[0]
+    Array([[1.]], dtype=float32)
+    """
+    zx, zh, bx, bh = _linear(weights, x, h, dtype)
+    if norm is None or places.place == "inside":
+        z = _plus(_plus(zx + zh, bx), bh)
+        z = z if norm is None else _each(norm, "", z, GATES["lstm"])
+    else:
+        z = _apart(norm, "lstm", places, zx, zh, bx, bh)
+    i, f, g, o = jnp.split(z, 4, -1)
+    if forget_bias:
+        # The code of Ren et al. 2017 adds it before the norm, which centres it away; their forget bias is 0.
+        f = f + jnp.asarray(forget_bias, f.dtype)
+    i, f, o, g = gate_fn(i), gate_fn(f), gate_fn(o), activation_fn(g)
+    new = _add(_mul(f, c), _mul(i, g))
+    shown = new if norm is None else norm("c", new)
+    h = _mul(o, activation_fn(shown))
+    return (shown if places.place == "separate" else new), h
+
+
+def simple_step(
+    norm: Norm | None, places: Places, weights: Weights, h: jax.Array, x: jax.Array, *,
+    activation_fn: Callable[..., Any] = jnp.tanh, residual: bool = False, dtype: Any = None,
+) -> jax.Array:  # fmt: skip
+    """One step of a plain RNN; arguments as for `lstm_step`. Returns the new h, `[n, c]`.
+
+    `residual` adds h to the pre-activation, after the norms where W x and U h are apart.
+
+    Source: Ren et al. 2017, section 5.2.
+
+    >>> one = jnp.ones((1, 1))
+    >>> simple_step(None, Places(), Weights(one, one), one, one, activation_fn=jax.nn.relu)
+    Array([[2.]], dtype=float32)
+    """
+    zx, zh, bx, bh = _linear(weights, x, h, dtype)
+    if norm is None or places.place == "inside":
+        z = _plus(_plus(zx + zh, bx), bh)
+        z = _plus(z, h if residual else None)
+        return activation_fn(z if norm is None else norm("z", z))
+    z = _apart(norm, "simple", places, zx, zh, bx, bh)
+    return activation_fn(_plus(z, h if residual else None))
+
+
+def gru_step(
+    norm: Norm | None, places: Places, weights: Weights, h: jax.Array, x: jax.Array, *,
+    gate_fn: Callable[..., Any] = jax.nn.sigmoid, activation_fn: Callable[..., Any] = jnp.tanh, dtype: Any = None,
+) -> jax.Array:  # fmt: skip
+    """One step of a GRU; arguments as for `lstm_step`. Returns the new h = (1 - z) * n + z * h, `[n, c]`.
+
+    Where W x and U h are apart, the reset gate multiplies norm(U h). `inside`, which nobody published for a GRU, normalizes
+    the candidate's W x + r * (U h).
+
+    Source: Ba et al. 2016, supplementary material, GRU.
+
+    >>> zero = jnp.zeros((1, 1))
+    >>> gru_step(None, Places(), Weights(jnp.zeros((1, 3)), jnp.zeros((1, 3))), zero + 2, zero)
+    Array([[1.]], dtype=float32)
+    """
+    zx, zh, bx, bh = _linear(weights, x, h, dtype)
+    inside = norm if places.place == "inside" else None
+    if norm is None or inside is not None:
+        zx, zh = _plus(zx, bx), _plus(zh, bh)
+    else:
+        zx, zh = _sides(norm, "gru", places, zx, zh, bx, bh)
+    (xr, xz, xn), (hr, hz, hn) = jnp.split(zx, 3, -1), jnp.split(zh, 3, -1)
+    r, z = xr + hr, xz + hz
+    if inside is not None:
+        r, z = inside("r", r), inside("z", z)
+    r, z = gate_fn(r), gate_fn(z)
+    n = xn + r * hn
+    n = activation_fn(n if inside is None else inside("n", n))
+    return _add(_mul(1 - z, n), _mul(z, h))
+
+
+def _linear(weights: Weights, x: jax.Array, h: jax.Array, dtype: Any):
+    """W x, U h and the biases, in one dtype."""
+    if dtype is None:
+        given = [x.dtype, h.dtype, *(p.dtype for p in weights if p is not None)]
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.result_type(*given)
+    x, h = x.astype(dtype), h.astype(dtype)
+    bw, bu = (None if b is None else b.astype(dtype) for b in weights[2:])
+    return jnp.dot(x, weights.w.astype(dtype)), jnp.dot(h, weights.u.astype(dtype)), bw, bu
+
+
+def _plus(z: jax.Array, b: jax.Array | None) -> jax.Array:
+    """The sum z + b in the dtype of z, for b along its last axes."""
+    return z if b is None else z + b.astype(z.dtype).reshape((1,) * (z.ndim - b.ndim) + b.shape)
+
+
+def _mul(a: jax.Array, b: jax.Array) -> jax.Array:
+    with jax.numpy_dtype_promotion("standard"):  # a state may be wider than the gates, as in Flax
+        return a * b
+
+
+def _add(a: jax.Array, b: jax.Array) -> jax.Array:
+    with jax.numpy_dtype_promotion("standard"):
+        return a + b
+
+
+def _each(norm: Norm, side: str, z: jax.Array, groups: Sequence[str]) -> jax.Array:
+    """Normalizes each group of gates of z."""
+    ends = np.cumsum([len(group) for group in groups])
+    parts = jnp.split(z, [int(end) * (z.shape[-1] // int(ends[-1])) for end in ends[:-1]], -1)
+    return jnp.concatenate([norm(side + group, part) for group, part in zip(groups, parts, strict=True)], -1)
+
+
+def _sides(norm: Norm, cell: str, places: Places, zx: jax.Array, zh: jax.Array, bx: Any, bh: Any):
+    """The normalized W x and U h with their biases."""
+    groups = GATES[cell] if places.per_gate else _TOGETHER[cell]
+    at = places.bias_at
+    if at == "both":
+        # The published LSTM has one b. It adds it to W x ahead of the norm, and to the sum behind it.
+        b = bx if bh is None else bh if bx is None else bx + bh
+        zx, zh = _each(norm, "x", _plus(zx, b), groups), _each(norm, "h", zh, groups)
+    elif at == "before":
+        return _each(norm, "x", _plus(zx, bx), groups), _each(norm, "h", _plus(zh, bh), groups)
+    else:
+        zx, zh = _each(norm, "x", zx, groups), _each(norm, "h", zh, groups)
+    return _plus(zx, bx), _plus(zh, bh)
+
+
+def _apart(norm: Norm, cell: str, places: Places, zx: jax.Array, zh: jax.Array, bx: Any, bh: Any) -> jax.Array:
+    zx, zh = _sides(norm, cell, places, zx, zh, bx, bh)
+    return zx + zh
