@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from normjax import TABLE, Normalizer
 
@@ -25,6 +26,11 @@ def example(name, seed=0, dtype: type = np.float32):
     """An input that the row fits: 8 examples of 6 x 5 positions."""
     shape = (8, 6, 5, CHANNELS.get(name, 16))
     return (np.random.default_rng(seed).normal(0.3, 1.5, shape)).astype(dtype)
+
+
+def slow_but(names, *quick):
+    """The names as parameters of a test, slow but for the quick ones, each of which takes a path of its own."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def with_eps(normalizer, eps):

@@ -446,6 +446,7 @@ def unpack(name, folder):
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_real_mnist_is_exact(tmp_path):
     unpack("mnist", tmp_path)

@@ -321,6 +321,7 @@ def test_max_pool_equals_flaxs(shape):
     np.testing.assert_array_equal(models.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
 
 
+@pytest.mark.slow
 def test_histograms_show_a_typical_pair_of_living_units_and_say_what_diverged(monkeypatch):
     z = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
     z[:, 1] += z[:, 0]

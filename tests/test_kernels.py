@@ -482,6 +482,7 @@ def test_fits(fits, args, more):
 # The switch.
 
 
+@pytest.mark.slow
 def test_switch_holds_until_the_end_of_a_with_block_and_recompiles():
     traced = []
 

@@ -67,6 +67,7 @@ def cases(draw):
     return field, " ".join(layout), shape, settings, draw(st.integers(0, 2**31)), draw(st.booleans())
 
 
+@pytest.mark.slow
 @hypothesis.given(cases())
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 def test_expect_equals_averaging_matrices_on_random_cases(case):

@@ -224,6 +224,7 @@ def test_limits_at_the_call_replace_those_of_the_layer_and_may_be_traced():
     assert jnp.abs(at(100_000) - at(0)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_batch_renorm_sends_no_gradient_through_its_corrections_and_masks_to_the_bias():
     x, mask = jnp.asarray(batches()[0]), np.random.default_rng(1).uniform(size=(8, 4)) > 0.4
     mask[:, 3] = False

@@ -15,7 +15,7 @@ import normjax
 from normjax import TABLE, Normalizer, explain, linen, nnx, normalize, top
 from normjax.theory import equation
 from tests import reference
-from tests.rows import CHANNELS, DIFFERENTIABLE, ROWS, example, with_eps
+from tests.rows import CHANNELS, DIFFERENTIABLE, ROWS, example, slow_but, with_eps
 
 rows = pytest.mark.parametrize("name", ROWS)
 
@@ -54,9 +54,10 @@ def test_every_layout_gives_the_same_numbers(name):
 
 
 QUICK = ("batch", "divisive", "group")
+PATHS = (*QUICK, "layer", "rms", "contrast", "l1_batch", "zero_border", "keep_mean_token")
 
 
-@pytest.mark.parametrize("name", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in ROWS])
+@pytest.mark.parametrize("name", slow_but(ROWS, *QUICK))
 def test_more_leading_axes_change_nothing(name):
     x = example(name)
     named = normalize(x[None], ROWS[name], "batch n ... c").y[0]
@@ -97,7 +98,7 @@ def probe(f, shape):
     return lambda x: jnp.vdot(f(x), weights)
 
 
-@rows
+@pytest.mark.parametrize("name", slow_but(ROWS, *PATHS))
 def test_gradient_equals_that_of_the_equation_written_out(name):
     x, n = jnp.asarray(example(name)), ROWS[name]
     mine = jax.grad(probe(lambda x: normalize(x, n).y, x.shape))(x)
@@ -105,7 +106,7 @@ def test_gradient_equals_that_of_the_equation_written_out(name):
     np.testing.assert_allclose(mine, want, atol=2e-5 * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize("name", ["batch", "group", "rms", "divisive", "contrast", "variance"])
+@pytest.mark.parametrize("name", slow_but(["batch", "group", "rms", "divisive", "contrast", "variance"], *QUICK))
 def test_gradients_of_scale_bias_and_eps_are_right(name):
     n = ROWS[name]
     x = jnp.asarray(example(name)[:4, :4, :4])
@@ -121,7 +122,7 @@ def test_gradients_of_scale_bias_and_eps_are_right(name):
     np.testing.assert_allclose(got[1], dout.sum((0, 1, 2)), rtol=2e-4, atol=1e-4)
 
 
-@rows
+@pytest.mark.parametrize("name", slow_but(ROWS, *PATHS))
 @pytest.mark.parametrize("eps", [0.0, pytest.param(None, marks=pytest.mark.slow)])
 def test_constant_input_gives_finite_values_and_gradients(name, eps):
     n = ROWS[name] if eps is None else with_eps(ROWS[name], eps)
@@ -159,7 +160,7 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("name", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in ROWS])
+@pytest.mark.parametrize("name", slow_but(ROWS, *QUICK))
 def test_error_against_float64_is_a_few_units_of_the_last_place(name):
     n, shape = ROWS[name], (16, 14, 13, CHANNELS.get(name, 16))
     compiled = jax.jit(lambda x: normalize(x, n).y, compiler_options={"xla_backend_optimization_level": 0})
@@ -194,7 +195,7 @@ def test_moments_of_order_inf_and_top_k_by_hand():
     assert masked.tolist() == [[1.5]]
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", slow_but(DIFFERENTIABLE, *PATHS))
 def test_nan_behind_a_mask_reaches_nothing(name):
     x = example(name)
     mask = np.random.default_rng(3).uniform(size=x.shape) > 0.4

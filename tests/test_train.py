@@ -124,6 +124,7 @@ def test_an_epoch_is_its_steps_one_after_another():
     close(state, last)
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_the_seeds_alone():
     model, tx, _ = start()
     states = [start(seed=k)[2] for k in range(3)]

@@ -216,6 +216,7 @@ class Stack(nnx.Module):
         return self.bounded(self.linear(self.weight(self.spectral(x))))
 
 
+@pytest.mark.slow
 def test_nnx_layers_train_under_nnx_jit_with_an_optimizer():
     model: Any = Stack(nnx.Rngs(0))
     u, rho = model.spectral.batch_stats[("kernel", "u")][...], float(model.bounded.rho[...])
