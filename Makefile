@@ -20,7 +20,9 @@ lint: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 smoke: .venv/installed
-	$(BIN)/python -m experiments.compare --smoke --out $$(mktemp -d)
+	for experiment in compare cifar language superres; do \
+		$(BIN)/python -m experiments.$$experiment --smoke --out $$(mktemp -d) || exit 1; \
+	done
 
 check: lint test slow smoke
 

@@ -39,12 +39,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from matplotlib.figure import Figure
 
 import normjax.train
-from experiments.common import cli, command, data, loop, report, runs, tables
+from experiments.common import cli, command, data, loop, pictures, report, runs, tables
 from experiments.common.models import CNN
-from normjax import TABLE, Normalizer, diagnostics, normalize
+from normjax import TABLE, Normalizer, diagnostics
 from normjax.train import State
 
 
@@ -309,12 +308,13 @@ def write_report(job: Job, configs: Mapping[str, Config]) -> None:
     held_out = len(job.dataset.test["label"][: config["examples"]])
     metrics = {"test_accuracy": "held-out accuracy", "loss": "training loss (log)"}
     report.save(report.curves(rows, metrics, style, smooth), experiment / "curves.png")
-    report.save(draw_responses(), experiment / "response.png")
-    pictures = ""
+    report.save(pictures.draw_responses(), experiment / "response.png")
+    histograms = ""
     pairs = {star: plain for star, plain in STARS.items() if star in rows and plain in rows}
     if pairs:
-        report.save(draw_histograms(pairs, configs, job), experiment / "histograms.png")
-        pictures = HISTOGRAMS
+        z = {name: first_layer(name, configs[name], job) for pair in pairs.items() for name in pair}
+        report.save(pictures.draw_histograms(pairs, z), experiment / "histograms.png")
+        histograms = HISTOGRAMS
     settings = ", ".join(f"{name} {config[name]}" for name in ("dataset", "seeds", "steps", "batch_size", "lr"))
     normalizers = report.table(
         ["row", "normalizer", "alpha", "scale and bias"],
@@ -332,7 +332,7 @@ def write_report(job: Job, configs: Mapping[str, Config]) -> None:
             differences=differences,
             all_differences=tables.differences(rows, ACCURACY),
             normalizers=normalizers,
-            histograms=pictures,
+            histograms=histograms,
             batch=min(HELD_OUT_BATCH, config["examples"] or HELD_OUT_BATCH),
             smooth=smooth,
             held_out=held_out,
@@ -379,29 +379,6 @@ def style(name: str) -> dict:
     return {"color": f"C{list(PLAIN).index(plain)}", "ls": "--" if name in STARS else "-"}
 
 
-def draw_histograms(pairs: Mapping[str, str], configs: Mapping[str, Config], job: Job) -> Figure:
-    """Joint histograms of two first-layer units before normalization, without and with a star.
-
-    The two units are a typical pair of seed 0: its |correlation| is the closest to the row's mean.
-    """
-    figure = Figure(figsize=(3.4 * len(pairs), 6.8), layout="constrained")
-    axes = figure.subplots(2, len(pairs), squeeze=False, sharex="col", sharey="col")
-    for column, (star, plain) in enumerate(pairs.items()):
-        for ax, name in zip(axes[:, column], (plain, star), strict=True):
-            z = first_layer(name, configs[name], job)
-            if not np.isfinite(z).all():
-                ax.set(title=f"{name}: diverged")
-                continue
-            r = np.abs(diagnostics.correlation_matrix(z))
-            i, j = np.triu_indices(len(r), k=1)
-            typical = np.argmin(np.abs(r[i, j] - diagnostics.correlation(z)))
-            i, j = i[typical], j[typical]
-            found = diagnostics.joint_histogram(z[:, i], z[:, j], bins=60)
-            ax.pcolormesh(found.a_edges, found.b_edges, found.counts.T, norm="log", cmap="viridis")
-            ax.set(title=f"{name}: |r| = {r[i, j]:.2f}", xlabel=f"unit {i}", ylabel=f"unit {j}")
-    return figure
-
-
 def first_layer(name: str, config: Config, job: Job) -> np.ndarray:
     """Pre-activations of a row's seed 0, from its checkpoint, on the held-out batch: [samples, units]."""
     task = build(config, job)
@@ -410,27 +387,6 @@ def first_layer(name: str, config: Config, job: Job) -> np.ndarray:
     image = jnp.asarray(job.dataset.test["image"][: config.examples][:HELD_OUT_BATCH])
     z = np.asarray(task.preactivation(state, image))
     return z.reshape(-1, z.shape[-1])
-
-
-def draw_responses() -> Figure:
-    """Draws ReLU(divisive norm) as a function of its centre, for several sigma.
-
-    Source: the figure of Ren et al. 2017 that reads normalization as an activation function.
-    """
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    centre = np.linspace(-2, 8, 501, dtype=np.float32)
-    for ax, neighbour in zip(figure.subplots(1, 3, sharey=True), (0.0, 1.0, 4.0), strict=True):
-        beside = np.full_like(centre, neighbour)
-        x = np.stack([beside, centre, beside], axis=1)[..., None]  # [n, w, c]: a row of 3 pixels
-        for k, sigma in enumerate((0.1, 0.5, 1.0, 2.0, 4.0)):
-            y = normalize(x, replace(WINDOWS, eps=sigma**2)).y[:, 1, 0]
-            ax.plot(centre, jax.nn.relu(y), color=f"C{k}", label=f"sigma {sigma:g}")
-        ax.plot(centre, np.maximum(centre, 0), "k:", lw=1, label="ReLU alone")
-        ax.set(title=f"both neighbours {neighbour:g}", xlabel="centre", ylim=(-0.05, 1.5))
-        ax.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("ReLU(divisive norm)")
-    figure.axes[0].legend(fontsize=9)
-    return figure
 
 
 HISTOGRAMS = """## Two units before normalization, without and with smoothing and penalty

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import harness, norms, recurrent, results, scaling, steps, windows
+from benchmarks import harness, loops, norms, recurrent, results, scaling, steps, windows
 from benchmarks.harness import Case, Contender, Options
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,7 @@ WHOLE = {
     "all of recurrent": (recurrent, ["--steps", "1", "2"]),
     "all of steps": (steps, []),
     "all of scaling": (scaling, ["--megabytes", "1", "2"]),
+    "all of loops": (loops, []),
 }
 PARAMS = [
     *(pytest.param(*given, id=name) for name, given in QUICK.items()),
