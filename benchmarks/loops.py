@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from experiments.common.language_model import LanguageModel, cross_entropy
 
 import normjax.train
 from benchmarks import harness, results
 from benchmarks.harness import Row
 from experiments.common import ren
+from experiments.common.language_model import LanguageModel, cross_entropy
 from normjax import Normalizer
 
 PEER, OURS = "flax loop", "normjax"

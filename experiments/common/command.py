@@ -6,6 +6,7 @@ for name, show in command.each(rows, {name: config.steps for name, config in con
     loop.train(..., on_chunk=lambda step, metrics: show(step, f"accuracy {metrics['accuracy'].mean():.1%}"))
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def rows_of(options: Options, table: Iterable[str]) -> list[str]:
 def positive(options: Any, *names: str) -> None:
     """Exits with code 2 unless these options are positive numbers."""
     for name in names:
-        if not getattr(options, name) > 0:
+        if not 0 < getattr(options, name) < math.inf:
             cli.fail(f"--{name.replace('_', '-')} is a positive number; found {getattr(options, name)}")
 
 

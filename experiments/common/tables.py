@@ -71,6 +71,20 @@ def published(
     return report.table(["row", f"{metric.title}: published", "ours", "ours - published", "seeds", "steps"], lines)
 
 
+def missed(rows: Mapping[str, report.Row], metric: Metric, numbers: Mapping[str, float]) -> str:
+    """Says which published numbers lie further from ours than two standard deviations over our seeds."""
+    if not numbers:
+        return "Nothing is published for this text."
+    found = []
+    for row, number in numbers.items():
+        ours = metric.of(rows[row]) if row in rows else []
+        if ours and not abs(sum(ours) / len(ours) - number) <= 2 * (report.spread(ours) if len(ours) > 1 else 0.0):
+            found.append(f"`{row}`")
+    if not found:
+        return "No published number of these rows is missed by more than two standard deviations over seeds."
+    return f"Missed by more than two standard deviations over seeds (any miss, with one seed): {', '.join(found)}."
+
+
 def differences(rows: Mapping[str, report.Row], metric: Metric) -> str:
     """Each row minus each other row; bold where the mean exceeds the spread."""
 
