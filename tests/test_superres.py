@@ -403,7 +403,7 @@ def test_table_holds_the_means_of_the_scores(whole):
     folder, printed = whole
     seeds = left(folder).values()
     assert [len(lines) for lines, _ in seeds] == [7, 7]
-    means = [np.mean([image["psnr"] for image in scores["mine"].values()]) for _, scores in seeds]
+    means = [float(np.mean([image["psnr"] for image in scores["mine"].values()])) for _, scores in seeds]
     (row,) = (line for line in printed.splitlines() if line.startswith("| `bn` "))
     assert row.split("|")[2].strip() == f"{np.mean(means):.2f} +- {np.std(means, ddof=1):.2f}"
     assert row in (folder / "runs" / "superres-smoke" / "report.md").read_text()
