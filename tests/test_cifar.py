@@ -347,6 +347,7 @@ def start(task):
     return zeros._replace(params=jax.tree.map(jnp.asarray, perturbed(shapes.params)))
 
 
+@pytest.mark.slow
 def test_learning_rate_falls_to_a_tenth_at_each_decay_point_and_kernels_alone_decay(job):
     """An update is -rate * trace, the trace of momentum: here almost wholly the decay, 1e6 * kernel."""
     config = dataclasses.replace(cifar.configure("bn", SMOKE), decays=(1, 2), lr=1e-7, weight_decay=1e6)

@@ -274,7 +274,11 @@ def both(api, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("api", "name", "shape", "row"), AS_FLAX, ids=[f"{case[0]}-{ids([case[1:]])[0]}" for case in AS_FLAX]
+    ("api", "name", "shape", "row"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{ids([case[1:]])[0]}", marks=[pytest.mark.slow] * (k % 2))
+        for k, case in enumerate(AS_FLAX)
+    ],
 )
 def test_outputs_gradients_and_statistics_equal_flax(api, name, shape, row):
     params, stats = variables_of(name, shape, row)
@@ -763,7 +767,7 @@ def named(make):
     return {"axis_name": "several"}
 
 
-@pytest.mark.parametrize("share", [False, True], ids=["each", "shared"])
+@pytest.mark.parametrize("share", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["each", "shared"])
 @pytest.mark.parametrize("lift", [lifted_scan, lifted_vmap, lifted_remat])
 def test_lifted_running_statistics_equal_flax(lift, share):
     x, results = array((3, 4, 5), mean=1.0), {}

@@ -218,6 +218,7 @@ def test_nan_stays_in_its_row():
         assert np.isnan(rows_of_nan).any(1).tolist() == [False, True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_interpreted", "_small_blocks")
 def test_vmapped_gradient_is_the_twins():
     case = CASES["token"]

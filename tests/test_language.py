@@ -153,7 +153,7 @@ def by_hand(params: dict, tokens: np.ndarray, cell: str) -> np.ndarray:
     return x @ p["softmax"]["kernel"] + p["softmax"]["bias"]
 
 
-@pytest.mark.parametrize("cell", ["lstm", "relu"])
+@pytest.mark.parametrize("cell", [pytest.param("lstm", marks=pytest.mark.slow), "relu"])
 def test_base_model_equals_numpys_and_carries_its_state_until_the_text_begins_anew(cell):
     of = model("base", cell)
     variables = start(of)
@@ -199,6 +199,7 @@ def test_test_of_one_stream_counts_every_prediction_once_with_the_state_carried(
     assert float(nats) == pytest.approx(-log_p[np.arange(23), tokens[1:]].mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_test_of_batch_norm_takes_the_statistics_of_the_first_step_and_validation_those_of_each():
     of = model("bn", "relu")
     variables = start(of)

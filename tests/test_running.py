@@ -319,6 +319,7 @@ def test_a_value_that_float32_cannot_hold_is_not_stored():
     assert (after.mean.item(), after.var.item()) == (0.5, 1.0)
 
 
+@pytest.mark.slow
 def test_batch_renorm_takes_any_dtypes_and_a_stored_spread_of_zero():
     n = Normalizer("n", "n", eps=0.0)
     with jax.enable_x64(True):

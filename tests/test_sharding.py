@@ -34,7 +34,9 @@ SPECS = {
 }
 QUICK = {"batch", "token", "groups_across_shards", "divisive"}
 cases = pytest.mark.parametrize("name", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in CASES])
-kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+kinds = pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)], ids=str
+)
 
 
 def mesh_of(kind):

@@ -234,6 +234,7 @@ def published_dn_star(params, image):
     return x[..., 0], penalty
 
 
+@pytest.mark.slow
 def test_step_of_dn_star_is_the_published_network_and_loss():
     config = superres.configure(superres.ROWS["dn*"], superres.Options(patches=2))
     task = superres.build(config)
@@ -256,7 +257,7 @@ def test_step_of_dn_star_is_the_published_network_and_loss():
     np.testing.assert_allclose(enlarged, y, atol=1e-4 * np.abs(y).max())
 
 
-@pytest.mark.parametrize("features", [1, 6])
+@pytest.mark.parametrize("features", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_all_forms_of_the_convolution_have_the_same_output_and_gradient(features):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(11, 9, 8, 16)).astype(np.float32)

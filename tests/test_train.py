@@ -539,6 +539,7 @@ def test_recalibrated_statistics_are_those_of_the_data_set(second, unbiased):
     assert after.step == state.step
 
 
+@pytest.mark.slow
 def test_nnx_models_and_meshes_recalibrate_alike():
     model, _, state = start(Net(l1=0.0))
     structure, other = twin(state)
@@ -568,6 +569,7 @@ def test_a_layer_that_leaves_nothing_is_named():
             train.linen_recalibrate(model, loss)(state, data(), jnp.arange(24).reshape(4, 6))
 
 
+@pytest.mark.slow
 def test_micro_batches_merge_statistics_that_carry_names_and_counts():
     model, tx, state = start(Two(unbiased=True))
     whole, _ = jax.jit(train.linen_step(model, loss, tx))(state, data(), jax.random.key(1))
@@ -625,6 +627,7 @@ def test_micro_batches_merge_whatever_layers_are_called_and_however_they_are_lif
     close(*seen)
 
 
+@pytest.mark.slow
 def test_windows_beside_examples_are_averaged_over_micro_batches():
     x = jnp.asarray(np.random.default_rng(0).normal(np.arange(5.0), 1, (8, 5)).astype(np.float32)[..., None])
     model, tx = Named(Normalizer("n ...:3", "n ...:3")), optax.sgd(0.1)
