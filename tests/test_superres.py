@@ -18,7 +18,7 @@ from scipy import ndimage
 from scipy import signal as scipy_signal
 
 from experiments import superres
-from experiments.common import images, runs
+from experiments.common import images, runs, srcnn
 from experiments.common.data import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +266,7 @@ def test_all_forms_of_the_convolution_have_the_same_output_and_gradient(features
     variables = jax.tree.map(np.float32, variables)
 
     def run(form):
-        layer = superres.Conv(features, 5, form)
+        layer = srcnn.Conv(features, 5, form)
 
         def loss(variables, x):
             y: Any = layer.apply(variables, x)
