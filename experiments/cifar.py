@@ -16,7 +16,7 @@ checkpoint, report.md, report.html and pictures, as `compare` does. Held-out acc
 the last step, and on the first BETWEEN of them before.
 
 Hardware and time: on two CPU cores that other jobs shared, a step of bn took 0.12 to 0.18 s, two thirds of it convolutions;
-a plain Flax loop took 1.2 times that in the same run (`benchmarks/loops.py`). So the published schedule takes three to
+alone 0.10 s, and a plain Flax loop 1.3 times that in the same run (`python -m benchmarks.loops`). So the published schedule takes three to
 four hours a row and seed there, and --scale 0.01 about two minutes. Seeds run one after the other: the three convolutions as
 patches and products, which seeds side by side would need, took 243 against 119 ms a seed, both directions. Nothing was
 measured on a GPU.
