@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = command.rows_of(options, ROWS)
     dataset = cli.pick(chosen_dataset(options), DATASETS, "data set")
     cli.pick(options.border, ("zero", "truncate"), "border")
-    command.positive(options, "seeds", "scale", *(["lr"] if options.lr is not None else []))
+    command.positive(options, "seeds", "scale", *command.given(options, "lr"))
     if options.show:
         print(listing(options))
         return

@@ -58,6 +58,11 @@ def positive(options: Any, *names: str) -> None:
             cli.fail(f"--{name.replace('_', '-')} is a positive number; found {getattr(options, name)}")
 
 
+def given(options: Any, *names: str) -> list[str]:
+    """Those of these options that the command line gave a value; the others are None."""
+    return [name for name in names if getattr(options, name) is not None]
+
+
 def scaled(steps: int, scale: float) -> int:
     """A number of steps of a schedule that is shrunk as a whole, 1 or more.
 
