@@ -15,11 +15,11 @@ It prints a table and leaves runs/cifar-10/<row>/seed-<k>/ (or cifar-100, cifar-
 checkpoint, report.md, report.html and pictures, as `compare` does. Held-out accuracy is that on all test images at
 the last step, and on the first BETWEEN of them before.
 
-Hardware and time: on two CPU cores that other jobs shared, a step of bn took 0.12 to 0.18 s, two thirds of it
-convolutions; alone 0.10 s, and a plain Flax loop 1.3 times that in the same run (`python -m benchmarks.loops`). So
-the published schedule takes three to four hours a row and seed there, and --scale 0.01 about two minutes. Seeds run
-one after the other: the three convolutions as patches and products, which seeds side by side would need, took 243
-against 119 ms a seed, both directions. Nothing was measured on a GPU.
+Hardware and time: on two CPU cores a step of bn takes 0.08 s, and 0.105 s on one, most of it convolutions; a plain Flax
+loop takes 1.5 to 1.9 times as long (`python -m benchmarks.loops`, `--heap stock`). So the published schedule takes two
+hours a row and seed there, and --scale 0.01 about a minute. Seeds run one after the other: the three convolutions as
+patches and products, which seeds side by side would need, took 243 against 119 ms a seed, both directions. Nothing was
+measured on a GPU.
 Known limits: a short schedule is no substitute for the long one: bn reaches 53 per cent with --scale 0.01 (one seed).
 A rate of 0.01 instead of 0.001 did not help it: 49.1 against 50.8 after 480 of 800 steps. Its first weights, of size
 1e-4, grew a thousandfold within 310 steps (rate 0.0003), which would leave its gradient little hold on them (not
