@@ -56,7 +56,8 @@ class LanguageModel(nn.Module):
             layer = RNN(cell, time_major=True, return_carry=True, unroll=4 if train else 1, name=f"layer_{k}")
             last, x = layer(x, initial_carry=recurrent.pack(states, clock))
             kept.value = recurrent.unpack(last)[0]
-        return nn.Dense(self.vocabulary, kernel_init=uniform, name="softmax")(x)
+        flat = x.reshape(-1, self.hidden)
+        return nn.Dense(self.vocabulary, kernel_init=uniform, name="softmax")(flat).reshape(*x.shape[:2], -1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
