@@ -268,7 +268,7 @@ def test_misspelt_name_names_the_closest(tmp_path):
 def test_missing_archive_without_network_says_what_to_fetch_and_where_to_put_it(tmp_path):
     assert refusal("cifar10", tmp_path) == (
         f"{tmp_path} lacks cifar-10-binary.tar.gz and the download failed; "
-        f"fetch {CIFAR10_URL} and put it into {tmp_path}"
+        f"fetch {CIFAR10_URL} and put it into {tmp_path}; the data set digits needs no files"
     )
 
 
@@ -280,7 +280,7 @@ def test_missing_files_of_mnist_are_all_named(tmp_path):
     assert refusal("mnist", tmp_path) == (
         f"{tmp_path} lacks t10k-labels-idx1-ubyte.gz, train-images-idx3-ubyte.gz and the download "
         f"failed; fetch {MNIST_URL}t10k-labels-idx1-ubyte.gz and "
-        f"{MNIST_URL}train-images-idx3-ubyte.gz and put it into {tmp_path}"
+        f"{MNIST_URL}train-images-idx3-ubyte.gz and put it into {tmp_path}; the data set digits needs no files"
     )
 
 
@@ -419,7 +419,8 @@ def test_download_with_a_wrong_digest_is_refused(tmp_path, server):
     with pytest.raises(data.DataError) as caught:
         data.find_archives("cifar10", tmp_path / "root")
     assert str(caught.value) == (
-        f"{tmp_path}/root lacks a.gz and the download failed; fetch {server} and put it into {tmp_path}/root"
+        f"{tmp_path}/root lacks a.gz and the download failed; fetch {server} and put it into {tmp_path}/root; "
+        "the data set digits needs no files"
     )
     assert "has wrong checksum" in str(caught.value.__cause__)
     (tmp_path / "served" / "a.gz").write_bytes(b"content")

@@ -155,7 +155,7 @@ def find_archives(name: str, root: Path) -> dict[str, Path]:
         return paths | download(name, missing, root / "tfds" / "downloads")
     except OSError as error:
         lacks = f"{root} lacks {', '.join(missing)} and the download failed"
-        raise DataError(f"{lacks}; {fetch}") from error
+        raise DataError(f"{lacks}; {fetch}; the data set digits needs no files") from error
 
 
 def download(name: str, urls: dict[str, str], folder: Path) -> dict[str, Path]:
