@@ -416,6 +416,7 @@ def write_report(job: Job, configs: Mapping[str, Config]) -> None:
             settings=", ".join(f"{name} {config[name]}" for name in ("scale", "seeds", "batch_size", "border")),
             schedule=SCALED.format(scale=config["scale"]) if config["scale"] != 1 else "",
             results=results,
+            missed=tables.missed(rows, ACCURACY, {name: n for name, n in numbers.items() if n is not None}),
             claims=claims or "No pair of rows was run.",
             units=units,
             summary=summarize(rows),
@@ -426,7 +427,6 @@ def write_report(job: Job, configs: Mapping[str, Config]) -> None:
             between=min(BETWEEN, held_out),
             batch=min(HELD_OUT_BATCH, held_out),
             bins=BINS,
-            smooth=smooth,
         ),
     )
     print(f"Report: {experiment / 'report.html'} (and report.md)")
@@ -497,13 +497,12 @@ units are a typical pair of their row: the one whose |correlation| is the closes
 
 REPORT = """# Ren et al. 2017 on {dataset}
 
-{settings}. Every row starts each seed from the same weights and sees the same examples in the same order.
+{settings}. Every row of a network starts each seed from the same weights and sees the same examples in the same order.
 
 {schedule}
 {results}
 
-Mean +- standard deviation over seeds, on all {held_out} test images after the last step. A published number that
-is missed is shown as missed.
+Mean +- standard deviation over seeds, on all {held_out} test images after the last step. {missed}
 
 sigma and alpha are the published values. How they were chosen is not recorded: those of the starred rows may have
 been chosen on the test images.
@@ -521,7 +520,7 @@ been chosen on the test images.
 Correlation is the mean |correlation| between different units over all positions of {batch} test images, beside the same at
 random (initial) weights; mutual information the mean over pairs, from joint histograms of {bins} x {bins} bins over a
 fourth of the positions of 40 of them, with the Miller-Madow correction. Training loss is the mean over the last
-{smooth} steps, without the penalty; seconds are those of the training steps of all seeds together.
+tenth of the steps, without the penalty; seconds are those of the training steps of all seeds together.
 
 ## Learning curves
 

@@ -349,3 +349,9 @@ def test_training_that_diverges_leaves_valid_json():
 def test_configuration_in_json_evaluates_back(row):
     written = json.loads(json.dumps(runs.as_json(compare.ROWS[row])))
     assert eval(written["normalizer"], {"Normalizer": compare.Normalizer}) == compare.ROWS[row].normalizer
+
+
+def test_curves_of_rows_that_all_diverged_are_drawn():
+    lines = [{"step": k, "loss": None} for k in range(1, 9)]
+    figure = report.curves({"bn": report.Row({}, {}, [lines])}, {"loss": "training loss (log)"}, lambda name: {}, 2)
+    assert figure.axes[0].get_yscale() == "linear"

@@ -65,6 +65,7 @@ def test_treebank_files_are_found_below_the_folder_beside_the_copies_by_characte
         ),
         ({"train": "a\n", "valid": "", "test": "a\n"}, r"valid.txt is empty \(0 bytes\), expected lines of text"),
         ({"train": "a\n", "valid": "a\n", "test": b"ab\xff\n"}, "test.txt is not UTF-8 text: byte 2 of 4 is none"),
+        ({"train": "a\n", "valid": "a\n", "test": b"a\0b\0\n\0"}, "test.txt is not UTF-8 text: it holds zero bytes"),
         (
             {"a__train": "a", "b__train": "a", "valid": "a", "test": "a"},
             "several train texts, a.train.txt, b.train.txt",
@@ -279,14 +280,16 @@ def test_list_shows_the_published_number_beside_each_row(capsys):
         (["--scale", "0"], "--scale is a positive number; found 0.0"),
         (["--rows", "dn**"], "no row is called 'dn**'; did you mean 'dn*'? There are " + ", ".join(language.ROWS)),
         (["--data-dir", "nowhere"], "there is no folder nowhere"),
+        (["--data-dir", "{short}"], "the validation text of 4 tokens is too short: 20 x 21 are needed"),
     ],
 )
 def test_wrong_command_is_refused_and_writes_nothing(capsys, tmp_path, arguments, message):
+    short = write(tmp_path, train="a b\n" * 300, valid="a b c\n", test="a\n")
     with pytest.raises(SystemExit) as caught:
-        language.main(["--out", str(tmp_path), *arguments])
+        language.main(["--out", str(tmp_path / "runs"), *(argument.format(short=short) for argument in arguments)])
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"error: {message}\n"
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "runs").exists()
 
 
 KILLER = """

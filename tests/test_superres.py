@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,9 @@ def test_options_change_the_configuration_as_they_say():
     assert of(scale=0.01).steps == superres.Config.steps / 100
     assert of(scale=0.01).evaluate_every == superres.Config.steps / 2000
     assert of(data_dir="d").test == "Set5 Set14 BSD200"
+    assert (of().lr, of().patches, of().images, of(images=3).images) == (0.1, 1, 6, 3)  # six bundled photographs
+    bn = superres.ROWS["bn"]
+    assert [superres.configure(bn, superres.Options(lr=lr)).lr for lr in (None, 1e-4)] == [0.01, 1e-4]
 
 
 def test_list_shows_the_published_numbers(capsys):
@@ -323,6 +327,7 @@ def test_list_shows_the_published_numbers(capsys):
         (["--test-dir", "{tmp}/bad"], "cannot read the image {tmp}/bad/a.png"),
         (["--train-dir", "{tmp}/bad"], "cannot read the image {tmp}/bad/a.png"),
         (["--test-dir", "{tmp}/empty"], "{tmp}/empty holds no images"),
+        (["--train-dir", "a/x", "b/x"], "two folders of --train-dir have one name"),
     ],
 )
 def test_wrong_command_is_refused_and_writes_nothing(capsys, tmp_path, picture, arguments, message):
@@ -410,6 +415,18 @@ def test_table_holds_the_means_of_the_scores(whole):
     assert row in (folder / "runs" / "superres-smoke" / "report.md").read_text()
     html = (folder / "runs" / "superres-smoke" / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 2
+
+
+@pytest.mark.slow
+def test_overwriting_with_other_test_images_scores_bicubic_on_them(tmp_path):
+    own_images(tmp_path)
+    shutil.copytree(tmp_path / "mine", tmp_path / "other")
+    common = ["-m", "experiments.superres", "--train-dir", "mine", "--rows", "srcnn", "--seeds", "1", "--scale", "1e-5"]
+    assert command(*common, "--test-dir", "other", folder=tmp_path).returncode == 0
+    again = command(*common, "--test-dir", "mine", "--overwrite", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    bicubic = json.loads((tmp_path / "runs" / "superres" / "bicubic" / "scores.json").read_text())
+    assert list(bicubic) == ["mine"]
 
 
 # The third scores are those of seed 1, after bicubic's and seed 0's.

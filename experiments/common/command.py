@@ -110,7 +110,7 @@ def begin(
     except (runs.RunError, data.DataError) as error:
         cli.fail(str(error))
     except OSError as error:
-        cli.fail(f"cannot read or prepare the data in {options.data_dir}: {error}")
+        cli.fail(f"cannot read or prepare the data in {options.data_dir or data.DEFAULT_DATA_DIR}: {error}")
     try:
         if writes:
             for path in deleted:

@@ -165,7 +165,7 @@ def curves(
     """
     figure = Figure(figsize=(6.2 * len(metrics), 4.6), layout="constrained")
     for ax, (metric, label) in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics.items(), strict=True):
-        late = []
+        late, drawn = [], []
         for name, row in rows.items():
             steps, values = row.curve(metric)
             if len(steps) > 2 * smooth and np.all(np.diff(steps) == 1):
@@ -174,11 +174,13 @@ def curves(
                 values = values[:, :whole].reshape(len(values), -1, smooth).mean(axis=-1)
             mean, std = values.mean(axis=0), values.std(axis=0)
             (line,) = ax.plot(steps, mean, label=name, **style(name))
+            drawn.append(mean)
             ax.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.1, lw=0)
             ends = np.stack([mean - std, mean + std])[:, steps > steps[-1] / 5]
             late += ends[np.isfinite(ends)].tolist()
         if "log" in label:
-            ax.set_yscale("log")
+            if np.any(np.nan_to_num(np.concatenate(drawn), posinf=0) > 0):  # not where all runs diverged at once
+                ax.set_yscale("log")
         elif late and np.ptp(late) > 0:
             ax.set_ylim(min(late) - 0.1 * np.ptp(late), max(late) + 0.1 * np.ptp(late))
         ax.set(xlabel="step", ylabel=label)

@@ -60,7 +60,7 @@ def seed_folders(experiment: Path, row: str, seeds: int) -> list[Path]:
 def write(path: Path, content: str | bytes) -> None:
     """Writes a whole file atomically: under another name, then renamed."""
     data = content.encode() if isinstance(content, str) else content
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another command may write it too
     with open(part, "wb") as file:
         file.write(data)
         file.flush()

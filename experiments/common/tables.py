@@ -73,8 +73,8 @@ def published(
 
 def missed(rows: Mapping[str, report.Row], metric: Metric, numbers: Mapping[str, float]) -> str:
     """Says which published numbers lie further from ours than two standard deviations over our seeds."""
-    if not numbers:
-        return "Nothing is published for this text."
+    if not any(row in rows for row in numbers):
+        return "None of these rows has a published number."
     found = []
     for row, number in numbers.items():
         ours = metric.of(rows[row]) if row in rows else []

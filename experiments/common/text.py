@@ -149,6 +149,8 @@ def read(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: byte {error.start:,} of {len(content):,} is none") from error
+    if "\0" in text:
+        raise DataError(f"{path} is not UTF-8 text: it holds zero bytes, as UTF-16 does")
     if not text.strip():
         raise DataError(f"{path} is empty ({len(content):,} bytes), expected lines of text")
     return text
@@ -206,7 +208,9 @@ def vocabulary(tokens: dict[str, list[str]], limit: int) -> list[str]:
     return [*kept[: limit - 1], UNKNOWN] if needed and UNKNOWN not in known else kept
 
 
-def segments(tokens: np.ndarray, batch: int, steps: int, whole: bool = False) -> dict[str, np.ndarray]:
+def segments(
+    tokens: np.ndarray, batch: int, steps: int, whole: bool = False, name: str = "a text"
+) -> dict[str, np.ndarray]:
     """Cuts a text into `batch` streams side by side, and these into segments, each a token longer than its steps.
 
     A segment's tokens but the last are inputs, its tokens but the first what is to be predicted.
@@ -216,6 +220,7 @@ def segments(tokens: np.ndarray, batch: int, steps: int, whole: bool = False) ->
       batch: number of streams.
       steps: predictions of a stream in a segment.
       whole: whether the last segment is filled up with -1; else what does not fill one is left out.
+      name: what an error calls the text.
 
     Returns:
       tokens: int32 [segments, batch, steps + 1]; first: bool [segments], whether the text begins there.
@@ -234,7 +239,7 @@ def segments(tokens: np.ndarray, batch: int, steps: int, whole: bool = False) ->
         streams = np.pad(streams, ((0, 0), (0, -(length - 1) % steps)), constant_values=-1)
     count = (streams.shape[1] - 1) // steps
     if count < 1:
-        raise DataError(f"a text of {len(tokens):,} tokens is too short: {batch} x {steps + 1} are needed")
+        raise DataError(f"{name} of {len(tokens):,} tokens is too short: {batch} x {steps + 1} are needed")
     at = np.arange(count)[:, None] * steps + np.arange(steps + 1)
     return {"tokens": np.ascontiguousarray(streams[:, at].swapaxes(0, 1)), "first": np.arange(count) == 0}
 
