@@ -437,6 +437,7 @@ def summarize(rows: Mapping[str, report.Row]) -> str:
     head = [
         "row",
         "training loss",
+        "training accuracy",
         "correlation",
         "at random weights",
         "mutual information",
@@ -447,7 +448,8 @@ def summarize(rows: Mapping[str, report.Row]) -> str:
         loss = report.plus_minus(row.recent("loss", row.config["evaluate_every"]), 4)
         shown = [report.plus_minus(row.last(f"test_{metric}"), 3) for metric in ("correlation", "information")]
         shown.insert(1, report.plus_minus(row.first("test_correlation"), 3))
-        lines.append([f"`{name}`", loss, *shown, f"{row.last('seconds')[0]:.0f}"])
+        accuracy = report.plus_minus([100 * a for a in row.recent("accuracy", row.config["evaluate_every"])], 2)
+        lines.append([f"`{name}`", loss, accuracy, *shown, f"{row.last('seconds')[0]:.0f}"])
     return report.table(head, lines)
 
 
@@ -519,8 +521,8 @@ been chosen on the test images.
 
 Correlation is the mean |correlation| between different units over all positions of {batch} test images, beside the same at
 random (initial) weights; mutual information the mean over pairs, from joint histograms of {bins} x {bins} bins over a
-fourth of the positions of 40 of them, with the Miller-Madow correction. Training loss is the mean over the last
-tenth of the steps, without the penalty; seconds are those of the training steps of all seeds together.
+fourth of the positions of 40 of them, with the Miller-Madow correction. Training loss and accuracy (per cent) are means over
+the last tenth of the steps, the loss without the penalty; seconds are those of the training steps of all seeds together.
 
 ## Learning curves
 
