@@ -1,6 +1,6 @@
 """Ren et al. 2017, CIFAR-10 and CIFAR-100: what smoothing and the L1 penalty do for batch, layer and divisive norm.
 
-    python -m experiments.cifar --data-dir DIR                      # six published rows as published: 60 hours on 2 cores
+    python -m experiments.cifar --data-dir DIR                      # six published rows as published: 35 hours on 2 cores
     python -m experiments.cifar --data-dir DIR --scale 0.01 --rows bn 'bn*' ln 'ln*' 'dn*'
     python -m experiments.cifar --data-dir DIR --dataset cifar100 --scale 0.01 --seeds 2 --resume
     python -m experiments.cifar --list                              # all rows, with the published numbers
@@ -493,8 +493,9 @@ HISTOGRAMS = """## Two units before normalization, without and with smoothing an
 
 ![Joint histograms of two units](histograms.png)
 
-First-layer pre-activations of seed 0 on the held-out batch, all positions, counts on a logarithmic scale. The two
-units are a typical pair of their row: the one whose |correlation| is the closest to the mean over all pairs.
+First-layer pre-activations of seed 0 on the held-out batch, all positions, counts on a logarithmic scale; the axes
+differ. The two units are a typical pair of their row: the one whose |correlation| is the closest to the mean over all
+pairs.
 """
 
 REPORT = """# Ren et al. 2017 on {dataset}

@@ -330,12 +330,15 @@ def schedule(config: Mapping[str, Any], job: Job) -> str:
 
 def table_of_rows(rows: Mapping[str, report.Row]) -> str:
     """What each row is."""
-    head = ["row", "normalizer", "place", "alpha", "scale and bias", "learning rate", "seconds of training steps"]
+    unit = METRICS[next(iter(rows.values())).config["level"]].name.removeprefix("test_")
+    head = ["row", "normalizer", "place", "alpha", "scale and bias", "learning rate", f"training {unit}", "seconds"]
     lines = []
     for row, found in rows.items():
         c = found.config
+        nats = np.array(found.recent("loss", c["evaluate_every"])) / c["unrolled"]
+        training = report.plus_minus((np.exp(nats) if unit == "perplexity" else nats / np.log(2)).tolist(), 2)
         facts = [f"`{c['normalizer']}`", c["place"], f"{c['l1']:g}", str(c["affine"]), f"{c['lr']:g}"]
-        lines.append([f"`{row}`", *facts, f"{found.last('seconds')[0]:.0f}"])
+        lines.append([f"`{row}`", *facts, training, f"{found.last('seconds')[0]:.0f}"])
     return report.table(head, lines)
 
 
@@ -383,8 +386,9 @@ the schedule.
 
 Place: `inside` normalizes in every activation, `separate` W x and U h each for itself, and the LSTM's cell state. alpha is
 the factor of mean |v| of each normalized array at each of the 20 steps, which are added up. `bn` rows store statistics for
-each step; the test takes those of the first for all, as the published code does. Seconds are of all seeds together,
-without compilation, evaluation and writing.
+each step; the test takes those of the first for all, as the published code does. The training column is the mean over the
+last epoch of the schedule, while the weights still move. Seconds are those of the training steps of all seeds
+together.
 
 ## Where the numbers come from
 

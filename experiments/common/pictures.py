@@ -19,7 +19,7 @@ def draw_histograms(pairs: Mapping[str, str], z: Mapping[str, np.ndarray]) -> Fi
       z: pre-activations of each row, [samples, units].
     """
     figure = Figure(figsize=(3.4 * len(pairs), 6.8), layout="constrained")
-    axes = figure.subplots(2, len(pairs), squeeze=False, sharex="col", sharey="col")
+    axes = figure.subplots(2, len(pairs), squeeze=False)  # each on its own scale, tens of times smaller with a star
     for column, (star, plain) in enumerate(pairs.items()):
         for ax, name in zip(axes[:, column], (plain, star), strict=True):
             units = z[name]
