@@ -21,11 +21,11 @@ It prints a table and leaves runs/language-<cell>/<row>/seed-<k>/ (config.json, 
 report.md, report.html and the pictures; --level char has language-char-<cell>. A run that was killed goes on with
 --resume and ends with the same numbers.
 
-Hardware and time: on two CPU cores, nothing beside it, a step of the LSTM takes 55 ms without norm and about 63 with dn*,
-of which the softmax over 10,000 words takes 36: at full length (30,199 steps) half an hour a row and seed, and 4 minutes
-at --scale 0.1, the test of 82,429 words in sequence included. A plain Flax loop takes about as long, since matrix products
-rule both (`python -m benchmarks.loops`). Seeds side by side in one vmap take as long as one after the other (57 and 57 ms a
-seed; dn* 63 and 65), so they go one after the other, and the test waits for the end.
+Hardware and time: on two CPU cores, nothing beside it, a step of the LSTM takes 55 to 70 ms without norm
+(`python -m benchmarks.loops`); the rows of README.md took 0.10 (base, ln*) to 0.12 s (dn*) a step on one core. So a row and
+seed takes half an hour to an hour at full length (30,199 steps), the test of 82,429 words in sequence included. A plain Flax
+loop takes about as long, since matrix products rule both. Seeds side by side in one vmap take as long as one after the
+other (57 and 57 ms a seed; dn* 63 and 65), so they go one after the other, and the test waits for the end.
 Known limits: the paper may have chosen the sigma and alpha of its starred rows on the test set; we take them as published.
 """
 

@@ -45,6 +45,19 @@ def test_readme_import_lines_are_flax_s_names():
         assert all(name in line for line in lines)
 
 
+def test_tables_of_the_experiments_stand_in_the_reports_that_they_name():
+    """Each table of rows or pairs in experiments/README.md is part of the last report linked before it."""
+    folder, cited, checked = ROOT / "experiments", "", 0
+    text = (folder / "README.md").read_text()
+    for name, block in re.findall(
+        r"\]\((results/[^)]*report\.md)\)|^((?:\| (?:row|pair) .*\n)(?:\|.*\n)+)", text, re.M
+    ):
+        cited = (folder / name).read_text() if name else cited
+        assert block in cited
+        checked += bool(block)
+    assert checked >= 10
+
+
 def test_notebook_is_its_source_without_outputs():
     jupytext = pytest.importorskip("jupytext")
     for source in (ROOT / "notebooks").glob("*.py"):

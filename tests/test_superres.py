@@ -237,7 +237,7 @@ def published_dn_star(params, image):
 
 @pytest.mark.slow
 def test_step_of_dn_star_is_the_published_network_and_loss():
-    config = superres.configure(superres.ROWS["dn*"], superres.Options(patches=2))
+    config = superres.configure(superres.ROWS["dn*"], superres.Options(patches=2, penalty="paper"))
     task = superres.build(config)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(task.init, jax.random.key(0)).params
@@ -296,9 +296,9 @@ def test_options_change_the_configuration_as_they_say():
     def of(**options):
         return superres.configure(superres.ROWS["dn*"], superres.Options(**options))
 
-    assert (of().normalizer.border, of().normalizer.gain, of().l1) == ("zero", 49 / 25, 0.1)
+    assert (of().normalizer.border, of().normalizer.gain, of().l1) == ("zero", 49 / 25, 0.0)
     assert (of(border="truncate").normalizer.border, of(border="truncate").normalizer.gain) == ("truncate", 1.0)
-    assert of(penalty="code").l1 == 0
+    assert of(penalty="paper").l1 == 0.1
     assert of(scale=0.01).steps == superres.Config.steps / 100
     assert of(scale=0.01).evaluate_every == superres.Config.steps / 2000
     assert of(data_dir="d").test == "Set5 Set14 BSD200"
