@@ -23,8 +23,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax import moments, running
-from normjax.belief import Belief, Filtered, linear
 from normjax.field import EXAMPLES, Field, FieldError, axes, bind
+from normjax.propagate import Belief, Filtered, linear
 from normjax.running import Running
 from normjax.theory import Normalizer, Stats, affine, equation, normalize, parameter_beside, row
 

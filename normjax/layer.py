@@ -17,9 +17,17 @@ from jax.typing import ArrayLike
 from normjax import moments
 from normjax.field import EXAMPLES, Field, FieldError, Span, axes
 from normjax.penalty import l1_penalty
-from normjax.renorm import check, corrections
-from normjax.running import Running, Slot, as_stats, observe, unbias, update
-from normjax.seen import Seen
+from normjax.running import (
+    BatchRecord,
+    Running,
+    Slot,
+    as_stats,
+    corrections,
+    observe,
+    require_renormalizable,
+    unbias,
+    update,
+)
 from normjax.theory import Normalized, Normalizer, Stats, affine, equation, normalize, top
 
 Axes = int | Sequence[int]
@@ -31,7 +39,7 @@ class Applied(NamedTuple):
 
     y: jax.Array
     running: Running
-    seen: Seen | None
+    seen: BatchRecord | None
     centered: jax.Array
 
 
@@ -65,7 +73,7 @@ def apply(
     x = promoted(x, dtype) if refuse else x
     dtype = jnp.dtype(dtype or x.dtype)
     if renorm is not None:
-        check(normalizer, renorm)
+        require_renormalizable(normalizer, renorm)
     training = not use_running and any(stored is not None for stored in running)
     if training and renorm is not None:
         out = _renormalize(x, normalizer, layout, running, renorm, refuse, dtype, stats, **given)
@@ -101,7 +109,7 @@ def remember(
     stored = update(running, corrected, momentum, averaging)
     exact = mergeable(normalizer, layout)
     momentum = jnp.asarray(momentum, jnp.float32)
-    seen = Seen(batch if exact else corrected, momentum, averaging, unbiased and exact, exact)
+    seen = BatchRecord(batch if exact else corrected, momentum, averaging, unbiased and exact, exact)
     return Applied(out.y, stored, seen, out.centered)
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax import moments
-from normjax.conditional import spread
+from normjax.conditional import denominator
 from normjax.field import Field, FieldError, bind
 from normjax.theory import Normalizer, Stats, affine, equation, normalize, row
 
@@ -143,7 +143,7 @@ def denormalize(
         scale = scale.astype(y.dtype) + jnp.asarray(slack).astype(y.dtype)
         y = affine(y, layout, jnp.where(scale != 0, 1 / jnp.where(scale != 0, scale, 1), 0), None)
     if stats.var is not None:
-        y = affine(y, layout, spread(stats.var, n, layout, eps), None)
+        y = affine(y, layout, denominator(stats.var, n, layout, eps), None)
     return (y if stats.mean is None else affine(y, layout, None, stats.mean)).astype(dtype)
 
 

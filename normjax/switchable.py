@@ -17,8 +17,7 @@ from jax.typing import ArrayLike
 from normjax import moments
 from normjax.field import Field, FieldError, bind
 from normjax.layer import NOTHING, Applied, mergeable
-from normjax.running import Running, as_stats, observe, stores, unbias, update
-from normjax.seen import Seen
+from normjax.running import BatchRecord, Running, as_stats, observe, stores, unbias, update
 from normjax.theory import Normalizer, Stats, equation, normalize, row
 
 ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
@@ -191,7 +190,7 @@ def apply(
     batch = observe(out.parts[at], rows[at], layout, x.shape)
     # Variances that were unbiased before they were pooled do not merge into that of two batches.
     exact = not given.get("unbiased") and mergeable(rows[at], layout)
-    seen = Seen(batch, jnp.asarray(momentum, jnp.float32), averaging, False, exact)
+    seen = BatchRecord(batch, jnp.asarray(momentum, jnp.float32), averaging, False, exact)
     return Applied(out.y, update(running, batch, momentum, averaging), seen, out.centered)
 
 

@@ -49,7 +49,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from normjax.mesh import Axis, Batch, Spread, as_it_came, bare, place, shard, shardings
 from normjax.penalty import total_penalty
-from normjax.seen import merge_trees, recalibrated
+from normjax.running import merge_trees, recalibrated
 
 __all__ = [
     "State", "epoch", "linen_eval", "linen_init", "linen_recalibrate", "linen_step", "nnx_eval", "nnx_init",

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from normjax import Normalizer
-from normjax.belief import Belief
+from normjax.propagate import Belief
 
 EPS = 1e-5
 BATCH = Normalizer("n ...", "n ...")

@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 from normjax import FieldError
-from normjax.belief import Belief, Filtered, activate, join, linear, predict
 from normjax.kalman import kalman_normalize
+from normjax.propagate import Belief, Filtered, activate, join, linear, predict
 from tests.beliefs import X, belief_of, blocks_of, close, draw, quick
 
 STATES = [(0.0, 1.0), (1.5, 0.25), (-1.0, 4.0), (-4.0, 1.0), (6.0, 2.0), (100.0, 1e-4), (-50.0, 1.0), (0.3, 0.0)]

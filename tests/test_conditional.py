@@ -16,22 +16,9 @@ import normjax.nnx.conditional
 import normjax.nnx.reversible
 import normjax.nnx.switchable
 from normjax import FieldError, Normalizer, Stats, normalize
-from normjax.conditional import (
-    TOKEN,
-    Convolutions,
-    Modulation,
-    adain,
-    by_class,
-    from_map,
-    gated,
-    kernel_shapes,
-    modulate,
-    nearest,
-    project,
-    split,
-    style,
-)
+from normjax.conditional import TOKEN, Modulation, adain, by_class, gated, modulate, project, split_modulation, style
 from normjax.reversible import denormalize, revin
+from normjax.spade import Convolutions, from_map, kernel_shapes, nearest
 from tests.test_gdn import assert_same_derivatives, quick
 
 RNG = np.random.default_rng(0)
@@ -258,9 +245,9 @@ def test_nearest_takes_the_elements_that_torch_takes():
 @pytest.mark.slow
 def test_a_small_scale_survives_a_bfloat16_condition():
     flat = jnp.array([[2.0**-9, 0.0]], jnp.bfloat16)  # 1 + 2 ** -9 is 1 in bfloat16
-    assert float(split(flat).scale[0, 0]) == 1 + 2.0**-9
+    assert float(split_modulation(flat).scale[0, 0]) == 1 + 2.0**-9
     x = jnp.ones((1, 3, 1), jnp.bfloat16)
-    assert modulate(x, split(flat)).dtype == jnp.bfloat16
+    assert modulate(x, split_modulation(flat)).dtype == jnp.bfloat16
     assert gated(x, x.astype(jnp.float32), jnp.ones((1, 1))).dtype == jnp.bfloat16
 
 
@@ -537,12 +524,12 @@ ERRORS = {
         "labels are integers [n], or weights [n, 2]; found float32 of shape (2,)",
     ),
     "order": (
-        lambda: split(D, ("scale", "shift")),
+        lambda: split_modulation(D, ("scale", "shift")),
         ValueError,
         "the order names scale, bias and gate, each at most once; found ('scale', 'shift')",
     ),
     "parts": (
-        lambda: split(D),
+        lambda: split_modulation(D),
         FieldError,
         "the last axis of shape (2, 3) does not split into 2 parts: scale, bias",
     ),

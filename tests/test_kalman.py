@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 from normjax import FieldError, Normalizer, normalize
-from normjax.belief import Belief, Filtered, predict
 from normjax.kalman import kalman_normalize, logit, update
+from normjax.propagate import Belief, Filtered, predict
 from tests.beliefs import BATCH, MASK, PRIOR, X, belief_of, blocks_of, close, conv, draw, expected, quick
 
 BEHIND = np.where(MASK, X, np.nan)

@@ -10,10 +10,10 @@ from flax import linen as nn
 from flax import nnx
 
 from normjax import FieldError, Normalizer, normalize
-from normjax.belief import Belief, predict
 from normjax.linen.kalman import KalmanNorm
 from normjax.nnx.kalman import KalmanNorm as NNXKalmanNorm
 from normjax.nnx.norms import Moments
+from normjax.propagate import Belief, predict
 from tests.beliefs import EPS, PRIOR, X, belief_of, blocks_of, close, draw, expected, quick
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from normjax.belief import Belief, Filtered, activate, join, predict
 from normjax.kalman import kalman_normalize
+from normjax.propagate import Belief, Filtered, activate, join, predict
 from tests.beliefs import EPS, blocks_of, close, conv, draw, quick
 
 # In NumPy: `splits` blocks of examples as more channels, fixed p = 1 - q, one sample of the state.

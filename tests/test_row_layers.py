@@ -14,22 +14,22 @@ import normjax.linen.around as linen_around
 import normjax.linen.rows as linen
 import normjax.nnx.around as nnx_around
 import normjax.nnx.rows as nnx
-from normjax import TABLE, FieldError, Normalizer, normalize, rows
-from normjax.around import virtual_batch
+from normjax import TABLE, FieldError, Normalizer, batch, batch_extremes, normalize, response
+from normjax.batch import virtual_batch
 from tests.test_rows import BIAS, FIRST, IMAGE, OTHER, POINT, PUBLISHED, SCALE, SMALL, X2, X, f32, fast, near
 
 STILL = {  # layers that are `Norm` with this row
-    "L1BatchNorm": ({"normalized": False, "field": "@data n ..."}, rows.l1_batch("@data n ...", normalized=False)),
-    "LpBatchNorm": ({"p": 3, "calibrated": True}, rows.lp_batch(3, calibrated=True)),
-    "TopKBatchNorm": ({"k": 3, "size": 16, "epsilon": 0.5}, rows.top_batch(3, 16, eps=0.5)),
-    "LinfBatchNorm": ({"size": 16, "calibrated": True}, rows.top_batch(1, 16, calibrated=True)),
-    "GhostTopKBatchNorm": ({"k": 3, "size": 16, "calibrated": True}, rows.top_batch(3, 16, calibrated=True)),
-    "RangeBatchNorm": ({"size": 16, "field": "@data n ..."}, rows.range_row(16, "@data n ...")),
+    "L1BatchNorm": ({"normalized": False, "field": "@data n ..."}, batch.l1_batch("@data n ...", normalized=False)),
+    "LpBatchNorm": ({"p": 3, "calibrated": True}, batch.lp_batch(3, calibrated=True)),
+    "TopKBatchNorm": ({"k": 3, "size": 16, "epsilon": 0.5}, batch_extremes.top_batch(3, 16, eps=0.5)),
+    "LinfBatchNorm": ({"size": 16, "calibrated": True}, batch_extremes.top_batch(1, 16, calibrated=True)),
+    "GhostTopKBatchNorm": ({"k": 3, "size": 16, "calibrated": True}, batch_extremes.top_batch(3, 16, calibrated=True)),
+    "RangeBatchNorm": ({"size": 16, "field": "@data n ..."}, batch_extremes.range_row(16, "@data n ...")),
     "VarianceNorm": ({"epsilon": 0.5}, dataclasses.replace(TABLE["variance"], eps=0.5)),
-    "ExtendedBatchNorm": ({"epsilon": 0.5}, rows.extended_batch(eps=0.5)),
+    "ExtendedBatchNorm": ({"epsilon": 0.5}, batch.extended_batch(eps=0.5)),
     "PositionNorm": ({"epsilon": 0.5}, dataclasses.replace(TABLE["token"], eps=0.5)),
-    "LocalContextNorm": ({"window": 3, "groups": 2}, rows.local_context(3, 2)),
-    "GhostBatchNorm": ({"epsilon": 0.5}, rows.ghost_batch(1, eps=0.5)),
+    "LocalContextNorm": ({"window": 3, "groups": 2}, response.local_context(3, 2)),
+    "GhostBatchNorm": ({"epsilon": 0.5}, batch.ghost_batch(1, eps=0.5)),
 }
 
 
@@ -141,7 +141,11 @@ def test_range_layers_store_the_mean_range_and_infer_with_it_on_any_batch():
         changed = run(variables, x, mask)
         near(changed["batch_stats"]["var"], want, 1e-6)
         mean = IMAGE[mask[:, 0, 0, 0]].mean((0, 1, 2))
-        near(infer(variables | changed, x[:3]), (IMAGE[:3] - mean) / (1e-5 + rows.range_row(24).gain * want), 1e-5)
+        near(
+            infer(variables | changed, x[:3]),
+            (IMAGE[:3] - mean) / (1e-5 + batch_extremes.range_row(24).gain * want),
+            1e-5,
+        )
     nothing = run(variables, x, np.zeros_like(first))["batch_stats"]
     assert (nothing["mean"] == 0).all()
     assert (nothing["var"] == 1).all()
@@ -149,7 +153,7 @@ def test_range_layers_store_the_mean_range_and_infer_with_it_on_any_batch():
 
 def test_moving_top_k_layers_keep_the_average_of_the_moments_and_leave_it_when_told():
     x = f32(POINT)
-    row = rows.top_batch(3, 16)
+    row = batch_extremes.top_batch(3, 16)
     layer: Any = nnx.GhostTopKBatchNorm(4, 3, size=16, beta=0.5, momentum=0.0, rngs=fx.Rngs(0))
     m = [np.asarray(normalize(a, row).stats.var) for a in (x, 2 * x)]
     layer(x, update_running_average=False)

@@ -9,35 +9,21 @@ import pytest
 from jax import lax
 
 from normjax import TABLE, FieldError, Normalizer, normalize, running
-from normjax.around import (
-    QK_KINDS,
-    filter_response,
-    ghost_top,
-    partial_rms,
-    qk,
-    qk_scale,
-    range_batch,
-    virtual_batch,
-)
-from normjax.dialects import DIALECTS, start, step
+from normjax.batch import extended_batch, ghost_row, l1_batch, lp_batch, virtual_batch
+from normjax.batch_extremes import ghost_top, range_batch, range_row, top_batch
 from normjax.gaussian import bounds_constant, gaussian_largest, gaussian_moment
-from normjax.rows import (
-    extended_batch,
-    ghost_row,
-    l1_batch,
-    l2,
+from normjax.response import (
+    filter_response,
     local_context,
     local_contrast,
-    lp_batch,
     lrn_alexnet,
     lrn_onnx,
     lrn_tensorflow,
     lrn_torch,
-    range_row,
-    top_batch,
-    unbiased_group,
-    with_ddof,
 )
+from normjax.running import PUBLISHED_AVERAGING, published_start, published_update
+from normjax.tokens import QK_KINDS, l2, partial_rms, qk, qk_scale
+from normjax.unbiased import unbiased_group, with_ddof
 
 # What the authors' layers gave in float64 on X (then trained on X2 as well): outputs, the gradient for the cotangent DY,
 # outputs at inference. Axes "n c h w"; scale and bias as below. Hoffer et al. 2018: lp_norm.py, but for l1_mean_bn and
@@ -173,7 +159,7 @@ BATCHED = {  # the row and the dialect of its running statistics
     "l1_plain": (l1_batch(normalized=False), "hoffer_lp"),
     "top2": (top_batch(2, 6), "hoffer_lp"),
     "linf": (top_batch(1, 6), "hoffer_lp"),
-    "l1_mean_bn": (l1_batch(eps=DIALECTS["hoffer"].eps), "hoffer"),
+    "l1_mean_bn": (l1_batch(eps=PUBLISHED_AVERAGING["hoffer"].eps), "hoffer"),
     "mean_bn": (TABLE["mean_only"], "hoffer"),
     "batch": (TABLE["batch"], "lubana"),
     "variance": (TABLE["variance"], "lubana"),
@@ -233,10 +219,10 @@ def test_inference_after_two_steps_is_that_of_the_published_code():
     def run(x, x2):
         out = {}
         for name, (row, dialect) in BATCHED.items():
-            kept = start(row, FIRST, x.shape, dialect)
+            kept = published_start(row, FIRST, x.shape, dialect)
             for batch in (x, x2):
                 seen = running.observe(normalize(batch, row, FIRST).stats, row, FIRST, x.shape)
-                kept = step(kept, seen, row, dialect)
+                kept = published_update(kept, seen, row, dialect)
             stats = running.as_stats(kept, row, FIRST, x.shape)
             out[name] = normalize(x, row, FIRST, stats=stats, **affine_of(name)).y
         return out
@@ -248,18 +234,18 @@ def test_inference_after_two_steps_is_that_of_the_published_code():
 @pytest.mark.slow
 def test_an_average_of_reciprocals_skips_what_is_not_finite_or_has_no_weight():
     row = l1_batch()
-    kept = start(row, "n c", (4, 2), "hoffer_lp")
+    kept = published_start(row, "n c", (4, 2), "hoffer_lp")
     x = jnp.array([[0.0, 1.0], [0.0, 3.0]])
 
     def observe(x):
         return running.observe(normalize(x, row, mask=jnp.array([[False, True]])).stats, row, "n ... c", x.shape)
 
     seen = fast(observe)(x)
-    kept = step(kept, seen, row, "hoffer_lp")
+    kept = published_update(kept, seen, row, "hoffer_lp")
     assert kept.var[0] == jnp.inf
     # 0.9 / (C + eps) is what is stored of the second channel
     near(kept.var[1], (math.sqrt(math.pi / 2) + 1e-5) / 0.9 / math.sqrt(math.pi / 2) - 1e-5 / math.sqrt(math.pi / 2))
-    later = step(kept, seen._replace(var=jnp.full(2, jnp.nan)), row, "hoffer_lp")
+    later = published_update(kept, seen._replace(var=jnp.full(2, jnp.nan)), row, "hoffer_lp")
     assert (later.var == kept.var).all()
 
 
@@ -809,12 +795,14 @@ ERRORS = [
         'kind "l2" starts from the length of sequences, at least 2; found length=None',
     ),
     (
-        lambda: start(TABLE["batch"], "n c", (2, 2), "lubanna"),
+        lambda: published_start(TABLE["batch"], "n c", (2, 2), "lubanna"),
         ValueError,
         "dialect is one of 'flax', 'lubana', 'hoffer', 'hoffer_lp'; found 'lubanna'",
     ),
     (
-        lambda: step(running.Running(jnp.zeros(2)), running.Stats(jnp.zeros(2)), TABLE["mean_only"], "hoffer_lp"),
+        lambda: published_update(
+            running.Running(jnp.zeros(2)), running.Stats(jnp.zeros(2)), TABLE["mean_only"], "hoffer_lp"
+        ),
         ValueError,
         "dialect='hoffer_lp' averages 1 / d, which Normalizer('n ...', None) does not store",
     ),

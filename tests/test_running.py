@@ -12,8 +12,19 @@ from normjax import TABLE, Normalizer, normalize
 from normjax import linen as nl
 from normjax import nnx as nn
 from normjax.penalty import l1_penalty, total_penalty
-from normjax.renorm import corrections, limits_at
-from normjax.running import Running, as_stats, initial, merge, observe, slots, stores, unbias, update
+from normjax.running import (
+    Running,
+    as_stats,
+    corrections,
+    initial,
+    limits_at,
+    merge,
+    observe,
+    slots,
+    stores,
+    unbias,
+    update,
+)
 from normjax.theory import Stats
 from tests.rows import ROWS, example
 

@@ -9,8 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from normjax import FieldError, Normalizer, Stats, normalize
-from normjax.running import Running
-from normjax.seen import absorb
+from normjax.running import Running, merge_into
 from normjax.switchable import ROWS, apply, blend, mix, pool
 from tests.test_conditional import IMAGE, SPACE, assert_as_torch, close, draw, first, last, single
 from tests.test_gdn import assert_same_derivatives, quick
@@ -154,7 +153,7 @@ def test_what_a_mixture_saw_of_micro_batches_is_stored_as_that_of_the_whole_batc
     @quick
     def ours(x):
         seen = [apply(part, ROWS, *single(LOGITS), running=running).seen for part in (x[:2], x[2:])]
-        together = absorb(running, jax.tree.map(lambda *parts: jnp.stack(parts), *seen))
+        together = merge_into(running, jax.tree.map(lambda *parts: jnp.stack(parts), *seen))
         return together, apply(x, ROWS, *single(LOGITS), running=running).running
 
     together, whole = ours(single(IMAGE))

@@ -13,8 +13,7 @@ from jax import lax
 import normjax.linen.units as linen
 import normjax.nnx.units as nnx
 from normjax import FieldError, selu, units
-from normjax.running import Running, as_stats
-from normjax.seen import absorb
+from normjax.running import Running, as_stats, merge_into
 from normjax.selu import alpha_dropout
 from normjax.theory import Stats
 from tests.test_selu import close, jit, plain_selu, quadrature
@@ -453,7 +452,7 @@ def test_evonorm_b0_stores_several_batches_as_one_and_maps_examples():
     want, left = run(x)
     whole = left["batch_stats"]["var"]
     seen = [run(part)[1]["moments"]["batch"][0] for part in (x[:2], x[2:])]
-    merged = absorb(Running(var=jnp.ones(6)), jax.tree.map(lambda *parts: jnp.stack(parts), *seen))
+    merged = merge_into(Running(var=jnp.ones(6)), jax.tree.map(lambda *parts: jnp.stack(parts), *seen))
     close(merged.var, whole, 1e-5)
     mapped: Any = linen.EvoNormB0("@b ...", layout="... c", use_running_average=False)
     single = jit(lambda x: mapped.init(jax.random.key(0), x))(x[0])  # outside of the mapped axis

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax.typing import ArrayLike
 
-from normjax import around, layer, rows
+from normjax import batch, layer, response, tokens
 from normjax.linen.norms import Dtype, Initializer
 from normjax.linen.units import _param
 from normjax.moments import as_floating
@@ -18,7 +18,7 @@ ONES, ZEROS = initializers.ones, initializers.zeros
 
 
 class VirtualBatchNorm(nn.Module):
-    """Each example by the statistics of a reference batch that it is added to; see `around.virtual_batch`.
+    """Each example by the statistics of a reference batch that it is added to; see `batch.virtual_batch`.
 
     The layer takes both and returns both: the reference batch goes through the network beside the examples.
 
@@ -42,7 +42,7 @@ class VirtualBatchNorm(nn.Module):
 
     epsilon: float = 1e-5
     layout: str = "n ... c"
-    field: str = rows.BATCH
+    field: str = batch.BATCH
     use_scale: bool = True
     use_bias: bool = True
     dtype: Dtype | None = None
@@ -65,7 +65,7 @@ class VirtualBatchNorm(nn.Module):
         bias = _param(self, "bias", x, self.use_bias)
         n = Normalizer(self.field, None)  # while initializing, mapped axes need not exist yet
         field = (n.local() if self.is_initializing() else n).fields[0]
-        out, known = around.virtual_batch(
+        out, known = batch.virtual_batch(
             x, reference, self.layout, field=field, scale=scale, bias=bias, eps=self.epsilon, mask=mask,
             reference_mask=reference_mask,
         )  # fmt: skip
@@ -73,7 +73,7 @@ class VirtualBatchNorm(nn.Module):
 
 
 class FilterResponseNorm(nn.Module):
-    """Filter response norm and its thresholded linear unit; see `around.filter_response`.
+    """Filter response norm and its thresholded linear unit; see `response.filter_response`.
 
     Attributes:
       epsilon: added to the mean square, and where `eps` starts if it is learned. [units of x squared]
@@ -119,12 +119,12 @@ class FilterResponseNorm(nn.Module):
         eps: Any = self.epsilon
         if self.learn_eps:
             eps = self.param("eps", initializers.constant(self.epsilon), (), self.param_dtype)
-        out = around.filter_response(x, self.layout, scale=scale, bias=bias, tau=tau, eps=eps, mask=mask)
+        out = response.filter_response(x, self.layout, scale=scale, bias=bias, tau=tau, eps=eps, mask=mask)
         return out.y.astype(self.dtype or x.dtype)
 
 
 class ScaleNorm(nn.Module):
-    """Vectors of channels at one learned length; see `rows.l2`.
+    """Vectors of channels at one learned length; see `tokens.l2`.
 
     Attributes:
       epsilon: added to the squared length. [units of x squared]
@@ -153,12 +153,12 @@ class ScaleNorm(nn.Module):
         (channels,) = layer.channel_shape(self.layout, x.shape)
         make = initializers.constant(channels**0.5) if self.scale_init is None else self.scale_init
         scale = self.param("scale", make, (), self.param_dtype)
-        out = normalize(x, rows.l2(channels, eps=self.epsilon), self.layout, scale=scale, mask=mask)
+        out = normalize(x, tokens.l2(channels, eps=self.epsilon), self.layout, scale=scale, mask=mask)
         return out.y.astype(self.dtype or x.dtype)
 
 
 class PartialRMSNorm(nn.Module):
-    """RMS norm by the first channels; see `around.partial_rms`.
+    """RMS norm by the first channels; see `tokens.partial_rms`.
 
     Attributes:
       fraction: of the channels, rounded up.
@@ -193,19 +193,19 @@ class PartialRMSNorm(nn.Module):
         x = layer.promoted(as_floating(x, "PartialRMSNorm"), self.dtype)
         scale = _param(self, "scale", x, self.use_scale, scale)
         bias = _param(self, "bias", x, self.use_bias, bias)
-        out = around.partial_rms(
+        out = tokens.partial_rms(
             x, self.layout, fraction=self.fraction, scale=scale, bias=bias, eps=self.epsilon, mask=mask
         )
         return out.y.astype(self.dtype or x.dtype)
 
 
 class QKNorm(nn.Module):
-    """Query and key, each normalized over the axis of a head; see `around.qk`.
+    """Query and key, each normalized over the axis of a head; see `tokens.qk`.
 
     Attributes:
       kind: "rms", "layer" or "l2".
       epsilon: None takes that of the kind.
-      length: for "l2", the length of sequences, which tells where the factor starts (`around.qk_scale`).
+      length: for "l2", the length of sequences, which tells where the factor starts (`tokens.qk_scale`).
       layout: name of each axis of both; c is the axis of a head.
       use_scale: whether factors are learned: `query_scale` and `key_scale`, `[head_dim]`; for "l2" `query_scale` alone, a
         scalar in place of the division by sqrt(head_dim).
@@ -236,12 +236,12 @@ class QKNorm(nn.Module):
         query, key = (layer.promoted(as_floating(a, "QKNorm"), self.dtype) for a in (query, key))
         query_scale = key_scale = None
         if self.use_scale and self.kind == "l2":
-            make = initializers.constant(around.qk_scale(self.length))
+            make = initializers.constant(tokens.qk_scale(self.length))
             query_scale = self.param("query_scale", make, (), self.param_dtype)
         elif self.use_scale:
             query_scale = _param(self, "query_scale", query, make=self.scale_init)
             key_scale = _param(self, "key_scale", query, make=self.scale_init)
-        q, k = around.qk(
+        q, k = tokens.qk(
             query, key, self.layout, kind=self.kind, query_scale=query_scale, key_scale=key_scale, eps=self.epsilon
         )
         return q.astype(self.dtype or q.dtype), k.astype(self.dtype or k.dtype)

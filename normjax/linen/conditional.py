@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax.typing import ArrayLike
 
-from normjax import conditional, layer
+from normjax import conditional, layer, spade
 from normjax.conditional import Modulation
 from normjax.field import axes
 from normjax.linen.norms import Norm
@@ -118,7 +118,7 @@ class FiLM(nn.Module):
     Attributes:
       normalizer: what is done before, a Normalizer or the name of a row; None does nothing.
       layout: name of each axis of the input.
-      order: the parts of the map's output, in the order of the checkpoint, see `normjax.conditional.split`.
+      order: the parts of the map's output, in the order of the checkpoint, see `normjax.conditional.split_modulation`.
       around: added to the scale.
       activation: applied to the condition first.
       use_running_average: whether to normalize with the stored statistics, for rows that have any.
@@ -249,12 +249,12 @@ class SPADE(nn.Module):
         """Normalizes x; the map of labels is resized to it by the nearest element."""
         x, labels = as_floating(x, "SPADE"), as_floating(labels, "SPADE")
         (features,), (labelled,) = (layer.channel_shape(self.layout, a.shape) for a in (x, labels))
-        shapes = conditional.kernel_shapes(features, labelled, x.ndim - 2, self.hidden, self.kernel_size)
+        shapes = spade.kernel_shapes(features, labelled, x.ndim - 2, self.hidden, self.kernel_size)
 
         def learned(name: str) -> Any:
             init = self.bias_init if name.endswith("_bias") else self.kernel_init
             return self.param(name, init, getattr(shapes, name), self.param_dtype)
 
-        learnt = conditional.Convolutions(*(learned(name) for name in conditional.Convolutions._fields))
+        learnt = spade.Convolutions(*(learned(name) for name in spade.Convolutions._fields))
         size = tuple(x.shape[axis] for axis in axes(self.layout, x.ndim).get("...", ()))
-        return _modulated(self, x, conditional.from_map(labels, learnt, self.layout, size), use_running_average, mask)
+        return _modulated(self, x, spade.from_map(labels, learnt, self.layout, size), use_running_average, mask)

@@ -9,8 +9,8 @@ from flax.linen import initializers
 from jax.typing import ArrayLike
 
 from normjax import kalman, layer
-from normjax.belief import Belief, Filtered
 from normjax.moments import as_floating
+from normjax.propagate import Belief, Filtered
 from normjax.running import Running, slots
 from normjax.theory import Normalizer, row
 
@@ -22,7 +22,7 @@ class KalmanNorm(nn.Module):
     """Normalizes with the mixture of a prediction and the batch's statistics; returns y and the beliefs to predict from.
 
     The beliefs travel through the model by hand: a layer takes the prior of its input, and what it returns goes with the
-    next kernel through `normjax.belief.predict`. At inference the stored statistics normalize, and no prior is used, in rows
+    next kernel through `normjax.propagate.predict`. At inference the stored statistics normalize, and no prior is used, in rows
     that store any; in the others ("group": group Kalman normalization) it is as in training.
 
     Attributes:
@@ -47,7 +47,7 @@ class KalmanNorm(nn.Module):
 
     Source: Wang et al. 2018.
 
-    >>> from normjax.belief import join, predict
+    >>> from normjax.propagate import join, predict
     >>> class Stack(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, x, train):

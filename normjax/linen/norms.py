@@ -408,7 +408,7 @@ class BatchRenorm(Norm):
     """Batch renormalization: in training, y is what the stored statistics would give, within limits; row "batch" of TABLE.
 
     The paper trains with limits (1, 0), which is batch norm, for 5000 steps, and widens them to (3, 5); a schedule passes
-    them at the call: `layer(x, renorm=normjax.renorm.limits_at(step))`.
+    them at the call: `layer(x, renorm=normjax.running.limits_at(step))`.
 
     Attributes:
       normalizer: "batch", or another row that stores all its moments.

@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from normjax import around, rows
+from normjax import batch, batch_extremes, response
 from normjax.linen.norms import Norm, _apply_norm, _stored
 from normjax.moments import as_floating
 from normjax.running import slots
@@ -41,7 +41,7 @@ class L1BatchNorm(_Row):
       normalized: whether sqrt(pi / 2) makes it a standard deviation of Gaussian data.
       field: what is averaged; with mapped axes "@data n ...".
 
-    All others are those of `Norm`. The authors average with momentum 0.1; first values: see `dialects.start`.
+    All others are those of `Norm`. The authors average with momentum 0.1; first values: see `running.published_start`.
 
     Source: Hoffer et al. 2018, section 4.
 
@@ -51,15 +51,15 @@ class L1BatchNorm(_Row):
     """
 
     normalized: bool = True
-    field: str = rows.BATCH
+    field: str = batch.BATCH
 
     @nn.nowrap
     def _row(self) -> Normalizer:
-        return rows.l1_batch(self.field, eps=self.epsilon, normalized=self.normalized)
+        return batch.l1_batch(self.field, eps=self.epsilon, normalized=self.normalized)
 
 
 class LpBatchNorm(_Row):
-    """Batch norm by the mean of |v| ** p; see `rows.lp_batch`.
+    """Batch norm by the mean of |v| ** p; see `batch.lp_batch`.
 
     Attributes:
       p: the order, 1 or more.
@@ -77,15 +77,15 @@ class LpBatchNorm(_Row):
 
     p: float = 2
     calibrated: bool = False
-    field: str = rows.BATCH
+    field: str = batch.BATCH
 
     @nn.nowrap
     def _row(self) -> Normalizer:
-        return rows.lp_batch(self.p, self.field, eps=self.epsilon, calibrated=self.calibrated)
+        return batch.lp_batch(self.p, self.field, eps=self.epsilon, calibrated=self.calibrated)
 
 
 class TopKBatchNorm(_Row):
-    """Batch norm by the mean of the k largest |v|; see `rows.top_batch`.
+    """Batch norm by the mean of the k largest |v|; see `batch_extremes.top_batch`.
 
     Attributes:
       k: how many.
@@ -106,11 +106,11 @@ class TopKBatchNorm(_Row):
     k: int = 10
     size: int | None = None
     calibrated: bool = False
-    field: str = rows.BATCH
+    field: str = batch.BATCH
 
     @nn.nowrap
     def _row(self) -> Normalizer:
-        return rows.top_batch(self.k, self.size, self.field, eps=self.epsilon, calibrated=self.calibrated)
+        return batch_extremes.top_batch(self.k, self.size, self.field, eps=self.epsilon, calibrated=self.calibrated)
 
 
 class LinfBatchNorm(TopKBatchNorm):
@@ -146,7 +146,7 @@ class VarianceNorm(_Row):
 
 
 class ExtendedBatchNorm(_Row):
-    """Batch norm with a mean for each channel and one spread for all; see `rows.extended_batch`.
+    """Batch norm with a mean for each channel and one spread for all; see `batch.extended_batch`.
 
     Attributes:
       epsilon: added to the variance. [units of x squared]
@@ -163,7 +163,7 @@ class ExtendedBatchNorm(_Row):
 
     @nn.nowrap
     def _row(self) -> Normalizer:
-        return rows.extended_batch(eps=self.epsilon)
+        return batch.extended_batch(eps=self.epsilon)
 
 
 class PositionNorm(_Row):
@@ -206,7 +206,7 @@ class LocalContextNorm(_Row):
 
     @nn.nowrap
     def _row(self) -> Normalizer:
-        return rows.local_context(self.window, self.groups, eps=self.epsilon)
+        return response.local_context(self.window, self.groups, eps=self.epsilon)
 
 
 class _Measured(_Row):
@@ -257,16 +257,16 @@ class GhostBatchNorm(_Measured):
 
     @nn.nowrap
     def _row(self) -> Normalizer:
-        return rows.ghost_batch(1, eps=self.epsilon)
+        return batch.ghost_batch(1, eps=self.epsilon)
 
     @nn.nowrap
     def _measure(self, x: jax.Array, mask: Any, update: bool) -> tuple[Normalizer, Stats | None]:
         strict = not self.is_initializing()
-        return rows.ghost_row(x.shape, self.layout, self.examples, self.epsilon, strict=strict), None
+        return batch.ghost_row(x.shape, self.layout, self.examples, self.epsilon, strict=strict), None
 
 
 class RangeBatchNorm(_Measured):
-    """Batch norm by the mean range of parts of the batch; see `around.range_batch`.
+    """Batch norm by the mean range of parts of the batch; see `batch_extremes.range_batch`.
 
     Attributes:
       size: elements of a part in training, examples * positions, on which the constant depends. Required.
@@ -287,21 +287,21 @@ class RangeBatchNorm(_Measured):
     size: int | None = None
     parts: int = 16
     calibrated: bool = False
-    field: str = rows.BATCH
+    field: str = batch.BATCH
 
     @nn.nowrap
     def _row(self) -> Normalizer:
-        return rows.range_row(self.size, self.field, eps=self.epsilon, calibrated=self.calibrated)
+        return batch_extremes.range_row(self.size, self.field, eps=self.epsilon, calibrated=self.calibrated)
 
     @nn.nowrap
     def _measure(self, x: jax.Array, mask: Any, update: bool) -> tuple[Normalizer, Stats | None]:
         n, starting = self._row(), self.is_initializing()
         field = (n.local() if starting else n).fields[0]
-        return n, around.mean_range(x, self.layout, field, parts=1 if starting else self.parts, mask=mask)
+        return n, batch_extremes.mean_range(x, self.layout, field, parts=1 if starting else self.parts, mask=mask)
 
 
 class GhostTopKBatchNorm(TopKBatchNorm, _Measured):
-    """Batch norm by a moving average of the mean of the k largest |v|, in training too; see `around.ghost_top`.
+    """Batch norm by a moving average of the mean of the k largest |v|, in training too; see `batch_extremes.ghost_top`.
 
     Attributes:
       beta: weight of the average before, stored in `batch_stats` as `top`, from 0 on.
@@ -323,7 +323,7 @@ class GhostTopKBatchNorm(TopKBatchNorm, _Measured):
         top = _stored(self, "top", slots(n, self.layout, x.shape)["var"]._replace(fill=0.0), self.stats_names)
         if self.is_initializing():
             return n, None
-        stats, kept = around.stored_top(x, top.value, n, self.layout, beta=self.beta, mask=mask)
+        stats, kept = batch_extremes.stored_top(x, top.value, n, self.layout, beta=self.beta, mask=mask)
         if update:
             top.value = kept
         return n, stats

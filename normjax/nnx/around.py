@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx.nn import initializers
 from jax.typing import ArrayLike
 
-from normjax import around, layer, rows
+from normjax import batch, layer, response, tokens
 from normjax.moments import as_floating
 from normjax.nnx.norms import _ONES, _ZEROS, Dtype, Initializer, _parameter, _value
 from normjax.theory import normalize
@@ -47,7 +47,7 @@ class VirtualBatchNorm(nnx.Module):
         *,
         epsilon: float = 1e-5,
         layout: str = "n ... c",
-        field: str = rows.BATCH,
+        field: str = batch.BATCH,
         use_scale: bool = True,
         use_bias: bool = True,
         dtype: Dtype | None = None,
@@ -73,7 +73,7 @@ class VirtualBatchNorm(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the normalized x and the normalized reference; masks as for `normjax.normalize`."""
         x, reference = (layer.promoted(as_floating(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
-        out, known = around.virtual_batch(
+        out, known = batch.virtual_batch(
             x, reference, self.layout, field=self.field, scale=_value(self.scale), bias=_value(self.bias),
             eps=self.epsilon, mask=mask, reference_mask=reference_mask,
         )  # fmt: skip
@@ -132,7 +132,7 @@ class FilterResponseNorm(nnx.Module):
     def __call__(self, x: ArrayLike, *, mask=None, scale=None, bias=None) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
         x = layer.promoted(as_floating(x, "FilterResponseNorm"), self.dtype)
-        out = around.filter_response(
+        out = response.filter_response(
             x, self.layout, scale=_beside(scale, self.scale), bias=_beside(bias, self.bias), tau=_value(self.tau),
             eps=self.epsilon if self.eps is None else self.eps[...], mask=mask,
         )  # fmt: skip
@@ -169,7 +169,7 @@ class ScaleNorm(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.features = features
-        self.normalizer = rows.l2(features, eps=epsilon)
+        self.normalizer = tokens.l2(features, eps=epsilon)
         self.layout = layout
         self.dtype = dtype
         make = initializers.constant(features**0.5) if scale_init is None else scale_init
@@ -230,7 +230,7 @@ class PartialRMSNorm(nnx.Module):
     def __call__(self, x: ArrayLike, *, mask=None, scale=None, bias=None) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
         x = layer.promoted(as_floating(x, "PartialRMSNorm"), self.dtype)
-        out = around.partial_rms(
+        out = tokens.partial_rms(
             x, self.layout, fraction=self.fraction, scale=_beside(scale, self.scale), bias=_beside(bias, self.bias),
             eps=self.epsilon, mask=mask,
         )  # fmt: skip
@@ -278,7 +278,7 @@ class QKNorm(nnx.Module):
         self.layout = layout
         self.dtype = dtype
         if kind == "l2":
-            start = jnp.asarray(around.qk_scale(length), param_dtype) if use_scale else None
+            start = jnp.asarray(tokens.qk_scale(length), param_dtype) if use_scale else None
             self.query_scale = nnx.Param(start) if use_scale else nnx.data(None)
             self.key_scale = nnx.data(None)
         else:
@@ -288,7 +288,7 @@ class QKNorm(nnx.Module):
     def __call__(self, query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Returns both, normalized."""
         query, key = (layer.promoted(as_floating(a, "QKNorm"), self.dtype) for a in (query, key))
-        q, k = around.qk(
+        q, k = tokens.qk(
             query, key, self.layout, kind=self.kind, query_scale=_value(self.query_scale),
             key_scale=_value(self.key_scale), eps=self.epsilon,
         )  # fmt: skip

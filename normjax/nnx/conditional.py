@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn import initializers
 from jax.typing import ArrayLike
 
-from normjax import conditional
+from normjax import conditional, spade
 from normjax.conditional import Modulation
 from normjax.field import axes
 from normjax.moments import as_floating
@@ -257,8 +257,8 @@ class SPADE(nnx.Module):
         bias_init: Any = _ZEROS,
         rngs: nnx.Rngs,
     ):
-        shapes = conditional.kernel_shapes(features, label_features, space, hidden, kernel_size)
-        for name in conditional.Convolutions._fields:
+        shapes = spade.kernel_shapes(features, label_features, space, hidden, kernel_size)
+        for name in spade.Convolutions._fields:
             init = bias_init if name.endswith("_bias") else kernel_init
             setattr(self, name, nnx.Param(init(rngs.params(), getattr(shapes, name), param_dtype)))
         self.norm = _norm(
@@ -272,6 +272,6 @@ class SPADE(nnx.Module):
     ) -> jax.Array:
         """Normalizes x; the map of labels is resized to it by the nearest element."""
         x = as_floating(x, "SPADE")
-        learned = conditional.Convolutions(*(getattr(self, name)[...] for name in conditional.Convolutions._fields))
+        learned = spade.Convolutions(*(getattr(self, name)[...] for name in spade.Convolutions._fields))
         size = tuple(x.shape[axis] for axis in axes(self.layout, x.ndim).get("...", ()))
-        return _modulated(self, x, conditional.from_map(labels, learned, self.layout, size), use_running_average, mask)
+        return _modulated(self, x, spade.from_map(labels, learned, self.layout, size), use_running_average, mask)

@@ -11,9 +11,9 @@ from flax.nnx.nn import initializers
 from jax.typing import ArrayLike
 
 from normjax import kalman, layer
-from normjax.belief import Belief, Filtered
 from normjax.field import FieldError
 from normjax.nnx.norms import Moments
+from normjax.propagate import Belief, Filtered
 from normjax.running import Running, slots
 from normjax.theory import Normalizer, row
 
@@ -59,7 +59,7 @@ class KalmanNorm(nnx.Module):
 
     Source: Wang et al. 2018.
 
-    >>> from normjax.belief import predict
+    >>> from normjax.propagate import predict
     >>> rngs = nnx.Rngs(0)
     >>> first, second = (KalmanNorm("batch", channels, rngs=rngs) for channels in (3, 5))
     >>> dense = nnx.Linear(3, 5, rngs=rngs)

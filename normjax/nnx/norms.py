@@ -42,7 +42,7 @@ class Penalty(nnx.Intermediate):
 
 
 class Moments(nnx.Intermediate):
-    """What a layer saw of the batch (`normjax.seen.Seen`), as `nnx.capture(model, Moments)` finds it."""
+    """What a layer saw of the batch (`normjax.running.BatchRecord`), as `nnx.capture(model, Moments)` finds it."""
 
 
 def _parameter(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from normjax import around, rows
+from normjax import batch, batch_extremes, response
 from normjax.moments import as_floating
 from normjax.nnx.norms import Norm, _apply_norm, _keeps_running, _uses_running
 from normjax.theory import TABLE
@@ -37,10 +37,10 @@ class L1BatchNorm(Norm):
         *,
         epsilon: float = 1e-5,
         normalized: bool = True,
-        field: str = rows.BATCH,
+        field: str = batch.BATCH,
         **kwargs: Any,
     ):
-        super().__init__(rows.l1_batch(field, eps=epsilon, normalized=normalized), features, **kwargs)
+        super().__init__(batch.l1_batch(field, eps=epsilon, normalized=normalized), features, **kwargs)
 
 
 class LpBatchNorm(Norm):
@@ -67,10 +67,10 @@ class LpBatchNorm(Norm):
         *,
         epsilon: float = 1e-5,
         calibrated: bool = False,
-        field: str = rows.BATCH,
+        field: str = batch.BATCH,
         **kwargs: Any,
     ):
-        super().__init__(rows.lp_batch(p, field, eps=epsilon, calibrated=calibrated), features, **kwargs)
+        super().__init__(batch.lp_batch(p, field, eps=epsilon, calibrated=calibrated), features, **kwargs)
 
 
 class TopKBatchNorm(Norm):
@@ -99,10 +99,10 @@ class TopKBatchNorm(Norm):
         size: int,
         epsilon: float = 1e-5,
         calibrated: bool = False,
-        field: str = rows.BATCH,
+        field: str = batch.BATCH,
         **kwargs: Any,
     ):
-        n = rows.top_batch(k, size, field, eps=epsilon, calibrated=calibrated)
+        n = batch_extremes.top_batch(k, size, field, eps=epsilon, calibrated=calibrated)
         super().__init__(n, features, **kwargs)
 
 
@@ -152,7 +152,7 @@ class ExtendedBatchNorm(Norm):
     """
 
     def __init__(self, features: int, *, epsilon: float = 1e-5, **kwargs: Any):
-        super().__init__(rows.extended_batch(eps=epsilon), features, **kwargs)
+        super().__init__(batch.extended_batch(eps=epsilon), features, **kwargs)
 
 
 class PositionNorm(Norm):
@@ -190,7 +190,7 @@ class LocalContextNorm(Norm):
     """
 
     def __init__(self, features: int, window: int = 9, groups: int = 8, *, epsilon: float = 1e-5, **kwargs: Any):
-        super().__init__(rows.local_context(window, groups, eps=epsilon), features, **kwargs)
+        super().__init__(response.local_context(window, groups, eps=epsilon), features, **kwargs)
 
 
 class GhostBatchNorm(Norm):
@@ -210,13 +210,13 @@ class GhostBatchNorm(Norm):
     """
 
     def __init__(self, features: int, examples: int = 32, *, epsilon: float = 1e-5, **kwargs: Any):
-        super().__init__(rows.ghost_batch(1, eps=epsilon), features, **kwargs)
+        super().__init__(batch.ghost_batch(1, eps=epsilon), features, **kwargs)
         self.examples = examples
 
     def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **kwargs: Any) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
         average = _uses_running(self, use_running_average)
-        n = rows.ghost_row(jnp.shape(x), self.layout, None if average else self.examples, self.normalizer.eps)
+        n = batch.ghost_row(jnp.shape(x), self.layout, None if average else self.examples, self.normalizer.eps)
         return _apply_norm(self, n, x, average, **kwargs)
 
 
@@ -247,10 +247,10 @@ class RangeBatchNorm(Norm):
         size: int,
         epsilon: float = 1e-5,
         calibrated: bool = False,
-        field: str = rows.BATCH,
+        field: str = batch.BATCH,
         **kwargs: Any,
     ):
-        super().__init__(rows.range_row(size, field, eps=epsilon, calibrated=calibrated), features, **kwargs)
+        super().__init__(batch_extremes.range_row(size, field, eps=epsilon, calibrated=calibrated), features, **kwargs)
         self.field = field
         self.parts = parts
 
@@ -260,7 +260,7 @@ class RangeBatchNorm(Norm):
         """Normalizes x; arguments as for `Norm`."""
         x, average, measured = as_floating(x, "Norm"), _uses_running(self, use_running_average), None
         if not average:
-            measured = around.mean_range(x, self.layout, self.field, parts=self.parts, mask=mask)
+            measured = batch_extremes.mean_range(x, self.layout, self.field, parts=self.parts, mask=mask)
         return _apply_norm(self, self.normalizer, x, average, mask=mask, measured=measured, **kwargs)
 
 
@@ -299,6 +299,6 @@ class GhostTopKBatchNorm(TopKBatchNorm):
         average, measured = _uses_running(self, use_running_average), None
         update = _keeps_running(self, update_running_average)
         if not average:
-            measured, kept = around.stored_top(x, self.top[...], n, self.layout, beta=self.beta, mask=mask)
+            measured, kept = batch_extremes.stored_top(x, self.top[...], n, self.layout, beta=self.beta, mask=mask)
             self.top[...] = kept if update else self.top[...]
         return _apply_norm(self, n, x, average, update_running_average=update, mask=mask, measured=measured, **kwargs)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from normjax import moments
-from normjax.running import Running, as_stats, stores
+from normjax.running.state import Running, as_stats, stores
 from normjax.theory import Normalizer, Stats
 
 
@@ -49,7 +49,7 @@ def corrections(
     [[5.0], [15.0]]
     """
     n = normalizer
-    check(n, limits)
+    require_renormalizable(n, limits)
     if jnp.iscomplexobj(stats.mean) or jnp.iscomplexobj(running.mean):
         raise TypeError("batch renormalization keeps a shift within limits, which complex numbers have not")
     work = stats.var.dtype
@@ -69,7 +69,7 @@ def corrections(
     return jax.lax.stop_gradient((r, d))
 
 
-def check(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
+def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
     """Raises ValueError where batch renormalization has no meaning.
 
     >>> from normjax import TABLE

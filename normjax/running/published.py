@@ -8,12 +8,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from normjax import moments, running
-from normjax.running import Running
+from normjax import moments
+from normjax.running import averaging, state
+from normjax.running.state import Running
 from normjax.theory import Normalizer, Stats
 
 
-class Dialect(NamedTuple):
+class PublishedAveraging(NamedTuple):
     """How a published code averages: weight of the old value, first values, the row's eps, and what is averaged."""
 
     momentum: float
@@ -23,20 +24,20 @@ class Dialect(NamedTuple):
     inverse: bool = False
 
 
-DIALECTS: Mapping[str, Dialect] = MappingProxyType(
+PUBLISHED_AVERAGING: Mapping[str, PublishedAveraging] = MappingProxyType(
     {
-        "flax": Dialect(0.99, 0.0, 1.0, 1e-5),
+        "flax": PublishedAveraging(0.99, 0.0, 1.0, 1e-5),
         # Lubana et al. 2021: batch norm starts its mean at 1
-        "lubana": Dialect(0.9, 1.0, 1.0, 1e-5),
+        "lubana": PublishedAveraging(0.9, 1.0, 1.0, 1e-5),
         # Hoffer et al. 2018, mean_bn.py: nine tenths are the newest batch's; no eps
-        "hoffer": Dialect(0.1, 0.0, 0.0, 0.0),
+        "hoffer": PublishedAveraging(0.1, 0.0, 0.0, 0.0),
         # the same, lp_norm.py: what is averaged is 1 / d, from 0 on, which is a moment of inf
-        "hoffer_lp": Dialect(0.1, 0.0, math.inf, 1e-5, True),
+        "hoffer_lp": PublishedAveraging(0.1, 0.0, math.inf, 1e-5, True),
     }
 )
 
 
-def start(normalizer: Normalizer, layout: str, shape: tuple[int, ...], dialect: str = "flax") -> Running:
+def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...], dialect: str = "flax") -> Running:
     """The statistics before the first batch, in a dialect of DIALECTS; `running.initial` with other first values.
 
     A layer starts so with `mean_init` and `var_init`; but not with "hoffer_lp", whose updates are `step`'s.
@@ -45,24 +46,26 @@ def start(normalizer: Normalizer, layout: str, shape: tuple[int, ...], dialect: 
     >>> start(TABLE["batch"], "n c", (8, 2), "lubana").mean
     Array([1., 1.], dtype=float32)
     """
-    moments.choose("dialect", dialect, tuple(DIALECTS))
-    first = running.initial(normalizer, layout, shape)
+    moments.choose("dialect", dialect, tuple(PUBLISHED_AVERAGING))
+    first = state.initial(normalizer, layout, shape)
     fill = {
-        name: value for name, value in DIALECTS[dialect]._asdict().items() if getattr(first, name, None) is not None
+        name: value
+        for name, value in PUBLISHED_AVERAGING[dialect]._asdict().items()
+        if getattr(first, name, None) is not None
     }
     return first._replace(**{name: jnp.full_like(getattr(first, name), value) for name, value in fill.items()})
 
 
-def step(kept: Running, batch: Stats, normalizer: Normalizer, dialect: str = "flax") -> Running:
+def published_update(kept: Running, batch: Stats, normalizer: Normalizer, dialect: str = "flax") -> Running:
     """Moves the statistics towards those of a batch (`running.observe`), in a dialect of DIALECTS.
 
     Averages of 1 / d favour the batches of small spread, and are wrong by Jensen's inequality; they are here to read
     what such code has trained.
     """
-    moments.choose("dialect", dialect, tuple(DIALECTS))
-    way = DIALECTS[dialect]
+    moments.choose("dialect", dialect, tuple(PUBLISHED_AVERAGING))
+    way = PUBLISHED_AVERAGING[dialect]
     if not way.inverse:
-        return running.update(kept, batch, way.momentum)
+        return averaging.update(kept, batch, way.momentum)
     if kept.var is None or batch.var is None or not normalizer.power or not normalizer.gain:
         raise ValueError(f"dialect={dialect!r} averages 1 / d, which {normalizer} does not store")
     n = normalizer
@@ -70,5 +73,5 @@ def step(kept: Running, batch: Stats, normalizer: Normalizer, dialect: str = "fl
     mixed = (way.momentum * old + (1 - way.momentum) * new).astype(new.dtype)
     var = (mixed ** (-1 / n.power) - n.eps) / n.gain
     seen = jnp.isfinite(batch.var) & jnp.isfinite(var) & (jnp.asarray(batch.var_weight) > 0)
-    mean = running.update(kept._replace(var=None), batch, way.momentum).mean
+    mean = averaging.update(kept._replace(var=None), batch, way.momentum).mean
     return kept._replace(mean=mean, var=lax.stop_gradient(jnp.where(seen, var, kept.var)))

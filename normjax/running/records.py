@@ -1,7 +1,7 @@
-"""What the layers of a model saw of several batches, stored at once: micro-batches, and recalibration over a data set.
+"""What the layers of a model measured on several batches, stored at once: micro-batches, and recalibration over a data set.
 
-A layer leaves a `Seen` of each batch (linen sows it into `moments`, nnx captures it as `Moments`). Statistics that merge
-(`running.merge`) are stored as if the layer had seen all the batches as one.
+A layer leaves a `BatchRecord` of each batch (linen sows it into `moments`, nnx captures it as `Moments`). Statistics that
+merge (`running.merge`) are stored as if the layer had seen all the batches as one.
 """
 
 import dataclasses
@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from normjax.running import Running, merge_stacked, unbiased, update
+from normjax.running.averaging import unbiased, update
+from normjax.running.merging import merge_stacked
+from normjax.running.state import Running
 from normjax.theory import Stats
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Seen:
+class BatchRecord:
     """What a layer saw of a batch, for those who store the statistics of several batches at once.
 
     Attributes:
@@ -65,13 +67,13 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     left = seen.get("batch") if isinstance(seen, Mapping) else None
     if isinstance(left, tuple) and len(left) == 1:  # a layer may be called "batch" too
         mine = {name: value for name, value in before.items() if name in Running._fields}
-        new = absorb(Running(**mine), left[0])._asdict()
+        new = merge_into(Running(**mine), left[0])._asdict()
         return {k: new[k] if k in mine else merge_trees(before[k], after[k], {}) for k in before}
     below = seen if isinstance(seen, Mapping) else {}
     return {k: merge_trees(before[k], after[k], below.get(k, {})) for k in before}
 
 
-def absorb(running: Running, seen: Seen) -> Running:
+def merge_into(running: Running, seen: BatchRecord) -> Running:
     """The stored statistics after one update with what a layer saw of several batches, stacked along a first axis.
 
     Layers side by side (`vmap`, `scan`) have their own axes after that one.
@@ -81,7 +83,7 @@ def absorb(running: Running, seen: Seen) -> Running:
     Array(1., dtype=float32)
     """
 
-    def one(running: Running, seen: Seen) -> Running:
+    def one(running: Running, seen: BatchRecord) -> Running:
         merged = merge_stacked(seen.stats, seen.mergeable)
         return update(running, unbiased(merged) if seen.unbiased else merged, seen.momentum[0], seen.averaging)
 
@@ -122,7 +124,7 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
                              "it was not called")  # fmt: skip
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *calls)
         whole = dataclasses.replace(whole, momentum=jnp.zeros_like(whole.momentum), averaging="exponential")
-        new = absorb(Running(stored.get("mean"), stored.get("var")), whole)._asdict()
+        new = merge_into(Running(stored.get("mean"), stored.get("var")), whole)._asdict()
         for name in ("mean", "var"):
             if (old := stored.get(f"{name}_count")) is not None:
                 batches = jnp.sum(getattr(whole.stats, f"{name}_weight") > 0, 0)

@@ -1,0 +1,230 @@
+"""Batch norm by extreme values: the mean of the k largest |v|, and the range of parts of the batch.
+
+Extremes are not averages, so their running statistics need a step beside `normalize`: a range is measured by parts of the
+batch and averaged (Banner et al. 2018), the k largest are averaged over batches (Hoffer et al. 2018).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.batch import BATCH
+from normjax.field import Field
+from normjax.gaussian import bounds_constant, gaussian_largest
+from normjax.order import top
+from normjax.running import Running, as_stats, observe, update
+from normjax.theory import Normalized, Normalizer, Stats, equation, normalize
+
+
+def top_batch(
+    k: int, size: int | None, field: Field | str = BATCH, *, eps: float = 1e-5, calibrated: bool = False
+) -> Normalizer:
+    """Top-k batch norm: v / (eps + C * mean of the k largest |v|); L-infinity batch norm for k = 1.
+
+    Args:
+      k: how many.
+      size: number n of elements behind each statistic in training, examples * positions (all shards'): C(n) has to stay
+        the same at inference, where the batch is another.
+      field: A and B.
+      eps: added to the spread. [units of x]
+      calibrated: C = 1 / E[mean of the k largest of n]. The paper's C(n) gives 1.42 standard deviations for k = 1 and
+        1.19 for k = 10 of n = 1024.
+
+    Source: Hoffer et al. 2018, section 4.
+
+    >>> top_batch(1, 1024).order, top_batch(10, 1024).order
+    (inf, top(k=10))
+    """
+    if size is None:
+        raise ValueError("top-k batch norm needs size, the number of elements behind each statistic in training")
+    if not 1 <= k <= size:
+        raise ValueError(f"k is within 1 and size={size}; found {k}")
+    gain = 1 / gaussian_largest(size, k) if calibrated else bounds_constant(size)
+    return Normalizer(field, field, eps=eps, gain=gain, power=1.0, order=math.inf if k == 1 else top(k))
+
+
+def range_row(
+    size: int | None, field: Field | str = BATCH, *, eps: float = 1e-5, calibrated: bool = False
+) -> Normalizer:
+    """The row of range batch norm, v / (eps + C * m), with m by `batch_extremes.mean_range` (alone, it takes the largest |v|).
+
+    Args:
+      size: number of elements of a part in training, on which C depends.
+      field: A, and what the parts' ranges are averaged over.
+      eps: added to the spread. [units of x]
+      calibrated: C is one over the expected range of Gaussian data; else the code's 0.35 * `bounds_constant`, half of
+        that of the maximum and a factor from experiments, which gives .81 to .98 standard deviations.
+
+    Raises:
+      ValueError: `size` is missing or less than 2.
+
+    Source: Banner et al. 2018, section 3, and the code of its authors.
+
+    >>> round(range_row(64).gain, 4), round(range_row(64, calibrated=True).gain, 4)
+    (0.1873, 0.2133)
+    """
+    if size is None or size < 2:
+        raise ValueError(f"range batch norm needs size, the number of elements of a part in training, at least 2; "
+                         f"found {size!r}")  # fmt: skip
+    gain = 0.5 / gaussian_largest(size, signed=True) if calibrated else 0.35 * bounds_constant(size)
+    return Normalizer(field, field, eps=eps, gain=gain, power=1.0, order=math.inf)
+
+
+def mean_range(
+    x: ArrayLike, layout: str, field: Field | str = BATCH, *, parts: int = 16, mask: ArrayLike | None = None
+) -> Stats:
+    """The mean over parts of the batch of max x - min x, as the `var` of statistics.
+
+    Args:
+      x: real array, axes as named by `layout`. [u]
+      layout: name of each axis.
+      field: as for `range_row`; parts lie within one shard of a mapped axis.
+      parts: number of equal parts of the examples.
+      mask: as for `normalize`; a part that is masked whole does not count.
+
+    Returns:
+      Statistics without a mean; the weight is the number of examples in parts that count.
+
+    Raises:
+      FieldError: the parts do not divide the batch.
+      TypeError: x holds integers or complex numbers.
+
+    Source: Banner et al. 2018, section 3.
+
+    >>> mean_range(jnp.array([[0.0], [4.0], [1.0], [3.0]]), "n c", parts=2).var.tolist()
+    [[3.0]]
+    """
+    x = moments.as_floating(x, "mean_range")
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"a range orders real numbers, found {x.dtype}")
+    field = Field.parse(field)
+    here = field.local() or Field(())
+    if parts > 1:
+        here = Field(tuple(dataclasses.replace(s, blocks=parts) if s.axis == "n" else s for s in here.spans))
+    u = equation(x, Normalizer(here, None), layout, mask=mask).centered  # a range is the same around any centre
+    peak = Normalizer(None, here, power=1.0, order=math.inf)
+    above, below = (equation(jnp.where(s * u > 0, s * u, 0), peak, layout, mask=mask).stats for s in (1, -1))
+    each = above.var + below.var
+    some = jnp.broadcast_to(jnp.asarray(above.var_weight) > 0, each.shape)
+    return equation(each, Normalizer(None, field, order=1), layout, mask=some).stats
+
+
+def range_batch(
+    x: ArrayLike,
+    layout: str = "n ... c",
+    *,
+    size: int,
+    parts: int = 16,
+    field: Field | str = BATCH,
+    eps: float = 1e-5,
+    calibrated: bool = False,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+) -> Normalized:
+    """Range batch norm: v / (eps + C * mean over parts of the batch of max v - min v).
+
+    Args:
+      x: array, axes as named by `layout`. [units u]
+      layout: name of each axis.
+      size: as for `range_row`.
+      parts: as for `mean_range`.
+      field: what is averaged.
+      eps: as for `range_row`. [u]
+      calibrated: the same.
+      scale: as for `normalize`.
+      bias: the same.
+      mask: the same.
+
+    Returns:
+      As `normalize`; the var of the statistics is the mean range.
+
+    Source: Banner et al. 2018, section 3.
+    """
+    row = range_row(size, field, eps=eps, calibrated=calibrated)
+    stats = mean_range(x, layout, field, parts=parts, mask=mask)
+    return normalize(x, row, layout, stats=stats, scale=scale, bias=bias, mask=mask)
+
+
+def moving_top(
+    x: ArrayLike,
+    previous: ArrayLike,
+    row: Normalizer,
+    layout: str = "n ... c",
+    *,
+    beta: float = 0.75,
+    mask: ArrayLike | None = None,
+) -> Stats:
+    """Statistics of a batch whose moment is a moving average, beta * previous + (1 - beta) * that of the batch.
+
+    Args:
+      x: array, axes as named by `layout`. [u]
+      previous: the average before, which broadcasts against x; 0 at first. No gradient goes through it. [u]
+      row: from `top_batch`.
+      layout: name of each axis.
+      beta: weight of the average before.
+      mask: as for `normalize`.
+
+    Source: Hoffer et al. 2018, their code.
+
+    >>> moving_top(jnp.array([[-1.0], [1.0]]), 5.0, Normalizer("n", "n", order=1), beta=0.5).var.tolist()
+    [[3.0]]
+    """
+    batch = equation(moments.as_floating(x, "moving_top"), row, layout, mask=mask).stats
+    previous = lax.stop_gradient(jnp.asarray(previous, batch.var.dtype))
+    return batch._replace(var=beta * previous + (1 - beta) * batch.var)
+
+
+def stored_top(
+    x: ArrayLike, kept: ArrayLike, row: Normalizer, layout: str, *, beta: float, mask: ArrayLike | None = None
+) -> tuple[Stats, jax.Array]:
+    """`moving_top` for a layer: the average before has the shape of a stored statistic, as the one that is returned beside.
+
+    >>> row = Normalizer("n", "n", order=1)
+    >>> stats, kept = stored_top(jnp.array([[-1.0], [1.0]]), jnp.array([5.0]), row, "n c", beta=0.5)
+    >>> stats.var.tolist(), kept.tolist()
+    ([[3.0]], [3.0])
+    """
+    shape, held = jnp.shape(x), Running(var=jnp.asarray(kept))
+    stats = moving_top(x, as_stats(held, row, layout, shape).var, row, layout, beta=beta, mask=mask)
+    return stats, update(held, observe(stats, row, layout, shape), 0.0).var
+
+
+def ghost_top(
+    x: ArrayLike,
+    previous: ArrayLike,
+    row: Normalizer,
+    layout: str = "n ... c",
+    *,
+    beta: float = 0.75,
+    published: bool = False,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+) -> tuple[Normalized, jax.Array]:
+    """Top-k batch norm by a moving average of the moment, in training too.
+
+    Args:
+      x: as for `moving_top`.
+      previous: the same, as it was returned.
+      row: the same.
+      layout: the same.
+      beta: the same.
+      published: the authors' code keeps C(n) times the average, so that C(n) enters anew at each step.
+      scale: as for `normalize`.
+      bias: the same.
+      mask: the same.
+
+    Returns:
+      As `normalize`, and the average to pass on, which broadcasts against x.
+
+    Source: Hoffer et al. 2018, their code.
+    """
+    stats = moving_top(x, previous, row, layout, beta=beta, mask=mask)
+    out = normalize(x, row, layout, stats=stats, scale=scale, bias=bias, mask=mask)
+    return out, lax.stop_gradient(row.gain * stats.var if published else stats.var)

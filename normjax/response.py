@@ -1,0 +1,111 @@
+"""Local response, local contrast, local context and filter response normalization.
+
+Their fields are windows of channels, windows of space, and whole maps. Libraries differ in what the factor alpha of local
+response norm multiplies, so each convention has a function of its own.
+"""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.batch import _same
+from normjax.theory import Normalized, Normalizer, normalize, parameter_beside
+
+
+def lrn_alexnet(n: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75) -> Normalizer:
+    """Local response norm, x / (k + alpha * sum of n squares) ** beta (Krizhevsky et al. 2012, section 3.3); n is odd.
+
+    >>> from normjax import TABLE
+    >>> lrn_alexnet() == TABLE["response"]
+    True
+    """
+    if n % 2 == 0:
+        raise ValueError(f"the window of AlexNet's formula is centred, so n is odd; found {n}")
+    return _response(n, k, alpha * n, beta)
+
+
+def lrn_torch(size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Normalizer:
+    """Local response norm as `torch.nn.LocalResponseNorm`: alpha times a mean of squares; an even window leans before.
+
+    The mean counts the zeros past the edge.
+    """
+    return _response(size, k, alpha, beta, "before")
+
+
+def lrn_tensorflow(depth_radius: int = 5, bias: float = 1.0, alpha: float = 1.0, beta: float = 0.5) -> Normalizer:
+    """Local response norm as `tf.nn.local_response_normalization`: alpha times the sum of 2 * depth_radius + 1 squares."""
+    return _response(2 * depth_radius + 1, bias, alpha * (2 * depth_radius + 1), beta)
+
+
+def lrn_onnx(size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Normalizer:
+    """Local response norm as ONNX's operator LRN: alpha / size times the sum of squares; an even window leans after."""
+    return _response(size, bias, alpha, beta)
+
+
+def _response(size: int, eps: float, gain: float, power: float, lean: str = "after") -> Normalizer:
+    return Normalizer(None, f"c:{size}", eps=eps, gain=gain, power=power, border="zero", lean=lean)
+
+
+def local_contrast(window: int = 9, shape: str = "gaussian", *, floor: bool = True, eps: float = 0.0) -> Normalizer:
+    """Local contrast norm: v / max(sigma, mean of sigma over the image), over a window of space and all channels.
+
+    Args:
+      window: width.
+      shape: "gaussian" (standard deviation width / 4), or "box". At the border the weights of what exists sum to 1.
+      floor: whether the spread is at least its mean.
+      eps: added to the variance; the paper has none. [units of x squared]
+
+    Source: Jarrett et al. 2009, section 2.1.
+    """
+    field = f"...:{window} c"
+    return Normalizer(field, field, eps=eps, floor="..." if floor else None, window=shape)
+
+
+def local_context(window: int = 9, groups: int = 8, *, eps: float = 1e-5) -> Normalizer:
+    """Local context norm: a window of space by a block of channels, truncated at the border (Ortiz et al. 2020).
+
+    >>> from normjax import TABLE
+    >>> local_context() == TABLE["local_context"]
+    True
+    """
+    return _same(f"...:{window} c/{groups}", eps)
+
+
+def filter_response(
+    x: ArrayLike,
+    layout: str = "n ... c",
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    tau: ArrayLike | None = None,
+    eps: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
+) -> Normalized:
+    """Filter response norm, and the thresholded linear unit behind it: max(scale * x / sqrt(E[x ** 2] + |eps|) + bias, tau).
+
+    Args:
+      x: floating-point array with axes of space. [units u]
+      layout: name of each axis.
+      scale: as for `normalize`.
+      bias: the same.
+      tau: the threshold, of the same shapes; None goes without.
+      eps: a number or a learned scalar, of which the absolute value counts. The paper fixes 1e-6, and learns it where maps
+        are a single element; Lubana et al. 2021 learn it everywhere, from 1e-5. [u ** 2]
+      mask: as for `normalize`; a masked output is the bias, or the threshold above it.
+
+    Raises:
+      TypeError: a threshold for complex x.
+
+    Source: Singh & Krishnan 2020, equations 1 to 4.
+
+    >>> (10 * filter_response(jnp.array([[[3.0], [-4.0]]]), tau=0.0, eps=0.0).y).round().tolist()
+    [[[8.0], [0.0]]]
+    """
+    out = normalize(x, "filter", layout, scale=scale, bias=bias, mask=mask, eps=jnp.abs(jnp.asarray(eps)))
+    if tau is None:
+        return out
+    if jnp.iscomplexobj(out.y):
+        raise TypeError(f"a threshold orders real numbers, found {out.y.dtype}; tau=None goes without")
+    wide = moments.wide(out.y.dtype)
+    threshold = parameter_beside(tau, out.y, layout, "tau", wide)
+    return out._replace(y=jnp.maximum(out.y.astype(wide), threshold).astype(out.y.dtype))

@@ -1,0 +1,44 @@
+"""Running statistics as values: what is stored for inference, and pure functions that update it.
+
+How a batch moves what is stored, by `averaging` (t counts the batches seen, one number for each stored element):
+
+    exponential    momentum * old + (1 - momentum) * new                                 as Flax; starts from 0 and 1
+    debiased       exponential, divided by the weight that it gives to batches, 1 - momentum ** t: the start does not count
+    cumulative     the mean of all batches, old + (new - old) / t
+
+What is stored is always the average itself, ready for use.
+"""
+
+from normjax.running.averaging import AVERAGES, unbias, unbiased, update
+from normjax.running.merging import merge, merge_stacked
+from normjax.running.published import PUBLISHED_AVERAGING, PublishedAveraging, published_start, published_update
+from normjax.running.records import BatchRecord, merge_into, merge_trees, recalibrated
+from normjax.running.renorm import corrections, limits_at, require_renormalizable
+from normjax.running.state import Running, Slot, as_stats, initial, observe, slots, stores
+
+__all__ = [
+    "AVERAGES",
+    "PUBLISHED_AVERAGING",
+    "BatchRecord",
+    "PublishedAveraging",
+    "Running",
+    "Slot",
+    "as_stats",
+    "corrections",
+    "initial",
+    "limits_at",
+    "merge",
+    "merge_into",
+    "merge_stacked",
+    "merge_trees",
+    "observe",
+    "published_start",
+    "published_update",
+    "recalibrated",
+    "require_renormalizable",
+    "slots",
+    "stores",
+    "unbias",
+    "unbiased",
+    "update",
+]

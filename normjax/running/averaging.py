@@ -1,0 +1,118 @@
+"""How a batch moves what is stored: an average by exponential, debiased or cumulative weights.
+
+Nothing that is not finite is ever stored, and a field without a valid element leaves its statistic as it was.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.running.state import Running
+from normjax.theory import Normalizer, Stats
+
+AVERAGES = ("exponential", "debiased", "cumulative")
+
+
+def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging: str = "exponential") -> Running:
+    """Moves the stored statistics towards those of a batch.
+
+    Args:
+      running: the stored statistics, with counts unless the averaging is exponential.
+      batch: those of a batch, from `observe`.
+      momentum: weight of the old value, as in Flax (PyTorch's is that of the new one); not used by "cumulative".
+      averaging: "exponential", "debiased" or "cumulative", see above.
+
+    Returns:
+      New statistics, float32 or wider (complex where the batch is). Elements without weight or not finite keep the old
+      value, and their count.
+
+    Raises:
+      ValueError: no averaging has this name, or `running` lacks the counts that it needs.
+
+    Source: debiased: Kingma & Ba 2015, section 3.
+
+    >>> batch = Stats(mean=jnp.array([1.0, 2.0]), mean_weight=jnp.array([4.0, 0.0]))
+    >>> update(Running(jnp.zeros(2)), batch, momentum=0.5).mean
+    Array([0.5, 0. ], dtype=float32)
+    >>> update(Running(jnp.zeros(2), mean_count=jnp.zeros(2, jnp.int32)), batch, 0.5, "debiased").mean
+    Array([1., 0.], dtype=float32)
+    """
+    moments.choose("averaging", averaging, AVERAGES)
+
+    def step(old, new, weight, count):
+        if old is None or new is None:
+            return old, count
+        if averaging == "exponential":
+            keep = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
+        elif count is None:
+            raise ValueError(f"averaging={averaging!r} needs the counts of batches beside the statistics; `initial` "
+                             "with the same averaging makes them")  # fmt: skip
+        else:
+            keep = (1 - _share(count + 1, momentum, averaging)).astype(new.dtype)
+        old = old.astype(np.result_type(moments.wide(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32))
+        mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
+        seen = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
+        mixed = jax.lax.stop_gradient(jnp.where(_sharded_like(seen, old), _sharded_like(mixed, old), old))
+        return mixed, None if count is None else count + _sharded_like(seen, old).astype(count.dtype)
+
+    mean, mean_count = step(running.mean, batch.mean, batch.mean_weight, running.mean_count)
+    var, var_count = step(running.var, batch.var, batch.var_weight, running.var_count)
+    return Running(mean, var, mean_count, var_count)
+
+
+def _share(t: jax.Array, momentum: ArrayLike, averaging: str) -> jax.Array:
+    """The weight of batch t in the average of t batches."""
+    t = t.astype(np.float32)
+    if averaging == "cumulative":
+        return 1 / t
+    decay = jnp.log(jnp.asarray(momentum, np.float32)) if not isinstance(momentum, float | int) else np.float32(
+        math.log(momentum) if momentum > 0 else -math.inf)  # fmt: skip
+    # (1 - momentum) / (1 - momentum ** t); for a momentum of one, its limit: the mean of all batches.
+    return jnp.where(decay < 0, jnp.expm1(decay) / jnp.expm1(jnp.where(decay < 0, decay, -1) * t), 1 / t)
+
+
+def _sharded_like(new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new value sharded as the stored one, which matters on meshes with explicit axes: a scan carries one type."""
+    have, want = jax.typeof(new).sharding, jax.typeof(old).sharding
+    if have.spec == want.spec:
+        return new
+    mesh = have.mesh if want.mesh.empty else want.mesh  # statistics made outside a mesh are replicated on any
+    return jax.sharding.reshard(new, jax.sharding.NamedSharding(mesh, want.spec))
+
+
+def unbias(stats: Stats, normalizer: Normalizer) -> Stats:
+    """The same statistics with the unbiased variance, var * w / (w - 1) for the weight w behind it, as PyTorch stores it.
+
+    Weights count elements here: w is their sum. Where it is one or less, no unbiased variance exists, and the weight
+    becomes 0, so that nothing is stored.
+
+    Raises:
+      ValueError: the row's moment is not a variance (order 2, A = B, no windows).
+
+    >>> from normjax import TABLE
+    >>> stats = Stats(jnp.zeros(1), jnp.array([1.5]), jnp.array([3.0]), jnp.array([3.0]))
+    >>> unbias(stats, TABLE["batch"]).var
+    Array([2.25], dtype=float32)
+    """
+    windows = any(span.window for field in normalizer.fields for span in field.spans)
+    if normalizer.order != 2 or normalizer.mean is None or normalizer.mean != normalizer.var or windows:
+        raise ValueError(f"unbiased=True needs a variance: order 2 and A = B, without windows; found {normalizer}")
+    return unbiased(stats)
+
+
+def unbiased(stats: Stats) -> Stats:
+    """`unbias` for statistics that are known to be of a variance.
+
+    >>> unbiased(Stats(None, jnp.array([1.0, 1.0]), None, jnp.array([2.0, 1.0])))[1::2]
+    (Array([2., 1.], dtype=float32), Array([2., 0.], dtype=float32))
+    """
+    if stats.var is None:
+        return stats
+    w = jnp.asarray(stats.var_weight)
+    enough = w > 1
+    factor = jnp.where(enough, w / jnp.where(enough, w - 1, 1), 1)
+    return stats._replace(var=stats.var * factor.astype(stats.var.dtype), var_weight=jnp.where(enough, w, 0))

@@ -1,0 +1,64 @@
+"""The statistics of several batches as those of one: merged means and moments (Chan et al. 1983)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from normjax.theory import Stats
+
+
+def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
+    """The statistics of two batches together, from those of each.
+
+    Right for rows whose A and B are the same field, and for moments around zero (A = None).
+
+    Args:
+      a: statistics with their weights, as `observe` gives them.
+      b: the same of the other batch.
+      order: of the moment.
+
+    Raises:
+      ValueError: another order than 2: only squares around two means combine.
+
+    Source: Chan, Golub & LeVeque 1983, equation 2.1.
+
+    >>> low, high = jnp.array([0.0, 2.0]), jnp.array([10.0, 14.0])
+    >>> one = Stats(jnp.array(1.0), jnp.array(1.0), jnp.array(2.0), jnp.array(2.0))
+    >>> other = Stats(jnp.array(12.0), jnp.array(4.0), jnp.array(2.0), jnp.array(2.0))
+    >>> merge(one, other).var == jnp.var(jnp.concatenate([low, high]))
+    Array(True, dtype=bool)
+    """
+    if order != 2 and a.var is not None:
+        raise ValueError(f"moments of order {order!r} cannot be merged, only those of order 2")
+    pairs = zip(a, b, strict=True)
+    return merge_stacked(Stats(*(None if p is None else jnp.stack([jnp.asarray(p), jnp.asarray(q)]) for p, q in pairs)))
+
+
+def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
+    """The statistics of many batches together, from those of each, stacked along a first axis.
+
+    Args:
+      stats: statistics with their weights, as `observe` gives them.
+      mergeable: False takes the weighted mean of the moments, for rows whose statistics do not merge exactly.
+
+    >>> parts = Stats(jnp.array([1.0, 12.0]), jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
+    >>> merge_stacked(parts)[:2]
+    (Array(6.5, dtype=float32), Array(32.75, dtype=float32))
+    """
+
+    def mean_of(values, weights):  # around the first value: a mean large beside its spread keeps its digits
+        weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
+        total = jnp.sum(weights, 0, keepdims=True)
+        share = (weights / jnp.where(total > 0, total, 1)).astype(values.dtype)
+        first = jnp.where(jnp.isfinite(values[:1]), values[:1], 0)
+        shifted = jnp.where(weights > 0, values - first, jnp.zeros((), values.dtype))
+        return jnp.where(total > 0, first + jnp.sum(share * shifted, 0, keepdims=True), 0), total
+
+    mean = mean_weight = var = var_weight = None
+    spread: Any = 0
+    if stats.mean is not None:
+        mean, mean_weight = mean_of(stats.mean, stats.mean_weight)
+        spread = jnp.abs(stats.mean - mean) ** 2 if mergeable else 0
+    if stats.var is not None:
+        var, var_weight = mean_of(stats.var + spread, stats.var_weight)
+    return Stats(*(None if s is None else s[0] for s in (mean, var, mean_weight, var_weight)))

@@ -1,0 +1,170 @@
+"""What is stored for inference: which moments, in which shapes, and how they lie beside an array.
+
+A moment is stored if and only if its own field mixes examples (an atom `n` or `@n`): the other is computed afresh, around
+the stored mean. Stored arrays lack the axes that are averaged whole and the axis of examples, so batch norm stores `[c]`
+as Flax does. Statistics of blocks of examples are merged first.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normjax import moments
+from normjax.field import EXAMPLES, Field, FieldError, axes, bind
+from normjax.running.averaging import AVERAGES
+from normjax.theory import Normalizer, Stats
+
+
+class Running(NamedTuple):
+    """Stored statistics, None for a moment that is computed afresh.
+
+    Attributes:
+      mean: float32 or wider, complex for complex data. [u]
+      var: float32 or wider. [u ** order]
+      mean_count: int32, of the shape of `mean`: batches that went into each element; None for exponential averages.
+      var_count: the same for `var`.
+    """
+
+    mean: Any = None
+    var: Any = None
+    mean_count: Any = None
+    var_count: Any = None
+
+
+def stores(normalizer: Normalizer) -> tuple[bool, bool]:
+    """Which moments are stored: a pair of booleans.
+
+    >>> from normjax import Normalizer, TABLE
+    >>> stores(TABLE["batch"]), stores(TABLE["layer"])
+    ((True, True), (False, False))
+    >>> stores(Normalizer("n ...", "c"))
+    (True, False)
+    """
+    mean, var = (isinstance(f, Field) and f.mixes_examples for f in (normalizer.mean, normalizer.var))
+    return mean, var
+
+
+def _kept(field: Field, layout: str, ndim: int) -> tuple[int, ...]:
+    """The axes that a stored statistic keeps: neither averaged whole nor the axis of examples.
+
+    Raises:
+      FieldError: a window slides over the examples.
+    """
+    where = axes(layout, ndim)
+    dropped = set(where.get(EXAMPLES, ()))
+    for span in field.spans:
+        if span.axis == EXAMPLES and span.window:
+            raise FieldError(f"field \"{field}\" slides over the examples ('{span}'), which cannot be stored")
+        if span.axis is not None and span.whole:
+            dropped |= set(where.get(span.axis, ()))
+    return tuple(axis for axis in range(ndim) if axis not in dropped)
+
+
+class Slot(NamedTuple):
+    """One stored array: its first value, shape and dtype."""
+
+    fill: float
+    shape: tuple[Any, ...]
+    dtype: Any
+
+    def make(self) -> jax.Array:
+        """The array as it starts."""
+        return jnp.full(self.shape, self.fill, self.dtype)
+
+
+def slots(
+    normalizer: Normalizer, layout: str, shape: tuple[Any, ...], averaging: str = "exponential"
+) -> dict[str, Slot]:
+    """What is stored for arrays of this shape, by its name in `Running`: means of zero and moments of one, as in Flax.
+
+    Lengths may be None where they are not known yet.
+
+    Raises:
+      FieldError: a window slides over the examples.
+      ValueError: no averaging has this name.
+
+    >>> from normjax import TABLE, Normalizer
+    >>> [(name, slot.shape) for name, slot in slots(TABLE["batch"], "n ... c", (8, 32, 32, 64)).items()]
+    [('mean', (64,)), ('var', (64,))]
+    >>> slots(Normalizer("n ...:3", None), "n ... c", (8, 32, 32, 64))["mean"].shape
+    (32, 32, 64)
+    >>> list(slots(TABLE["batch"], "n c", (8, 2), "debiased"))
+    ['mean', 'var', 'mean_count', 'var_count']
+    """
+    moments.choose("averaging", averaging, AVERAGES)
+    found = {}
+    stored = zip(("mean", "var"), (0.0, 1.0), stores(normalizer), (normalizer.mean, normalizer.var), strict=True)
+    for name, fill, kept, field in stored:
+        if kept and isinstance(field, Field):
+            found[name] = Slot(fill, tuple(shape[axis] for axis in _kept(field, layout, len(shape))), np.float32)
+    if averaging != "exponential":
+        found |= {f"{name}_count": Slot(0, slot.shape, np.int32) for name, slot in found.items()}
+    return found
+
+
+def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averaging: str = "exponential") -> Running:
+    """The statistics before the first batch.
+
+    >>> from normjax import TABLE
+    >>> initial(TABLE["mean_only"], "n c", (8, 2)).mean
+    Array([0., 0.], dtype=float32)
+    """
+    return Running(**{name: slot.make() for name, slot in slots(normalizer, layout, shape, averaging).items()})
+
+
+def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
+    """Stored statistics laid out beside an array of this shape.
+
+    Raises:
+      FieldError: the stored shape is another than arrays of this shape need.
+
+    >>> from normjax import TABLE
+    >>> as_stats(Running(jnp.zeros(3), jnp.ones(3)), TABLE["batch"], "n c ...", (8, 3, 4, 4)).mean.shape
+    (1, 3, 1, 1)
+    """
+    laid = []
+    triples = zip(("mean", "var"), running[:2], (normalizer.mean, normalizer.var), strict=True)
+    for name, value, field in triples:
+        if value is None or field is None:
+            laid.append(None)
+            continue
+        assert isinstance(field, Field)
+        kept = _kept(field, layout, len(shape))
+        want = tuple(shape[axis] for axis in kept)
+        value = jnp.asarray(value)
+        if value.shape != want:
+            raise FieldError(f'the stored {name} has shape {value.shape}, but field "{field}" on an array of shape '
+                             f'{shape}, layout "{layout}", needs {want}')  # fmt: skip
+        laid.append(value.reshape([n if axis in kept else 1 for axis, n in enumerate(shape)]))
+    return Stats(*laid)
+
+
+def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
+    """The statistics of a batch in the shapes that are stored, with the weight behind each; blocks of examples merged.
+
+    >>> from normjax import normalize, TABLE
+    >>> x = jnp.arange(32.0).reshape(16, 2)
+    >>> observe(normalize(x, "ghost").stats, TABLE["ghost"], "n ... c", x.shape).mean.tolist()
+    [15.0, 16.0]
+    """
+    merged: list[tuple[Any, Any]] = []
+    pairs = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
+    for field, value, weight in pairs:
+        if field is None or value is None or weight is None:
+            merged.append((None, None))
+            continue
+        assert isinstance(field, Field)
+        kept = _kept(field, layout, len(shape))
+        weight = jnp.broadcast_to(jnp.asarray(weight), np.broadcast_shapes(jnp.shape(weight), value.shape))
+        rest = tuple(axis for axis in range(len(shape)) if axis not in kept)
+        blocks = [span.blocks or 1 for axis, span in bind(field, layout, shape).by("blocks") if axis in rest]
+        value = jnp.broadcast_to(value, weight.shape)
+        # Repeated over each block of examples alike, so that the sum over examples counts every block the same.
+        total = jnp.sum(weight, rest)
+        summed, by = jnp.sum(value * weight.astype(value.dtype), rest), jnp.where(total > 0, total, 1)
+        mean = jnp.where(total > 0, summed / by.astype(value.dtype), 0)
+        length = int(np.prod([weight.shape[axis] for axis in rest])) if blocks else 1
+        merged.append((mean, total * (blocks[0] / max(length, 1)) if blocks else total))
+    return Stats(merged[0][0], merged[1][0], merged[0][1], merged[1][1])

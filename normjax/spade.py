@@ -1,0 +1,100 @@
+"""SPADE: scale and bias that vary over space, from convolutions of a map of labels (Park et al. 2019)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.conditional import Modulation
+from normjax.field import EXAMPLES, FieldError, axes
+from normjax.theory import affine
+
+
+class Convolutions(NamedTuple):
+    """What SPADE learns: kernels `[..., i, o]` with odd windows, as Flax keeps them, and their biases `[o]`.
+
+    The first convolution goes from the labels to hidden channels; the others from these, after a ReLU, to scale and bias.
+    """
+
+    hidden_kernel: Any
+    hidden_bias: Any
+    scale_kernel: Any
+    scale_bias: Any
+    bias_kernel: Any
+    bias_bias: Any
+
+
+def kernel_shapes(features: int, labels: int, space: int, hidden: int = 128, width: int = 3) -> Convolutions:
+    """The shapes of what SPADE learns for so many channels, labels and axes of space.
+
+    >>> kernel_shapes(64, 10, 2)[:3]
+    ((3, 3, 10, 128), (128,), (3, 3, 128, 64))
+    """
+    if width % 2 == 0:
+        raise ValueError(f"the windows of the convolutions are odd; found {width}")
+    window = (width,) * space
+    after = ((*window, hidden, features), (features,))
+    return Convolutions((*window, labels, hidden), (hidden,), *after, *after)
+
+
+def from_map(labels: ArrayLike, learned: Convolutions, layout: str = "n ... c", size: Sequence[int] = ()) -> Modulation:
+    """A scale and a bias for every position, from a map of labels by two layers of convolutions; 1 is added to the scale.
+
+    Args:
+      labels: one-hot or other floating-point maps, axes as named by `layout`; `...` is space.
+      learned: kernels and biases; FieldError where they do not fit the labels.
+      layout: name of each axis of the maps, which has n, c and space alone.
+      size: lengths of space to which the maps are resized first; by default those that they have.
+
+    Source: Park et al. 2019, equation 1 and appendix A; the 1 is their code's.
+
+    >>> kernel, zero = jnp.ones((1, 1, 1)), jnp.zeros(1)
+    >>> from_map(jnp.array([[[1.0], [2.0]]]), Convolutions(kernel, zero, kernel, zero, kernel, zero)).scale.tolist()
+    [[[2.0], [3.0]]]
+    """
+    if sorted(layout.split()) != ["...", "c", EXAMPLES]:
+        raise FieldError(f'SPADE takes layouts of n, c and "..." for space; found "{layout}"')
+    maps = moments.as_floating(labels, "from_map")
+    maps = maps.astype(moments.wide(maps.dtype))
+    maps = nearest(maps, size, layout) if len(size) else maps
+
+    def convolve(x: jax.Array, kernel: ArrayLike, bias: ArrayLike) -> jax.Array:
+        kernel, bias, where = jnp.asarray(kernel), jnp.asarray(bias), axes(layout, x.ndim)
+        channel = where["c"][0]
+        if kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[channel] or bias.shape != kernel.shape[-1:]:
+            raise FieldError(f"a kernel of shape {kernel.shape} with a bias of shape {bias.shape} does not fit maps of "
+                             f'shape {x.shape}, layout "{layout}"')  # fmt: skip
+        lhs = (where[EXAMPLES][0], channel, *where.get("...", ()))
+        numbers = lax.ConvDimensionNumbers(lhs, (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)), lhs)
+        out = lax.conv_general_dilated(
+            x, kernel.astype(x.dtype), (1,) * (x.ndim - 2), "SAME", dimension_numbers=numbers
+        )
+        return affine(out, layout, None, bias)
+
+    hidden = jnp.maximum(convolve(maps, learned.hidden_kernel, learned.hidden_bias), 0)
+    scale = convolve(hidden, learned.scale_kernel, learned.scale_bias)
+    return Modulation(1 + scale, convolve(hidden, learned.bias_kernel, learned.bias_bias))
+
+
+def nearest(x: ArrayLike, size: Sequence[int], layout: str = "n ... c") -> jax.Array:
+    """Resizes the unnamed axes to `size`: index i takes floor(i * old / new), as PyTorch's "nearest" does.
+
+    `jax.image.resize` counts from the centres of the elements, and would take others.
+
+    >>> nearest(jnp.arange(4.0), (2,), "...").tolist(), jax.image.resize(jnp.arange(4.0), (2,), "nearest").tolist()
+    ([0.0, 2.0], [1.0, 3.0])
+    """
+    x = jnp.asarray(x)
+    space = axes(layout, x.ndim).get("...", ())
+    if len(space) != len(size):
+        raise FieldError(f'{len(size)} lengths do not fit the {len(space)} axes of "..." of shape {x.shape}, layout '
+                         f'"{layout}"')  # fmt: skip
+    for axis, length in zip(space, size, strict=True):
+        if x.shape[axis] != length:
+            x = jnp.take(x, np.arange(length) * x.shape[axis] // length, axis)
+    return x

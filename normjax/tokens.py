@@ -1,0 +1,131 @@
+"""Normalizers of a token or a head: vectors of channels by their length, or by that of a part of them."""
+
+import dataclasses
+import math
+
+import jax
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax import moments
+from normjax.field import Field, FieldError, axes
+from normjax.theory import TABLE, Normalized, Normalizer, Stats, equation, normalize
+
+
+def l2(features: int, field: Field | str = "c", *, eps: float = 1e-10) -> Normalizer:
+    """Length one, x / sqrt(||x|| ** 2 + eps), over fields of so many elements; ScaleNorm has one learned factor behind it.
+
+    ScaleNorm's code divides by max(||x||, 1e-5), which differs where ||x|| is near 1e-5.
+
+    Source: Nguyen & Salazar 2019, equation 7.
+
+    >>> from normjax import normalize
+    >>> normalize(jnp.array([[3.0, 4.0]]), l2(2)).y.round(6).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    return Normalizer(None, field, eps=eps, gain=float(features))
+
+
+def partial_rms(
+    x: ArrayLike,
+    layout: str = "n ... c",
+    *,
+    fraction: float = 0.0625,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-6,
+    mask: ArrayLike | None = None,
+) -> Normalized:
+    """pRMSNorm: x divided by the root mean square of its first channels.
+
+    Args:
+      x: array, axes as named by `layout`. [units u]
+      layout: name of each axis.
+      fraction: of the channels, rounded up (the paper; its code rounds down).
+      scale: as for `normalize`.
+      bias: the same.
+      eps: added to the mean square (the code adds 1e-8 to its root). [u ** 2]
+      mask: as for `normalize`.
+
+    Raises:
+      ValueError: the fraction is not within 0 (excluded) and 1.
+
+    Source: Zhang & Sennrich 2019, section 3.2.
+
+    >>> partial_rms(jnp.array([[2.0, 6.0]]), fraction=0.5, eps=0.0).y.tolist()
+    [[1.0, 3.0]]
+    """
+    x = moments.as_floating(x, "partial_rms")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is more than 0 and at most 1; found {fraction!r}")
+    n = dataclasses.replace(TABLE["rms"], eps=eps)
+    axis = axes(layout, x.ndim).get("c", (None,))[0]
+    if axis is None:
+        raise FieldError(f"partial_rms takes the first channels, axis 'c', which layout \"{layout}\" does not name")
+    first = max(1, math.ceil(fraction * x.shape[axis] - 1e-9))
+    weights = moments.weigh(mask, x.astype(moments.wide(x.dtype)))
+    value = None if weights is None else weights.value
+    if value is not None and value.shape[axis] != 1:
+        value = lax.slice_in_dim(value, 0, first, axis=axis)
+    var = equation(lax.slice_in_dim(x, 0, first, axis=axis), n, layout, mask=value).stats.var
+    return normalize(x, n, layout, stats=Stats(var=var), scale=scale, bias=bias, mask=mask)
+
+
+QK_KINDS = ("rms", "layer", "l2")
+
+
+def qk(
+    query: ArrayLike,
+    key: ArrayLike,
+    layout: str = "... c",
+    *,
+    kind: str = "rms",
+    query_scale: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
+    eps: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """QK-norm: query and key, each normalized over the axis of a head, before their product.
+
+    Args:
+      query: `[..., heads, head_dim]`, or axes as named by `layout`, where c is the axis of a head.
+      key: the same; it may have fewer heads.
+      layout: name of each axis.
+      kind: "rms"; "layer", layer norm without an addend (Dehghani et al. 2023); "l2", length 1 (Henry et al. 2020).
+      query_scale: factor, `[c]` or a scalar; with "l2", `qk_scale` before training. It then takes the place of the
+        division by sqrt(head_dim): an attention that divides needs sqrt(head_dim) times as much.
+      key_scale: the same, of the key.
+      eps: by default 1e-6, or 1e-10 for "l2".
+
+    Returns:
+      Both, in their dtypes.
+
+    Source: Henry et al. 2020, section 3; Dehghani et al. 2023, section 2.1.
+
+    >>> q, k = qk(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, -2.0]]), kind="l2")
+    >>> round(float(jnp.vdot(q, k)), 4)
+    -0.8
+    """
+    moments.choose("kind", kind, QK_KINDS)
+    out = []
+    for name, x, scale in (("query", query, query_scale), ("key", key, key_scale)):
+        x = moments.as_floating(x, f"qk, for the {name},")
+        where = axes(layout, x.ndim).get("c")
+        if where is None:
+            raise FieldError(f"qk normalizes over the axis of a head, 'c', which layout \"{layout}\" does not name")
+        n = l2(x.shape[where[0]]) if kind == "l2" else Normalizer("c" if kind == "layer" else None, "c", eps=1e-6)
+        n = n if eps is None else dataclasses.replace(n, eps=eps)
+        out.append(normalize(x, n, layout, scale=scale).y)
+    return out[0], out[1]
+
+
+def qk_scale(length: int | None) -> float:
+    """Where the learned factor of "l2" attention starts, log2(L ** 2 - L) for sequences of length L (97.5th percentile).
+
+    Source: Henry et al. 2020, section 3.2.
+
+    >>> round(qk_scale(64), 4)
+    11.9773
+    """
+    if length is None or length < 2:
+        raise ValueError(f'kind "l2" starts from the length of sequences, at least 2; found length={length}')
+    return math.log2(length**2 - length)

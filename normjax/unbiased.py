@@ -1,0 +1,29 @@
+"""Rows by the unbiased variance, with the division by n - 1 that PyTorch's `var` has by default."""
+
+import dataclasses
+
+from normjax.batch import _same
+from normjax.theory import Normalizer
+
+
+def with_ddof(normalizer: Normalizer, size: int, ddof: int = 1) -> Normalizer:
+    """The row with the gain size / (size - ddof): a variance over `size` elements becomes unbiased.
+
+    Raises:
+      ValueError: `size` is not more than `ddof`.
+
+    >>> from normjax import TABLE
+    >>> with_ddof(TABLE["instance"], 16).gain
+    1.0666666666666667
+    """
+    if not size > ddof:
+        raise ValueError(f"size is more than ddof={ddof}; found {size}")
+    return dataclasses.replace(normalizer, gain=normalizer.gain * size / (size - ddof))
+
+
+def unbiased_group(groups: int, size: int, *, eps: float = 1e-5) -> Normalizer:
+    """Group norm by the unbiased variance, in the code of Lubana et al. 2021; `size` as for `with_ddof`.
+
+    With one group it is not layer norm, and with a group for each channel not instance norm, by sqrt((size - 1) / size).
+    """
+    return with_ddof(_same(f"... c/{groups}", eps), size)
