@@ -1,15 +1,61 @@
 """normjax: a normalizer is two fields and a few numbers.
 
-Start with `theory.py`. The Flax layers are in `normjax.linen` and `normjax.nnx`, optax training steps in
-`normjax.train`; importing normjax itself imports neither Flax nor optax.
+Start with `theory.py`. Methods stand in rooms by family, as `normjax.weights.weight_norm`. The Flax layers are in
+`normjax.linen` and `normjax.nnx`, optax training steps in `normjax.train`; these rooms are imported when they are first asked for.
 """
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from normjax import (
+    batch,
+    batch_extremes,
+    conditional,
+    diagnostics,
+    gain,
+    gaussian,
+    gdn,
+    interop,
+    kalman,
+    kernels,
+    propagate,
+    recurrent,
+    reparametrize,
+    response,
+    reversible,
+    running,
+    selection,
+    selu,
+    spade,
+    spectral,
+    switchable,
+    tokens,
+    unbiased,
+    units,
+    weights,
+)
 from normjax.explain import explain
 from normjax.field import Field, FieldError, Span
 from normjax.moments import expect
 from normjax.order import top
 from normjax.penalty import l1_penalty
 from normjax.theory import TABLE, Normalized, Normalizer, Stats, normalize
+
+if TYPE_CHECKING:
+    from normjax import capture, linen, nnx, projection, train
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        """The rooms that need Flax or optax, imported when they are first asked for."""
+        if name in ("capture", "linen", "nnx", "projection", "train"):
+            return importlib.import_module(f"normjax.{name}")
+        raise AttributeError(f"module 'normjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
 
 __version__ = "0.1.0"
 
@@ -21,9 +67,39 @@ __all__ = [
     "Normalizer",
     "Span",
     "Stats",
+    "batch",
+    "batch_extremes",
+    "capture",
+    "conditional",
+    "diagnostics",
     "expect",
     "explain",
+    "gain",
+    "gaussian",
+    "gdn",
+    "interop",
+    "kalman",
+    "kernels",
     "l1_penalty",
+    "linen",
+    "nnx",
     "normalize",
+    "projection",
+    "propagate",
+    "recurrent",
+    "reparametrize",
+    "response",
+    "reversible",
+    "running",
+    "selection",
+    "selu",
+    "spade",
+    "spectral",
+    "switchable",
+    "tokens",
     "top",
+    "train",
+    "unbiased",
+    "units",
+    "weights",
 ]

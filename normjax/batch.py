@@ -76,7 +76,8 @@ def ghost_batch(parts: int, *, eps: float = 1e-5) -> Normalizer:
     >>> ghost_batch(8) == TABLE["ghost"]
     True
     """
-    return _same(f"n/{parts} ..." if parts > 1 else BATCH, eps)
+    field = f"n/{parts} ..." if parts > 1 else BATCH
+    return Normalizer(field, field, eps=eps)
 
 
 def ghost_row(
@@ -166,7 +167,3 @@ def virtual_batch(
     merged = merge(theirs, own)
     given = Stats(merged.mean, merged.var)
     return normalize(x, n, layout, stats=given, scale=scale, bias=bias, mask=mask), known
-
-
-def _same(field: Field | str, eps: float) -> Normalizer:
-    return Normalizer(field, field, eps=eps)

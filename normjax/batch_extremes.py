@@ -51,7 +51,7 @@ def top_batch(
 def range_row(
     size: int | None, field: Field | str = BATCH, *, eps: float = 1e-5, calibrated: bool = False
 ) -> Normalizer:
-    """The row of range batch norm, v / (eps + C * m), with m by `batch_extremes.mean_range` (alone, it takes the largest |v|).
+    """The row of range batch norm, v / (eps + C * m), with m by `mean_range` (alone, it takes the largest |v|).
 
     Args:
       size: number of elements of a part in training, on which C depends.

@@ -132,7 +132,7 @@ def denominator(
 ) -> jax.Array:
     """What a row without a floor divides by, from its moment: (eps + gain * var) ** power, with gradient zero where it is 0.
 
-    >>> spread(jnp.array([[4.0, 0.0]]), Normalizer("n", "n", eps=0.0)).tolist()
+    >>> denominator(jnp.array([[4.0, 0.0]]), Normalizer("n", "n", eps=0.0)).tolist()
     [[2.0, 0.0]]
     """
     n = normalizer
@@ -224,7 +224,7 @@ def split_modulation(flat: ArrayLike, order: Sequence[str] = ("scale", "bias"), 
     The order is what checkpoints differ in: FiLM has ("scale", "bias"), DiT ("bias", "scale", "gate"). Other parts are a
     ValueError, a length that does not divide is a FieldError.
 
-    >>> split(jnp.array([[1.0, 2.0, 3.0]]), ("bias", "scale", "gate"))
+    >>> split_modulation(jnp.array([[1.0, 2.0, 3.0]]), ("bias", "scale", "gate"))
     Modulation(scale=Array([[3.]], dtype=float32), bias=Array([[1.]], dtype=float32), gate=Array([[3.]], dtype=float32))
     """
     if not order or len(set(order)) < len(order) or not set(order) <= set(Modulation._fields):
@@ -250,7 +250,7 @@ def project(
     around: float = 1.0,
     activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Modulation:
-    """A modulation `[n, c]` by a linear map of a condition, `split(activation(condition) @ kernel + bias)`.
+    """A modulation `[n, c]` by a linear map of a condition, `split_modulation(activation(condition) @ kernel + bias)`.
 
     Args:
       condition: floating-point vectors, `[n, k]`.

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normjax import moments
-from normjax.batch import _same
 from normjax.theory import Normalized, Normalizer, normalize, parameter_beside
 
 
@@ -68,7 +67,8 @@ def local_context(window: int = 9, groups: int = 8, *, eps: float = 1e-5) -> Nor
     >>> local_context() == TABLE["local_context"]
     True
     """
-    return _same(f"...:{window} c/{groups}", eps)
+    field = f"...:{window} c/{groups}"
+    return Normalizer(field, field, eps=eps)
 
 
 def filter_response(

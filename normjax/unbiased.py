@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from normjax.batch import _same
 from normjax.theory import Normalizer
 
 
@@ -26,4 +25,5 @@ def unbiased_group(groups: int, size: int, *, eps: float = 1e-5) -> Normalizer:
 
     With one group it is not layer norm, and with a group for each channel not instance norm, by sqrt((size - 1) / size).
     """
-    return with_ddof(_same(f"... c/{groups}", eps), size)
+    field = f"... c/{groups}"
+    return with_ddof(Normalizer(field, field, eps=eps), size)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from normjax import TABLE, Field, FieldError, Normalizer, Span, expect, explain, normalize, top, train
+from normjax import TABLE, Field, FieldError, Normalizer, Span, Stats, expect, explain, normalize, top, train
 from normjax import linen as nl
 from normjax import nnx as nx
 from normjax.penalty import l1_penalty
-from normjax.running import Running, Stats, as_stats, merge, slots, update
+from normjax.running import Running, as_stats, merge, slots, update
 
 IMAGE = jnp.ones((8, 12, 10, 64))
 DENSE = jnp.ones((8, 64))

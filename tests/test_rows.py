@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from normjax import TABLE, FieldError, Normalizer, normalize, running
+from normjax import TABLE, FieldError, Normalizer, Stats, normalize, running
 from normjax.batch import extended_batch, ghost_row, l1_batch, lp_batch, virtual_batch
 from normjax.batch_extremes import ghost_top, range_batch, range_row, top_batch
 from normjax.gaussian import bounds_constant, gaussian_largest, gaussian_moment
@@ -800,9 +800,7 @@ ERRORS = [
         "dialect is one of 'flax', 'lubana', 'hoffer', 'hoffer_lp'; found 'lubanna'",
     ),
     (
-        lambda: published_update(
-            running.Running(jnp.zeros(2)), running.Stats(jnp.zeros(2)), TABLE["mean_only"], "hoffer_lp"
-        ),
+        lambda: published_update(running.Running(jnp.zeros(2)), Stats(jnp.zeros(2)), TABLE["mean_only"], "hoffer_lp"),
         ValueError,
         "dialect='hoffer_lp' averages 1 / d, which Normalizer('n ...', None) does not store",
     ),

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from normjax import kalman, layer
 from normjax.moments import as_floating
 from normjax.propagate import Belief, Filtered
-from normjax.running import Running, slots
+from normjax.running import BatchRecord, Running, slots
 from normjax.theory import Normalizer, row
 
 Initializer = Any
@@ -22,8 +22,8 @@ class KalmanNorm(nn.Module):
     """Normalizes with the mixture of a prediction and the batch's statistics; returns y and the beliefs to predict from.
 
     The beliefs travel through the model by hand: a layer takes the prior of its input, and what it returns goes with the
-    next kernel through `normjax.propagate.predict`. At inference the stored statistics normalize, and no prior is used, in rows
-    that store any; in the others ("group": group Kalman normalization) it is as in training.
+    next kernel through `normjax.propagate.predict`. At inference the stored statistics normalize, and no prior is used,
+    in rows that store any; in the others ("group": group Kalman normalization) it is as in training.
 
     Attributes:
       normalizer: a row with A = B: "batch", blocks of the batch `Normalizer("n/64 ...", "n/64 ...")`, "group", "layer".
@@ -141,5 +141,5 @@ class KalmanNorm(nn.Module):
         if out.batch is not None:
             for name, variable in stored.items():
                 variable.value = getattr(out.running, name)
-            self.sow("moments", "batch", layer.Seen(out.batch, jnp.float32(self.momentum), mergeable=False))
+            self.sow("moments", "batch", BatchRecord(out.batch, jnp.float32(self.momentum), mergeable=False))
         return out.y, out.filtered

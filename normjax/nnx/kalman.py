@@ -14,7 +14,7 @@ from normjax import kalman, layer
 from normjax.field import FieldError
 from normjax.nnx.norms import Moments
 from normjax.propagate import Belief, Filtered
-from normjax.running import Running, slots
+from normjax.running import BatchRecord, Running, slots
 from normjax.theory import Normalizer, row
 
 Dtype = Any
@@ -166,7 +166,7 @@ class KalmanNorm(nnx.Module):
         if out.batch is not None:
             self.mean[...], self.var[...] = out.running.mean, out.running.var
             if hasattr(self, "__captures__"):
-                self.sow(Moments, "batch", layer.Seen(out.batch, jnp.float32(self.momentum), mergeable=False))
+                self.sow(Moments, "batch", BatchRecord(out.batch, jnp.float32(self.momentum), mergeable=False))
         return out.y, out.filtered
 
     def set_view(self, use_running_average: bool | None = None, update_running_average: bool | None = None):

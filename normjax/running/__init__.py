@@ -9,12 +9,12 @@ How a batch moves what is stored, by `averaging` (t counts the batches seen, one
 What is stored is always the average itself, ready for use.
 """
 
-from normjax.running.averaging import AVERAGES, unbias, unbiased, update
+from normjax.running.averaging import unbias, unbiased, update
 from normjax.running.merging import merge, merge_stacked
 from normjax.running.published import PUBLISHED_AVERAGING, PublishedAveraging, published_start, published_update
 from normjax.running.records import BatchRecord, merge_into, merge_trees, recalibrated
 from normjax.running.renorm import corrections, limits_at, require_renormalizable
-from normjax.running.state import Running, Slot, as_stats, initial, observe, slots, stores
+from normjax.running.state import AVERAGES, Running, Slot, as_stats, initial, observe, slots, stores
 
 __all__ = [
     "AVERAGES",

@@ -11,10 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from normjax import moments
-from normjax.running.state import Running
+from normjax.running.state import AVERAGES, Running
 from normjax.theory import Normalizer, Stats
-
-AVERAGES = ("exponential", "debiased", "cumulative")
 
 
 def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging: str = "exponential") -> Running:

@@ -31,19 +31,33 @@ PUBLISHED_AVERAGING: Mapping[str, PublishedAveraging] = MappingProxyType(
         "lubana": PublishedAveraging(0.9, 1.0, 1.0, 1e-5),
         # Hoffer et al. 2018, mean_bn.py: nine tenths are the newest batch's; no eps
         "hoffer": PublishedAveraging(0.1, 0.0, 0.0, 0.0),
-        # the same, lp_norm.py: what is averaged is 1 / d, from 0 on, which is a moment of inf
+        # Hoffer et al. 2018, lp_norm.py: what is averaged is 1 / d, from 0 on, which is a moment of inf
         "hoffer_lp": PublishedAveraging(0.1, 0.0, math.inf, 1e-5, True),
     }
 )
 
 
 def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...], dialect: str = "flax") -> Running:
-    """The statistics before the first batch, in a dialect of DIALECTS; `running.initial` with other first values.
+    """The statistics before the first batch, by the convention of one published code: `initial` with other first values.
 
-    A layer starts so with `mean_init` and `var_init`; but not with "hoffer_lp", whose updates are `step`'s.
+    A layer starts so with `mean_init` and `var_init`; but not with "hoffer_lp", whose updates are `published_update`'s.
+
+    Args:
+      normalizer: the row that stores them.
+      layout: name of each axis.
+      shape: of a batch, axes as named by `layout`.
+      dialect: a name in PUBLISHED_AVERAGING.
+
+    Returns:
+      What the row stores, float32, in the shapes of `slots`.
+
+    Raises:
+      ValueError: no published code has this name.
+
+    Source: the published code of Lubana et al. 2021 and of Hoffer et al. 2018.
 
     >>> from normjax import TABLE
-    >>> start(TABLE["batch"], "n c", (8, 2), "lubana").mean
+    >>> published_start(TABLE["batch"], "n c", (8, 2), "lubana").mean
     Array([1., 1.], dtype=float32)
     """
     moments.choose("dialect", dialect, tuple(PUBLISHED_AVERAGING))
@@ -57,10 +71,29 @@ def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...],
 
 
 def published_update(kept: Running, batch: Stats, normalizer: Normalizer, dialect: str = "flax") -> Running:
-    """Moves the statistics towards those of a batch (`running.observe`), in a dialect of DIALECTS.
+    """Moves the statistics towards those of a batch (`observe`), by the convention of one published code.
 
     Averages of 1 / d favour the batches of small spread, and are wrong by Jensen's inequality; they are here to read
     what such code has trained.
+
+    Args:
+      kept: what is stored.
+      batch: the statistics of a batch, from `observe`.
+      normalizer: the row that stores them.
+      dialect: a name in PUBLISHED_AVERAGING.
+
+    Returns:
+      What is stored from now on.
+
+    Raises:
+      ValueError: no published code has this name, or it averages 1 / d and the row stores none.
+
+    Source: the published code of Lubana et al. 2021 and of Hoffer et al. 2018.
+
+    >>> from normjax import TABLE
+    >>> batch = Stats(jnp.array([4.0]), jnp.array([1.0]), jnp.array([8.0]), jnp.array([8.0]))
+    >>> published_update(Running(jnp.zeros(1), jnp.zeros(1)), batch, TABLE["batch"], "hoffer").mean.round(2).tolist()
+    [3.5999999046325684]
     """
     moments.choose("dialect", dialect, tuple(PUBLISHED_AVERAGING))
     way = PUBLISHED_AVERAGING[dialect]

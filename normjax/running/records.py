@@ -47,7 +47,7 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     Args:
       before: nested dictionaries of running statistics, a layer's by their names in `Running`.
       after: the same, stacked: the result of each micro-batch along a first axis.
-      seen: nested dictionaries with `batch: (Seen,)` under a layer's path, stacked the same.
+      seen: nested dictionaries with `batch: (BatchRecord,)` under a layer's path, stacked the same.
 
     Returns:
       A tree like `before`.
@@ -55,7 +55,7 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     >>> before = {"norm": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
     >>> after = {"norm": {"mean": jnp.array([0.5, 1.5]), "var": jnp.array([1.0, 1.0])}}       # momentum 0.5, by itself
     >>> parts = Stats(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
-    >>> merged = merge_trees(before, after, {"norm": {"batch": (Seen(parts, jnp.array([0.5, 0.5])),)}})
+    >>> merged = merge_trees(before, after, {"norm": {"batch": (BatchRecord(parts, jnp.array([0.5, 0.5])),)}})
     >>> merged["norm"]["mean"].item(), merged["norm"]["var"].item()                          # of both: mean 2, variance 2
     (1.0, 1.5)
     """
@@ -79,7 +79,7 @@ def merge_into(running: Running, seen: BatchRecord) -> Running:
     Layers side by side (`vmap`, `scan`) have their own axes after that one.
 
     >>> parts = Stats(jnp.array([1.0, 3.0]), None, jnp.array([2.0, 2.0]), None)
-    >>> absorb(Running(jnp.array(0.0)), Seen(parts, jnp.array([0.5, 0.5]))).mean
+    >>> merge_into(Running(jnp.array(0.0)), BatchRecord(parts, jnp.array([0.5, 0.5]))).mean
     Array(1., dtype=float32)
     """
 
@@ -97,8 +97,8 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
 
     Args:
       before: nested dictionaries of running statistics.
-      seen: nested dictionaries with `batch: (Seen, ...)` under a layer's path, one for each of its calls, stacked along a
-        first axis of batches.
+      seen: nested dictionaries with `batch: (BatchRecord, ...)` under a layer's path, one for each of its calls, stacked
+        along a first axis of batches.
       path: of `before`, for errors.
 
     Returns:
@@ -109,7 +109,7 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
 
     >>> parts = Stats(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
     >>> before = {"norm": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
-    >>> recalibrated(before, {"norm": {"batch": (Seen(parts, jnp.array([0.9, 0.9])),)}})["norm"]["var"]
+    >>> recalibrated(before, {"norm": {"batch": (BatchRecord(parts, jnp.array([0.9, 0.9])),)}})["norm"]["var"]
     Array(2., dtype=float32)
     """
     if not isinstance(before, Mapping):

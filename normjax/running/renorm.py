@@ -73,7 +73,7 @@ def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, Arra
     """Raises ValueError where batch renormalization has no meaning.
 
     >>> from normjax import TABLE
-    >>> check(TABLE["batch"], (0.5, 5.0))
+    >>> require_renormalizable(TABLE["batch"], (0.5, 5.0))
     Traceback (most recent call last):
     ...
     ValueError: r_max is at least 1; found 0.5

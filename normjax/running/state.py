@@ -13,8 +13,9 @@ import numpy as np
 
 from normjax import moments
 from normjax.field import EXAMPLES, Field, FieldError, axes, bind
-from normjax.running.averaging import AVERAGES
 from normjax.theory import Normalizer, Stats
+
+AVERAGES = ("exponential", "debiased", "cumulative")
 
 
 class Running(NamedTuple):
