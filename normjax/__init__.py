@@ -1,7 +1,7 @@
 """normjax: a normalizer is two fields and a few numbers.
 
 Start with `theory.py`. Methods stand in rooms by family, as `normjax.weights.weight_norm`. The Flax layers are in
-`normjax.linen` and `normjax.nnx`, optax training steps in `normjax.train`; these rooms are imported when they are first asked for.
+`normjax.linen` and `normjax.nnx`, optax training steps in `normjax.train`; these are imported when they are first asked for.
 """
 
 import importlib
