@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+collect_ignore_glob = ["normjax/linen/layers.py", "normjax/nnx/layers.py"]  # doctests of descriptions run once, there
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -15,19 +15,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normjax import moments
-from normjax.field import EXAMPLES, Field, FieldError, Span, axes
+from normjax.field import Field, FieldError, Span, axes
 from normjax.penalty import l1_penalty
-from normjax.running import (
-    BatchRecord,
-    Running,
-    Slot,
-    as_stats,
-    corrections,
-    observe,
-    require_renormalizable,
-    unbias,
-    update,
-)
+from normjax.running import BatchRecord, Running, Slot, as_stats, corrections, mergeable, record, require_renormalizable
 from normjax.theory import Normalized, Normalizer, Stats, affine, equation, normalize, top
 
 Axes = int | Sequence[int]
@@ -103,14 +93,8 @@ def remember(
     >>> remember(out, Running(jnp.zeros(1), jnp.ones(1)), TABLE["batch"], "n c", 0.5).running.mean
     Array([1.], dtype=float32)
     """
-    shape = out.y.shape
-    batch = observe(out.stats, normalizer, layout, shape)
-    corrected = observe(unbias(out.stats, normalizer), normalizer, layout, shape) if unbiased else batch
-    stored = update(running, corrected, momentum, averaging)
-    exact = mergeable(normalizer, layout)
-    momentum = jnp.asarray(momentum, jnp.float32)
-    seen = BatchRecord(batch if exact else corrected, momentum, averaging, unbiased and exact, exact)
-    return Applied(out.y, stored, seen, out.centered)
+    given = {"momentum": momentum, "averaging": averaging, "unbiased": unbiased, "exact": mergeable(normalizer, layout)}
+    return Applied(out.y, *record(running, out.stats, normalizer, layout, out.y.shape, **given), out.centered)
 
 
 def _renormalize(
@@ -143,26 +127,6 @@ def first_values(slots: Mapping[str, Slot], mean: float, var: float) -> dict[str
     """
     fill = {"mean": mean, "var": var}
     return {name: slot._replace(fill=fill.get(name, slot.fill)) for name, slot in slots.items()}
-
-
-def mergeable(normalizer: Normalizer, layout: str) -> bool:
-    """Whether the statistics of two batches give those of both, by `running.merge`.
-
-    A moment around a mean needs order 2 and A = B; no windows, since elements of one window have different means; and no
-    examples that stand beside each other with statistics of their own (blocks of n, or n unnamed beside `@n`).
-
-    >>> from normjax import TABLE
-    >>> mergeable(TABLE["batch"], "n ... c"), mergeable(TABLE["ghost"], "n ... c")
-    (True, False)
-    """
-    a, b = normalizer.mean, normalizer.var
-    if b is None:
-        return True
-    if a is None or normalizer.order != 2:
-        return normalizer.order == 2
-    assert isinstance(b, Field)
-    named = EXAMPLES not in layout.split() or any(span.axis == EXAMPLES for span in b.spans)
-    return a == b and named and not any(span.window or (span.blocks and span.axis == EXAMPLES) for span in b.spans)
 
 
 def layer_penalty(centered: jax.Array, alpha: float, normalizer: Normalizer, mask: Any, axis_name: Any) -> jax.Array:

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from normjax.running.averaging import unbiased, update
+from normjax.field import EXAMPLES, Field
+from normjax.running.averaging import unbias, unbiased, update
 from normjax.running.merging import merge_stacked
-from normjax.running.state import Running
-from normjax.theory import Stats
+from normjax.running.state import Running, observe
+from normjax.theory import Normalizer, Stats
 
 
 @jax.tree_util.register_dataclass
@@ -131,3 +133,63 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
                 new[f"{name}_count"] = jnp.where(batches > 0, batches, old).astype(old.dtype)
     below = {k: (v, seen.get(k, {}), f"{path}.{k}" if path else k) for k, v in before.items() if k not in stored}
     return {k: new[k] if k in stored else recalibrated(*below[k]) for k in before}
+
+
+def mergeable(normalizer: Normalizer, layout: str) -> bool:
+    """Whether the statistics of two batches give those of both, by `running.merge`.
+
+    A moment around a mean needs order 2 and A = B; no windows, since elements of one window have different means; and no
+    examples that stand beside each other with statistics of their own (blocks of n, or n unnamed beside `@n`).
+
+    >>> from normjax import TABLE
+    >>> mergeable(TABLE["batch"], "n ... c"), mergeable(TABLE["ghost"], "n ... c")
+    (True, False)
+    """
+    a, b = normalizer.mean, normalizer.var
+    if b is None:
+        return True
+    if a is None or normalizer.order != 2:
+        return normalizer.order == 2
+    assert isinstance(b, Field)
+    named = EXAMPLES not in layout.split() or any(span.axis == EXAMPLES for span in b.spans)
+    return a == b and named and not any(span.window or (span.blocks and span.axis == EXAMPLES) for span in b.spans)
+
+
+def record(
+    running: Running,
+    stats: Stats,
+    normalizer: Normalizer,
+    layout: str,
+    shape: tuple[int, ...],
+    *,
+    momentum: ArrayLike,
+    averaging: str = "exponential",
+    unbiased: bool = False,
+    exact: bool = True,
+) -> tuple[Running, BatchRecord]:
+    """What a training batch leaves: the statistics to store from now on, and what the layer saw of the batch.
+
+    Args:
+      running: what is stored.
+      stats: of the batch, each broadcasting against it, with their weights.
+      normalizer: the row that they are of.
+      layout: name of each axis of the batch.
+      shape: of the batch.
+      momentum: weight of the old value.
+      averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
+      unbiased: whether the unbiased variance is stored.
+      exact: whether the statistics of two batches give those of both, see `mergeable`.
+
+    >>> from normjax import TABLE, normalize
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> stored, seen = record(
+    ...     Running(jnp.zeros(1), jnp.ones(1)), normalize(x, "batch").stats, TABLE["batch"], "n c", x.shape, momentum=0.5
+    ... )
+    >>> stored.mean, seen.stats.mean
+    (Array([1.], dtype=float32), Array([2.], dtype=float32))
+    """
+    batch = observe(stats, normalizer, layout, shape)
+    corrected = observe(unbias(stats, normalizer), normalizer, layout, shape) if unbiased else batch
+    stored = update(running, corrected, momentum, averaging)
+    weight = jnp.asarray(momentum, jnp.float32)
+    return stored, BatchRecord(batch if exact else corrected, weight, averaging, unbiased and exact, exact)

@@ -105,3 +105,37 @@ def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """
     step = jnp.asarray(step, np.float32)
     return 1 + 2 * jnp.clip((step - 5_000) / 35_000, 0, 1), 5 * jnp.clip((step - 5_000) / 20_000, 0, 1)
+
+
+def renormalized(
+    stats: Stats, r: jax.Array, d: jax.Array, normalizer: Normalizer, eps: ArrayLike | None = None
+) -> Stats:
+    """The statistics with which a layer gives r * y + d: for layers that do more with them than to centre and divide.
+
+    Args:
+      stats: of a batch, each broadcasting against it.
+      r: from `corrections`.
+      d: from `corrections`.
+      normalizer: the row whose statistics they are.
+      eps: replaces the row's number. [units of x ** order]
+
+    Returns:
+      Statistics with the weights of the batch: sigma / r in place of sigma, and mean - d * sigma / r of the mean.
+
+    Source: Ioffe 2017, algorithm 1, solved for the statistics.
+
+    >>> from normjax import TABLE, normalize
+    >>> x, n = jnp.array([[2.0], [4.0]]), TABLE["batch"]
+    >>> stats = effective(normalize(x, n).stats, jnp.array([[0.5]]), jnp.array([[1.0]]), n)
+    >>> (10 * normalize(x, n, stats=stats).y).round().tolist()                 # from -1 and 1
+    [[5.0], [15.0]]
+    """
+    n = normalizer
+    smoothing = jnp.asarray(n.eps if eps is None else eps).astype(stats.var.dtype)
+    # Written so that r = 1 leaves the variance as it is, to the bit.
+    var = stats.var + (smoothing / n.gain + stats.var) * (r ** (-1 / n.power) - 1)
+    if n.mean is None or stats.mean is None:
+        return stats._replace(var=var)
+    q = smoothing + n.gain * var
+    sigma = q if n.power == 1 else q * moments.inverse_power(q, 1 - n.power)
+    return stats._replace(mean=stats.mean - d * sigma, var=var)

@@ -1,0 +1,174 @@
+"""What a layer is, told without Flax: a dataclass of options that says what it learns, and whose call asks a host for it.
+
+    description     options, docstring, `_learns`, `__call__`            `_layers/`, this folder
+    host            variables, random keys, "am I initializing?"         `linen/host.py`, `nnx/host.py`
+    face            `class DyT(units.DyT, Host)`                         `linen/layers.py`, `nnx/layers.py`
+
+What a description asks of its host, and what a host asks of a description, starts with an underscore: Flax's modules have
+methods of many names (`apply`, `init`, `param`), and `nnx.tabulate` traces those that look public.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax.field import FieldError, axes
+
+Shape = tuple[int | None, ...]  # lengths are None where they are not known yet
+Initializer = Callable[..., jax.Array]  # of a random key, a shape and a dtype
+T = TypeVar("T", bound=type)
+
+ones: Initializer = jax.nn.initializers.ones
+zeros: Initializer = jax.nn.initializers.zeros
+
+
+@overload
+def description(cls: T, /) -> T: ...
+@overload
+def description(*, kw_only: bool = False) -> Callable[[T], T]: ...
+@dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
+def description(cls: T | None = None, /, *, kw_only: bool = False) -> T | Callable[[T], T]:
+    """Makes a class a description: a dataclass without an equality, hash or repr of its own, which are the host's.
+
+    >>> @description
+    ... class Clip(Layer):
+    ...     limit: float = 6.0
+    >>> Clip(3.0).limit
+    3.0
+    """
+
+    def made(cls: T) -> T:
+        return dataclasses.dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
+
+    return made if cls is None else made(cls)
+
+
+class Parameter(NamedTuple):
+    """One learned array.
+
+    Attributes:
+      shape: its shape.
+      init: an initializer; or the number that fills it, for which no random key is drawn.
+    """
+
+    shape: Shape
+    init: Initializer | float
+
+
+class Layer:
+    """What every description is. A host replaces `_learned`, `_part`, `_starting` and `_fits`."""
+
+    layout: str
+    param_dtype: DTypeLike
+
+    def _starting(self) -> bool:
+        """Whether the layer is being initialized, perhaps on a single element, and where no axis is mapped yet."""
+        return False
+
+    def _check(self) -> None:
+        """Raises where options contradict each other; called when the layer is made."""
+
+    def _learns(self, *shapes: Shape) -> Mapping[str, Parameter | None]:
+        """What is learned, by name, for inputs of these shapes; None says that the options go without."""
+        return {}
+
+    def _learned(self, *shapes: tuple[int, ...], **given: ArrayLike | None) -> dict[str, Any]:
+        """The values of what is learned, by name; what is given at the call (not None) stands in their place."""
+        raise NotImplementedError("a description holds no variables: take the layer from normjax.linen or normjax.nnx")
+
+    def _parts(self) -> "Mapping[str, Layer | None]":
+        """Layers inside, by name, as descriptions; None says that the options go without."""
+        return {}
+
+    def _part(self, name: str) -> Any:
+        """A layer inside, to be called."""
+        raise NotImplementedError("a description holds no layers: take the layer from normjax.linen or normjax.nnx")
+
+    def _fits(self, shape: tuple[int, ...]) -> None:
+        """Raises FieldError where a layer was made for another number of channels than inputs of this shape have."""
+
+    def _changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name, in the order of the call."""
+        found = {}
+        for field in sorted(dataclasses.fields(self), key=lambda field: field.kw_only):  # pyright: ignore
+            value = vars(self).get(field.name, field.default)
+            if field.init and not (value is field.default or _alike(value, field.default)):
+                found[field.name] = value
+        return found
+
+
+def _alike(a: object, b: object) -> bool:
+    return type(a) is type(b) and not isinstance(a, jax.Array) and bool(a == b)
+
+
+class Affine(Protocol):
+    """The options behind a learned scale and bias."""
+
+    layout: str
+    use_scale: bool
+    use_bias: bool
+    scale_init: Initializer
+    bias_init: Initializer
+
+
+def scale_and_bias(layer: Affine, shape: Shape) -> dict[str, Parameter | None]:
+    """The learned scale and bias `[c]` of a layer with these options, for inputs of this shape."""
+    return {
+        "scale": Parameter(channel_shape(layer.layout, shape), layer.scale_init) if layer.use_scale else None,
+        "bias": Parameter(channel_shape(layer.layout, shape), layer.bias_init) if layer.use_bias else None,
+    }
+
+
+def channel_shape(layout: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Shape of a learned scale or bias: one number for each index of the axis `c`.
+
+    Raises:
+      FieldError: the layout names no channels.
+
+    >>> channel_shape("n c ...", (8, 64, 32, 32))
+    (64,)
+    """
+    where = axes(layout, len(shape))
+    if "c" not in where:
+        raise FieldError(
+            f"a learned scale or bias lies along axis 'c', which layout \"{layout}\" does not name; "
+            "use_scale=False, use_bias=False goes without"
+        )
+    return (shape[where["c"][0]],)
+
+
+def same_channels(features: int, layout: str, shape: tuple[int, ...]) -> None:
+    """Raises FieldError unless arrays of this shape have so many channels.
+
+    >>> same_channels(3, "n c", (8, 4))
+    Traceback (most recent call last):
+    ...
+    normjax.field.FieldError: a layer made for 3 features cannot take an input of shape (8, 4)
+    """
+    if channel_shape(layout, shape) != (features,):
+        raise FieldError(f"a layer made for {features} features cannot take an input of shape {shape}")
+
+
+def whole_shape(features: int | Sequence[int], layout: str) -> Shape:
+    """The shape of an input as far as `features` tells it: all of it, or the number of channels.
+
+    >>> whole_shape(64, "n ... c"), whole_shape((8, 32, 32, 64), "n ... c")
+    ((None, None, 64), (8, 32, 32, 64))
+    """
+    if not isinstance(features, int):
+        return tuple(features)
+    return tuple(features if name == "c" else None for name in layout.split())
+
+
+def promoted(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """The array in a dtype wide enough for an output of this dtype; None leaves it.
+
+    >>> promoted(jnp.ones(2, jnp.bfloat16), jnp.float32).dtype, promoted(jnp.ones(2), jnp.bfloat16).dtype
+    (dtype('float32'), dtype('float32'))
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return x if dtype is None else x.astype(jnp.promote_types(x.dtype, dtype))

@@ -1,0 +1,198 @@
+"""Any normalizer as a layer."""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import moments
+from normjax._layers.describe import Initializer, Parameter, Shape, description, ones, promoted, scale_and_bias, zeros
+from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
+from normjax.order import top
+from normjax.theory import Normalized, Normalizer, Stats, affine, equation, normalize, row
+
+
+class Evaluating(Protocol):
+    """A layer that is one row of the equation."""
+
+    layout: str
+    dtype: DTypeLike | None
+
+    def _starting(self) -> bool: ...
+
+
+@description(kw_only=True)
+class Rowed(RunningLayer):
+    """A layer that is one row of the equation: the options of `Norm` beside the row and the layout.
+
+    Attributes:
+      use_scale: whether a factor is learned, `[c]`.
+      use_bias: whether an addend is learned, `[c]`.
+      learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
+      sigma_init: its initial value; by default the square root of the row's eps.
+      dtype: of the output, by default that of the input.
+      param_dtype: of the parameters.
+      scale_init: initializer of the factor.
+      bias_init: initializer of the addend.
+    """
+
+    use_scale: bool = True
+    use_bias: bool = True
+    learn_sigma: bool = False
+    sigma_init: float | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    scale_init: Initializer = ones
+    bias_init: Initializer = zeros
+
+    def _row(self) -> Normalizer:
+        raise NotImplementedError
+
+    def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
+        start = self._row().eps ** 0.5 if self.sigma_init is None else self.sigma_init
+        return {**scale_and_bias(self, shape), "sigma": Parameter((), start) if self.learn_sigma else None}
+
+    def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
+        """The row as it fits a batch, and statistics of the batch if the row does not take them itself."""
+        return self._here(self._row()), None
+
+    def _here(self, n: Normalizer) -> Normalizer:
+        """The row; while initializing, mapped axes need not exist yet, and there may be fewer than k elements."""
+        if not self._starting():
+            return n
+        n = n.local()
+        return dataclasses.replace(n, order=math.inf) if isinstance(n.order, top) else n
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        update_running_average: bool | None = None,
+        renorm: Limits | None = None,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: floating-point array, axes as named by `layout`.
+          use_running_average: whether to use the stored statistics, for rows that have any.
+          update_running_average: whether a training batch moves the stored statistics; replaces the option.
+          renorm: limits of batch renormalization; replaces the option.
+          mask: boolean mask or weights that broadcast against x; where it is zero, x counts in no statistic and the
+            output is the bias.
+          scale: replaces the learned factor (conditional normalization): a scalar, `[c]`, `[n, c]`, or of the rank of x.
+          bias: replaces the learned addend; the shapes of `scale`.
+
+        Returns:
+          An array of the shape of x.
+
+        Raises:
+          FieldError: the normalizer does not fit the input.
+          TypeError: integer input.
+        """
+        x = moments.as_floating(x, "Norm")
+        learned = self._learned(x.shape, scale=scale, bias=bias)
+        sigma, moves = learned.pop("sigma", None), self._moves(update_running_average)
+        eps = None if sigma is None else jnp.square(sigma)
+
+        def take(stats: Stats | None) -> Taken[jax.Array]:
+            n, measured = self._measure(x, mask, moves) if stats is None else (self._here(self._row()), stats)
+            out = evaluated(self, x, n, measured, mask=mask, eps=eps, **learned)
+            return Taken(out.y, out.stats, n, out.centered)
+
+        def renormed(correct: Correct) -> Taken[jax.Array]:
+            n, measured = self._measure(x, mask, moves)
+            work = promoted(x, self.dtype)
+            work = work.astype(moments.wide(work.dtype))
+            out = normalize(work, n, self.layout, stats=measured, mask=mask, eps=eps)
+            r, d = correct(out.stats, n)
+            y = moments.silence(r * out.y + d, moments.weigh(mask, work))  # zero where masked
+            y = affine(y, self.layout, **learned).astype(self.dtype or x.dtype)
+            return Taken(y, out.stats, n, out.centered)
+
+        return self._normalized(
+            x.shape, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask,
+            eps=eps, renormed=renormed,
+        )  # fmt: skip
+
+
+def evaluated(
+    layer: "Evaluating",
+    x: jax.Array,
+    n: Normalizer,
+    stats: Stats | None = None,
+    **given: ArrayLike | None,
+) -> Normalized:
+    """The equation, in the dtype of the layer; with the refusals of `normalize` unless the layer is being initialized."""
+    dtype = jnp.dtype(layer.dtype or x.dtype)
+    if layer._starting():
+        return equation(x, n, layer.layout, stats=stats, dtype=dtype, **given)
+    out = normalize(promoted(x, layer.dtype), n, layer.layout, stats=stats, **given)
+    return out._replace(y=out.y.astype(dtype))
+
+
+@description
+class Norm(Rowed):
+    """Any normalizer as a layer.
+
+    Statistics that depend on other examples are stored (which moments, the fields say: see `normjax.running`); all other
+    rows need no `use_running_average`. The output has the dtype of the input.
+
+    Attributes:
+      normalizer: a Normalizer or the name of a row of TABLE.
+      layout: name of each axis of the input.
+      use_scale: whether a factor is learned, `[c]`.
+      use_bias: whether an addend is learned, `[c]`.
+      learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
+      sigma_init: its initial value; by default the square root of the row's eps.
+      dtype: of the output, by default that of the input.
+      param_dtype: of the parameters.
+      scale_init: initializer of the factor.
+      bias_init: initializer of the addend.
+
+    The options of every layer with running statistics:
+
+    Attributes:
+      use_running_average: whether to normalize with the stored statistics; here or at the call. In nnx False, and
+        `.train()`, `.eval()` and `nnx.view` set it.
+      momentum: weight of the old value in the running average.
+      averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `normjax.running`.
+      unbiased: whether the unbiased variance is stored, as PyTorch does; none is where the weights sum to 1 or less.
+      mean_init: first value of a running mean.
+      var_init: first value of a running variance, or other moment.
+      update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; here or at the call, where they
+        may be arrays. None is plain.
+      l1: weight alpha of the L1 penalty alpha * mean |v|, which linen sows as `l1` into the collection `losses` when it is
+        mutable, never while initializing, and nnx captures as `Penalty`. 0 leaves none.
+      l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
+      stats_names: in linen, names of the axes of every stored statistic, as in `nn.with_partitioning`.
+
+    In nnx `features` comes first: the number of channels, or the whole shape of an input for a row that stores
+    statistics along other axes; and there are `rngs`, `scale_metadata`, `bias_metadata` and `stats_metadata`.
+
+    >>> from normjax import linen, nnx
+    >>> x = jnp.ones((2, 8, 8, 3))
+    >>> layer = linen.Norm("batch")
+    >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    >>> jax.tree.map(jnp.shape, variables)
+    {'batch_stats': {'mean': (3,), 'var': (3,)}, 'params': {'bias': (3,), 'scale': (3,)}}
+    >>> y, changed = linen.Norm("divisive", l1=0.01).apply({}, x, scale=2.0, bias=0.0, mutable=["losses"])
+    >>> y.shape, changed["losses"]["l1"]
+    ((2, 8, 8, 3), Array(0., dtype=float32))
+    >>> from flax.nnx import Rngs
+    >>> nnx.Norm(3, "batch", rngs=Rngs(0))(x).shape
+    (2, 8, 8, 3)
+    """
+
+    normalizer: Normalizer | str
+    layout: str = "n ... c"
+
+    def _row(self) -> Normalizer:
+        return row(self.normalizer)

@@ -1,0 +1,229 @@
+"""The options of every layer with running statistics, and all that lies between a batch's statistics and what is kept.
+
+A layer says which row's statistics it stores (`_row`), and how an array becomes an output with given statistics or with the
+batch's own (`take`). Here is the rest: which statistics normalize (the stored ones, the batch's, or the batch's within
+the limits of batch renormalization), what is stored afterwards, and which record and penalty are left.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import jax
+from jax.typing import ArrayLike
+
+from normjax._layers.describe import Layer, Shape, description
+from normjax.penalty import l1_penalty
+from normjax.running import (
+    BatchRecord,
+    Running,
+    Slot,
+    as_stats,
+    corrections,
+    mergeable,
+    record,
+    renormalized,
+    require_renormalizable,
+    slots,
+)
+from normjax.theory import Normalizer, Stats
+
+Output = TypeVar("Output")
+Limits = tuple[ArrayLike, ArrayLike]
+Correct = Callable[[Stats, Normalizer], tuple[jax.Array, jax.Array]]  # r and d of batch renormalization
+
+
+class Taken(NamedTuple, Generic[Output]):
+    """What a layer makes of an array.
+
+    Attributes:
+      y: what the call returns: an array, or several.
+      stats: of the row whose statistics are stored, each broadcasting against the input, with their weights.
+      row: that row, as it fits this batch.
+      centered: v, whose mean absolute value the L1 penalty takes; None where a layer has none.
+      mergeable: False where the statistics of two batches do not give those of both, though the row's would.
+    """
+
+    y: Output
+    stats: Stats
+    row: Normalizer
+    centered: jax.Array | None
+    mergeable: bool = True
+
+
+@description(kw_only=True)
+class RunningLayer(Layer):
+    """A layer with running statistics: the options that all of them have.
+
+    Attributes:
+      momentum: weight of the old value in the running average.
+      averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `normjax.running`.
+      unbiased: whether the unbiased variance is stored, as PyTorch does; none is where the weights sum to 1 or less.
+      mean_init: first value of a running mean.
+      var_init: first value of a running variance, or other moment.
+      update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; here or at the call, where they
+        may be arrays. None is plain.
+      l1: weight alpha of the L1 penalty alpha * mean |v|; 0 leaves none.
+      l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
+    """
+
+    momentum: float = 0.99
+    averaging: str = "exponential"
+    unbiased: bool = False
+    mean_init: float = 0.0
+    var_init: float = 1.0
+    update_running_average: bool = True
+    renorm: tuple[float, float] | None = None
+    l1: float = 0.0
+    l1_axis_name: str | Sequence[str] | None = None
+
+    # What a layer says.
+
+    def _row(self) -> Normalizer | None:
+        """The row whose statistics are stored; None where the options store none."""
+        raise NotImplementedError
+
+    def _keeps(self, shape: Shape) -> dict[str, Slot]:
+        """What is stored for inputs of this shape, by name: those of `Running`, and what else a layer has."""
+        row = self._row()
+        found = {} if row is None else slots(row, self.layout, shape, self.averaging)
+        start = {"mean": self.mean_init, "var": self.var_init}
+        return {name: slot._replace(fill=start.get(name, slot.fill)) for name, slot in found.items()}
+
+    def _stores_unbiased(self) -> bool:
+        """Whether the variance is corrected before it is stored; not where `unbiased` means something else to a layer."""
+        return self.unbiased
+
+    # What a host says.
+
+    def _uses_running(self, at_call: bool | None) -> bool:
+        """Whether the stored statistics normalize; asked only where some are stored."""
+        raise NotImplementedError
+
+    def _stored(self, name: str, slot: Slot) -> jax.Array | None:
+        """A stored value, which starts as the slot says."""
+        raise NotImplementedError
+
+    def _store(self, name: str, value: jax.Array) -> None:
+        """Replaces a stored value."""
+        raise NotImplementedError
+
+    def _leave(self, seen: BatchRecord) -> None:
+        """Leaves what a training batch showed to those who ask for it."""
+        raise NotImplementedError
+
+    def _penalize(self, value: Callable[[], jax.Array]) -> None:
+        """Leaves the penalty to those who ask for it."""
+        raise NotImplementedError
+
+    # What all of them do.
+
+    def _moves(self, at_call: bool | None) -> bool:
+        """Whether a training batch moves what is stored."""
+        return self.update_running_average if at_call is None else at_call
+
+    def _normalized(
+        self,
+        shape: tuple[int, ...],
+        take: Callable[[Stats | None], Taken[Output]],
+        use_running_average: bool | None = None,
+        *,
+        update_running_average: bool | None = None,
+        renorm: Limits | None = None,
+        mask: ArrayLike | None = None,
+        eps: ArrayLike | None = None,
+        renormed: Callable[[Correct], Taken[Output]] | None = None,
+    ) -> Output:
+        """One application of a layer.
+
+        Args:
+          shape: of the input.
+          take: makes the output with these statistics, or, of None, with the batch's own.
+          use_running_average: as it was given at the call; so are `update_running_average`, `renorm` and `mask`.
+          update_running_average: whether a training batch moves what is stored.
+          renorm: limits of batch renormalization.
+          mask: of the input.
+          eps: that of the row where it is learned.
+          renormed: makes the output of batch renormalization, from a function that gives r and d for statistics and their
+            row. By default the batch's statistics are moved so far that `take` gives r * y + d.
+        """
+        row, starting, keeps = self._row(), self._starting(), self._keeps(shape)
+        found = {name: slot for name, slot in keeps.items() if name in Running._fields}
+        used = bool(found) and self._uses_running(use_running_average)
+        moves = not used and self._moves(update_running_average)
+        # Inference needs no counts, which the checkpoints of other layers lack.
+        needed = {name: slot for name, slot in keeps.items() if starting or moves or not name.endswith("_count")}
+        held = {name: self._stored(name, slot) for name, slot in needed.items() if starting or name in found}
+        running = Running(**{name: value for name, value in held.items() if name in found})
+        limits = None if starting else self.renorm if renorm is None else renorm
+        if limits is not None:
+            self._check_renorm(limits)
+        training = bool(found) and not used and not starting
+        if training and limits is not None:
+            correct = functools.partial(
+                _corrections, running=running, layout=self.layout, shape=shape, limits=limits, eps=eps
+            )
+            out = _moved(take, correct, eps) if renormed is None else renormed(correct)
+        else:
+            out = take(as_stats(running, row, self.layout, shape) if used and row is not None else None)
+        if training and moves:
+            self._remember(out, running, shape)
+        if self.l1 and not starting:
+            self._leave_penalty(out, mask)
+        return out.y
+
+    def _check_renorm(self, limits: Limits) -> None:
+        """Raises ValueError where batch renormalization has no meaning."""
+        row = self._row()
+        if row is None:
+            raise ValueError(f"renorm needs statistics that are stored, and {type(self).__name__} stores none")
+        require_renormalizable(row, limits)
+
+    def _remember(self, out: Taken, running: Running, shape: tuple[int, ...]) -> None:
+        """Stores the statistics of a training batch, and leaves its record."""
+        stored, seen = record(
+            running, out.stats, out.row, self.layout, shape, momentum=self.momentum, averaging=self.averaging,
+            unbiased=self._stores_unbiased(), exact=out.mergeable and mergeable(out.row, self.layout),
+        )  # fmt: skip
+        for name, value in stored._asdict().items():
+            if value is not None:
+                self._store(name, value)
+        self._leave(seen)
+
+    def _leave_penalty(self, out: Taken, mask: ArrayLike | None) -> None:
+        """Leaves alpha * mean |v|, over the mapped axes of the row's fields unless others are named."""
+        v = out.centered
+        if v is None:
+            raise ValueError(f"{type(self).__name__} centres nothing that could be penalized; found l1={self.l1!r}")
+        names = self.l1_axis_name
+        if names is None:
+            names = tuple(dict.fromkeys(name for field in out.row.fields for name in field.mapped))
+        self._penalize(lambda: l1_penalty(v, self.l1, mask=mask, axis_name=names))
+
+
+def _corrections(
+    stats: Stats,
+    row: Normalizer,
+    *,
+    running: Running,
+    layout: str,
+    shape: tuple[int, ...],
+    limits: Limits,
+    eps: ArrayLike | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The corrections r and d; d is 0 for a layer that stores no mean, since it divides alone."""
+    if running.mean is None and row.mean is not None:
+        row = Normalizer(None, row.var, eps=row.eps, gain=row.gain, power=row.power, order=row.order)
+    return corrections(stats, running, row, layout, shape, limits, eps)
+
+
+def _moved(
+    take: Callable[[Stats | None], Taken[Output]],
+    correct: Correct,
+    eps: ArrayLike | None,
+) -> Taken[Output]:
+    """The output by the statistics that give r * y + d; what the batch shows stays what it was."""
+    batch = take(None)
+    moved = take(renormalized(batch.stats, *correct(batch.stats, batch.row), batch.row, eps))
+    return moved._replace(stats=batch.stats)

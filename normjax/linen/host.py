@@ -1,0 +1,145 @@
+"""The hosts of Flax linen: they make and hold the variables that the descriptions of `normjax/_layers` ask for.
+
+A face is a description and a host, in that order:
+
+    class DyT(units.DyT, Host): ...                 # parameters
+    class Norm(norm.Norm, Keeping): ...             # and running statistics
+    class RevIN(reversible.RevIN, Early): ...       # parameters that several methods share
+
+The face has the docstring of the description and its methods, of which `__call__` is compact.
+Parameters are in `params`, running statistics in `batch_stats`; where they are mutable, `moments` takes what a training
+batch showed, and `losses` the penalties.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import initializers
+from jax.typing import ArrayLike
+
+from normjax._layers.describe import Layer, Parameter, same_channels, whole_shape
+from normjax._layers.statistics import RunningLayer
+from normjax.running import BatchRecord, Slot
+
+
+class Host(Layer, nn.Module, kw_only=True):
+    """A layer with parameters."""
+
+    _faces: ClassVar[dict[type, type]] = {}  # the face of each description
+    _compact: ClassVar[bool] = True
+
+    def __init_subclass__(cls, kw_only: bool = False, **kwargs: Any):
+        described = cls.__bases__[0]
+        if not issubclass(described, nn.Module):  # a face
+            cls.__doc__ = cls.__doc__ or described.__doc__
+            for name in dir(described):
+                if (name == "__call__" or name[0] != "_") and inspect.isfunction(method := getattr(described, name)):
+                    # Flax wraps the methods that it finds in the class itself.
+                    if name not in vars(cls):
+                        setattr(cls, name, nn.compact(method) if name == "__call__" and cls._compact else method)
+            Host._faces.setdefault(described, cls)
+        # A class without options of its own takes `parent` and `name` by keyword alone: they would be the next
+        # positional arguments after a description's.
+        super().__init_subclass__(kw_only=kw_only or not inspect.get_annotations(cls), **kwargs)
+
+    def __post_init__(self):
+        self._check()
+        super().__post_init__()
+
+    @nn.nowrap
+    def __repr__(self) -> str:
+        """The layer as it was made: the options that differ from their defaults."""
+        shown = {name: value for name, value in self._changed().items() if name not in ("parent", "name")}
+        shown |= {} if self.name is None else {"name": self.name}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    @nn.nowrap
+    def _starting(self) -> bool:
+        return self.is_initializing()
+
+    @nn.nowrap
+    def _learned(self, *shapes: tuple[int, ...], **given: ArrayLike | None) -> dict[str, Any]:
+        found = {name: value for name, value in given.items() if value is not None}
+        for name, parameter in self._learns(*shapes).items():
+            if name not in found and parameter is not None:
+                found[name] = self._parameter(name, parameter)
+        return found
+
+    @nn.nowrap
+    def _parameter(self, name: str, parameter: Parameter) -> jax.Array:
+        init = parameter.init if callable(parameter.init) else initializers.constant(parameter.init)
+        return self.param(name, init, parameter.shape, self.param_dtype)
+
+    @nn.nowrap
+    def _part(self, name: str) -> Any:
+        described = self._parts()[name]
+        if described is None:
+            return None
+        options = {f.name: getattr(described, f.name) for f in dataclasses.fields(described) if f.init}  # pyright: ignore
+        face, others = self._faces[type(described)], ("use_running_average", "stats_names")
+        known = {key: getattr(self, key) for key in others if hasattr(self, key) and key in face.__dataclass_fields__}
+        return face(**options, **known, name=name)
+
+
+class Early(Host):
+    """A layer whose parameters are made for so many channels before any input is seen, so that all its methods have them.
+
+    Attributes:
+      features: number of channels; or the whole shape of an input.
+    """
+
+    features: int | Sequence[int]
+    _compact: ClassVar[bool] = False
+
+    def setup(self) -> None:
+        """Makes the parameters."""
+        self._made = super()._learned(whole_shape(self.features, self.layout))  # pyright: ignore
+
+    @nn.nowrap
+    def _learned(self, *shapes: tuple[int, ...], **given: ArrayLike | None) -> dict[str, Any]:
+        return {**self._made, **{name: value for name, value in given.items() if value is not None}}
+
+    @nn.nowrap
+    def _fits(self, shape: tuple[int, ...]) -> None:
+        if isinstance(self.features, int):
+            same_channels(self.features, self.layout, shape)
+
+
+class Keeping(RunningLayer, Host, kw_only=True):
+    """A layer with running statistics, in the collection `batch_stats`.
+
+    Attributes:
+      use_running_average: whether to normalize with the stored statistics; here or at the call.
+      stats_names: names of the axes of every stored statistic, as in `nn.with_partitioning`; None attaches no metadata.
+    """
+
+    use_running_average: bool | None = None
+    stats_names: tuple[str | None, ...] | None = None
+
+    @nn.nowrap
+    def _uses_running(self, at_call: bool | None) -> bool:
+        return bool(nn.merge_param("use_running_average", self.use_running_average, at_call))
+
+    @nn.nowrap
+    def _stored(self, name: str, slot: Slot) -> jax.Array:
+        make = slot.make if self.stats_names is None else nn.with_partitioning(slot.make, tuple(self.stats_names))
+        return self.variable("batch_stats", name, make).value  # pyright: ignore[reportArgumentType]
+
+    @nn.nowrap
+    def _store(self, name: str, value: jax.Array) -> None:
+        assert self.scope is not None
+        nn.Variable(self.scope, "batch_stats", name, unbox=True).value = value
+
+    @nn.nowrap
+    def _leave(self, seen: BatchRecord) -> None:
+        self.sow("moments", "batch", seen)
+
+    @nn.nowrap
+    def _penalize(self, value: Callable[[], jax.Array]) -> None:
+        term = value()
+        self.sow("losses", "l1", term, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros((), term.dtype))
