@@ -41,7 +41,7 @@ class Linen(nn.Module):
 class NNXBlock(nnx.Module):
     def __init__(self, width, rngs):
         self.dense = nnx.Linear(3, width, rngs=rngs)
-        self.norm = normjax.nnx.Norm("batch", width, rngs=rngs)
+        self.norm = normjax.nnx.Norm(width, "batch", rngs=rngs)
 
     def __call__(self, x):
         return jnp.tanh(self.norm(self.dense(x)))

@@ -176,7 +176,7 @@ CASES = {
         "use_bias=False goes without",
     ),
     "nnx without a shape": (
-        lambda: nx.Norm(Normalizer("n", "n"), 3, rngs=nnx.Rngs(0)),
+        lambda: nx.Norm(3, Normalizer("n", "n"), rngs=nnx.Rngs(0)),
         "Normalizer('n', 'n') stores statistics along other axes than the channels: give the whole shape of an input as "
         "`features`, found 3",
     ),
@@ -190,11 +190,11 @@ CASES = {
         "makes them",
     ),
     "unbiased without a variance": (
-        lambda: nx.Norm("l1_batch", 64, unbiased=True, rngs=nnx.Rngs(0))(DENSE),
+        lambda: nx.Norm(64, "l1_batch", unbiased=True, rngs=nnx.Rngs(0))(DENSE),
         f"unbiased=True needs a variance: order 2 and A = B, without windows; found {TABLE['l1_batch']}",
     ),
     "renormalization without stored statistics": (
-        lambda: nx.Norm("token", 64, renorm=(3.0, 5.0), rngs=nnx.Rngs(0))(DENSE),
+        lambda: nx.Norm(64, "token", renorm=(3.0, 5.0), rngs=nnx.Rngs(0))(DENSE),
         "batch renormalization needs a row that stores all its moments, a variance among them, and has neither floor nor "
         "keep_mean; found Normalizer('c', 'c')",
     ),
@@ -203,7 +203,7 @@ CASES = {
         "r_max is at least 1; found 0.5",
     ),
     "one limit": (
-        lambda: nx.Norm("batch", 64, renorm=cast(Any, 3.0), rngs=nnx.Rngs(0))(DENSE),
+        lambda: nx.Norm(64, "batch", renorm=cast(Any, 3.0), rngs=nnx.Rngs(0))(DENSE),
         "renorm is a pair of limits (r_max, d_max); found 3.0",
     ),
     "groups of Flax's layer": (

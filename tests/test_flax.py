@@ -628,7 +628,7 @@ def test_the_linen_flag_is_given_once(make):
 
 NNX_BATCH = {
     "BatchNorm": our_nnx.BatchNorm,
-    "Norm": functools.partial(our_nnx.Norm, "batch"),
+    "Norm": functools.partial(our_nnx.Norm, normalizer="batch"),
     "Flax": functools.partial(nnx.BatchNorm, **TWO_PASS),
 }
 
@@ -685,7 +685,7 @@ def test_nnx_metadata_reach_the_parameters(name):
     kwargs: Any = {"scale_metadata": {"out_sharding": ("model",)}}
     if name != "RMSNorm":
         kwargs["bias_metadata"] = {"mine": 3}
-    make: Any = functools.partial(our_nnx.Norm, "layer") if name == "Norm" else getattr(our_nnx, name)
+    make: Any = functools.partial(our_nnx.Norm, normalizer="layer") if name == "Norm" else getattr(our_nnx, name)
     with jax.set_mesh(jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))):
         layer = make(32, **kwargs, rngs=nnx.Rngs(0))
     assert layer.scale.get_metadata("out_sharding") == ("model",)
@@ -792,7 +792,7 @@ def test_linen_equals_nnx_on_every_row(row):
     arrays = {"scale": array(64, 2), "bias": array(64, 3), "sigma": np.float32(0.7)}
     given = {"scale": array((8, 64), 4), "bias": array((8, 64), 5)}  # one a channel and example
     linen = our_linen.Norm(row, momentum=0.6, learn_sigma=True, l1=alpha)
-    layer = our_nnx.Norm(row, 64, momentum=0.6, learn_sigma=True, l1=alpha, rngs=nnx.Rngs(0))
+    layer = our_nnx.Norm(64, row, momentum=0.6, learn_sigma=True, l1=alpha, rngs=nnx.Rngs(0))
     variables = jax.eval_shape(functools.partial(linen.init, use_running_average=False), jax.random.key(0), x)
     nnx.update(layer, arrays)
     structure, state = nnx.split(layer)
@@ -847,7 +847,7 @@ def test_the_penalty_is_sown_only_when_asked_for():
         assert isinstance(linen.apply(variables, x), jax.Array)
         changed: Any = linen.apply(variables, x, mutable=["losses"])[1]
         assert_close(dict(changed.get("losses", {})), {k: jnp.float32(v) for k, v in expected.items()})
-        layer = our_nnx.Norm("token", 3, l1=alpha, rngs=nnx.Rngs(0))
+        layer = our_nnx.Norm(3, "token", l1=alpha, rngs=nnx.Rngs(0))
         before = plain(nnx.state(layer))
         layer(x)
         assert_equal(plain(nnx.state(layer)), before)

@@ -11,8 +11,8 @@ from flax import nnx
 
 from normjax import FieldError, Normalizer, normalize
 from normjax.linen.kalman import KalmanNorm
+from normjax.nnx.host import Moments
 from normjax.nnx.kalman import KalmanNorm as NNXKalmanNorm
-from normjax.nnx.norms import Moments
 from normjax.propagate import Belief, predict
 from tests.beliefs import EPS, PRIOR, X, belief_of, blocks_of, close, draw, expected, quick
 

@@ -98,7 +98,7 @@ LAYERS = {
     "linen.BatchNorm": lambda name: linen_layer(lambda: linen.BatchNorm(axis_name=name)),
     "linen.Norm": lambda name: linen_layer(lambda: linen.Norm(SPREAD if name else "batch")),
     "nnx.BatchNorm": lambda name: nnx_layer(functools.partial(nnx.BatchNorm, CHANNELS, axis_name=name)),
-    "nnx.Norm": lambda name: nnx_layer(functools.partial(nnx.Norm, SPREAD if name else "batch", CHANNELS)),
+    "nnx.Norm": lambda name: nnx_layer(functools.partial(nnx.Norm, CHANNELS, SPREAD if name else "batch")),
 }
 
 
@@ -161,7 +161,7 @@ def test_over_two_mapped_axes_a_layer_takes_the_mean_of_both(layer):
         "linen.BatchNorm": linen_layer(lambda: linen.BatchNorm(axis_name=names)),
         "linen.Norm": linen_layer(lambda: linen.Norm(Normalizer(field, field))),
         "nnx.BatchNorm": nnx_layer(functools.partial(nnx.BatchNorm, CHANNELS, axis_name=names)),
-        "nnx.Norm": nnx_layer(functools.partial(nnx.Norm, Normalizer(field, field), CHANNELS)),
+        "nnx.Norm": nnx_layer(functools.partial(nnx.Norm, CHANNELS, Normalizer(field, field))),
     }[layer]
     f = jax.shard_map(
         lambda x: make(PARAMS, x, None), mesh=mesh(data=2, sp=2), in_specs=P(names), out_specs=(P(names), P())
@@ -364,7 +364,7 @@ def test_the_penalty_over_shards_counts_their_valid_elements_alike(way):
             {"batch_stats": {"mean": jnp.zeros(CHANNELS), "var": jnp.ones(CHANNELS)}},
             x, use_running_average=False, mask=mask, mutable=["losses", "batch_stats"],
         )  # fmt: skip
-        layer = nnx.Norm(SPREAD, CHANNELS, l1=0.1, use_scale=False, use_bias=False, rngs=flax_nnx.Rngs(0))
+        layer = nnx.Norm(CHANNELS, SPREAD, l1=0.1, use_scale=False, use_bias=False, rngs=flax_nnx.Rngs(0))
         _, captured = flax_nnx.capture(layer, nnx.Penalty)(x, use_running_average=False, mask=mask)
         alone = l1_penalty(x, 0.1, mask=mask, axis_name="data")
         return y, {"linen": sown["losses"]["l1"], "nnx": captured["l1"][...], "itself": alone}
@@ -407,7 +407,7 @@ def test_stored_statistics_need_no_mapped_axis_and_neither_does_init(way):
         "linen.BatchNorm": lambda: linen.BatchNorm(axis_name="data"),
         "linen.Norm": lambda: linen.Norm(SPREAD),
         "nnx.BatchNorm": lambda: nnx.BatchNorm(CHANNELS, axis_name="data", rngs=flax_nnx.Rngs(0)),
-        "nnx.Norm": lambda: nnx.Norm(SPREAD, CHANNELS, rngs=flax_nnx.Rngs(0)),
+        "nnx.Norm": lambda: nnx.Norm(CHANNELS, SPREAD, rngs=flax_nnx.Rngs(0)),
     }[way]()
     if way.startswith("linen"):
         layer = layer.bind(layer.init(jax.random.key(0), X, use_running_average=False), mutable=["batch_stats"])

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx as fx
 
 import normjax.linen.around as linen_around
-import normjax.linen.rows as linen
+import normjax.linen.layers as linen
 import normjax.nnx.around as nnx_around
-import normjax.nnx.rows as nnx
+import normjax.nnx.layers as nnx
 from normjax import TABLE, FieldError, Normalizer, batch, batch_extremes, normalize, response
 from normjax.batch import virtual_batch
 from tests.test_rows import BIAS, FIRST, IMAGE, OTHER, POINT, PUBLISHED, SCALE, SMALL, X2, X, f32, fast, near
@@ -100,7 +100,7 @@ def test_a_layer_that_starts_as_published_ends_as_published():
     of_nnx: dict[str, Any] = {
         "l1_mean_bn": nnx.L1BatchNorm(2, **fields, rngs=fx.Rngs(0)),
         "variance": nnx.VarianceNorm(2, momentum=0.9, layout=FIRST, rngs=fx.Rngs(0)),
-        "batch": nnx.Norm("batch", 2, momentum=0.9, layout=FIRST, mean_init=1.0, rngs=fx.Rngs(0)),
+        "batch": nnx.Norm(2, "batch", momentum=0.9, layout=FIRST, mean_init=1.0, rngs=fx.Rngs(0)),
     }
     for name, layer in of_nnx.items():
         layer.scale[...], layer.bias[...] = params["scale"], params["bias"]

@@ -266,7 +266,7 @@ def test_modules_store_counts_only_where_they_need_them(averaging):
     variables = layer.init(jax.random.key(0), x)
     assert variables["batch_stats"]["mean_count"].tolist() == [0] * 4  # never updated at init
     _, changed = layer.apply(variables, x, mutable=["batch_stats"])
-    twin = nn.Norm("batch", 4, layout="n c", averaging=averaging, unbiased=True, rngs=nnx.Rngs(0))
+    twin = nn.Norm(4, "batch", layout="n c", averaging=averaging, unbiased=True, rngs=nnx.Rngs(0))
     twin(x)
     assert {k: v.tolist() for k, v in changed["batch_stats"].items()} == {
         k: v[...].tolist() for k, v in nnx.state(twin, nnx.BatchStat).items()
@@ -281,7 +281,7 @@ def test_a_layer_may_normalize_with_the_batch_and_store_nothing():
     variables = layer.init(jax.random.key(0), x)
     y = layer.apply(variables, x)  # nothing is mutable, and nothing has to be
     np.testing.assert_allclose(y, normalize(x, "batch").y, atol=1e-6)
-    model: Any = nnx.Sequential(nn.Norm("batch", 4, layout="n c", rngs=nnx.Rngs(0)))
+    model: Any = nnx.Sequential(nn.Norm(4, "batch", layout="n c", rngs=nnx.Rngs(0)))
     kept: Any = nnx.view(model, update_running_average=False)
     np.testing.assert_allclose(kept(x), y, atol=1e-6)
     assert (kept.layers[0].mean[...] == 0).all()
@@ -308,7 +308,7 @@ def test_stored_statistics_carry_sharding_names():
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
         for twin in (
-            nn.Norm("batch", 4, layout="n c", stats_metadata={"out_sharding": ("model",)}, rngs=nnx.Rngs(0)),
+            nn.Norm(4, "batch", layout="n c", stats_metadata={"out_sharding": ("model",)}, rngs=nnx.Rngs(0)),
             nn.BatchNorm(4, stats_metadata={"out_sharding": ("model",)}, rngs=nnx.Rngs(0)),
         ):
             specs = jax.tree.leaves(nnx.get_partition_spec(nnx.state(twin, nnx.BatchStat)))

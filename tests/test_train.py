@@ -40,7 +40,7 @@ class Net(nn.Module):
 class NNXNet(nnx.Module):
     def __init__(self, rngs, l1=0.1):
         self.first = nnx.Linear(3, 4, rngs=rngs)
-        self.norm = nx.Norm("batch", 4, layout="n c", momentum=0.9, l1=l1, rngs=rngs)
+        self.norm = nx.Norm(4, "batch", layout="n c", momentum=0.9, l1=l1, rngs=rngs)
         self.last = nnx.Linear(4, 1, rngs=rngs)
 
     def __call__(self, x):
@@ -268,7 +268,7 @@ class Masked(nn.Module):
 class NNXMasked(nnx.Module):
     def __init__(self, rngs, names=((), ())):
         self.first = nnx.Linear(3, 8, rngs=rngs, kernel_metadata={"out_sharding": names[0]})
-        self.norm = nx.Norm("batch", 8, layout="n c", momentum=0.9, l1=0.1, rngs=rngs)
+        self.norm = nx.Norm(8, "batch", layout="n c", momentum=0.9, l1=0.1, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.last = nnx.Linear(8, 1, rngs=rngs, kernel_metadata={"out_sharding": names[1]})
 
@@ -606,7 +606,7 @@ class SideBySide(nn.Module):
 
 class NNXSideBySide(nnx.Module):
     def __init__(self):
-        self.batch = nnx.vmap(lambda k: nx.Norm("batch", 3, rngs=nnx.Rngs(0)))(jnp.arange(3))
+        self.batch = nnx.vmap(lambda k: nx.Norm(3, "batch", rngs=nnx.Rngs(0)))(jnp.arange(3))
 
     def __call__(self, x):
         return nnx.vmap(lambda layer, x: layer(x))(self.batch, jnp.stack([x, 2 * x, x + 3]))

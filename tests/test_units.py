@@ -10,8 +10,8 @@ import pytest
 from flax import nnx as flax_nnx
 from jax import lax
 
-import normjax.linen.units as linen
-import normjax.nnx.units as nnx
+import normjax.linen.layers as linen
+import normjax.nnx.layers as nnx
 from normjax import FieldError, selu, units
 from normjax.running import Running, as_stats, merge_into
 from normjax.selu import alpha_dropout

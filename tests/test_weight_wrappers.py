@@ -207,7 +207,7 @@ def test_nnx_wrappers_let_the_layer_update_and_be_captured():
     class Block(nnx.Module):
         def __init__(self, rngs):
             self.linear = nnx.Linear(5, 4, rngs=rngs)
-            self.norm = our_nnx.Norm("batch", 4, l1=0.5, rngs=rngs)
+            self.norm = our_nnx.Norm(4, "batch", l1=0.5, rngs=rngs)
 
         def __call__(self, x):
             return self.norm(self.linear(x))

@@ -72,8 +72,8 @@ class Layer:
     def _check(self) -> None:
         """Raises where options contradict each other; called when the layer is made."""
 
-    def _learns(self, *shapes: Shape) -> Mapping[str, Parameter | None]:
-        """What is learned, by name, for inputs of these shapes; None says that the options go without."""
+    def _learns(self, *shapes: Any, **kwargs: Any) -> Mapping[str, Parameter | None]:
+        """What is learned, by name, for inputs of these shapes, each a `Shape`; None says that the options go without."""
         return {}
 
     def _learned(self, *shapes: tuple[int, ...], **given: ArrayLike | None) -> dict[str, Any]:

@@ -52,8 +52,11 @@ class Rowed(RunningLayer):
         raise NotImplementedError
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
-        start = self._row().eps ** 0.5 if self.sigma_init is None else self.sigma_init
-        return {**scale_and_bias(self, shape), "sigma": Parameter((), start) if self.learn_sigma else None}
+        sigma = Parameter((), self._first_sigma()) if self.learn_sigma else None
+        return {**scale_and_bias(self, shape), "sigma": sigma}
+
+    def _first_sigma(self) -> float:
+        return self._row().eps ** 0.5 if self.sigma_init is None else self.sigma_init
 
     def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
         """The row as it fits a batch, and statistics of the batch if the row does not take them itself."""

@@ -5,9 +5,10 @@ batch's own (`take`). Here is the rest: which statistics normalize (the stored o
 the limits of batch renormalization), what is stored afterwards, and which record and penalty are left.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 from jax.typing import ArrayLike
@@ -95,6 +96,10 @@ class RunningLayer(Layer):
         """Whether the variance is corrected before it is stored; not where `unbiased` means something else to a layer."""
         return self.unbiased
 
+    def _limits(self) -> Limits | None:
+        """The limits of batch renormalization; None is plain."""
+        return self.renorm
+
     # What a host says.
 
     def _uses_running(self, at_call: bool | None) -> bool:
@@ -156,7 +161,7 @@ class RunningLayer(Layer):
         needed = {name: slot for name, slot in keeps.items() if starting or moves or not name.endswith("_count")}
         held = {name: self._stored(name, slot) for name, slot in needed.items() if starting or name in found}
         running = Running(**{name: value for name, value in held.items() if name in found})
-        limits = None if starting else self.renorm if renorm is None else renorm
+        limits = None if starting else self._limits() if renorm is None else renorm
         if limits is not None:
             self._check_renorm(limits)
         training = bool(found) and not used and not starting
@@ -227,3 +232,8 @@ def _moved(
     batch = take(None)
     moved = take(renormalized(batch.stats, *correct(batch.stats, batch.row), batch.row, eps))
     return moved._replace(stats=batch.stats)
+
+
+def running_options(layer: RunningLayer) -> dict[str, Any]:
+    """The options of a layer with running statistics, by name, for a layer inside that stores them."""
+    return {field.name: getattr(layer, field.name) for field in dataclasses.fields(RunningLayer)}

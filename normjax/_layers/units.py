@@ -19,7 +19,7 @@ from normjax._layers.describe import (
     zeros,
 )
 from normjax._layers.statistics import Limits, RunningLayer, Taken
-from normjax.field import Field
+from normjax.field import Field, FieldError
 from normjax.running import Slot
 from normjax.selu import as_real
 from normjax.theory import Normalizer, Stats, equation
@@ -196,7 +196,13 @@ class EvoNormB0(RunningLayer):
         return units.evonorm_row(self.batch, self.epsilon) if self.nonlinear else None
 
     def _keeps(self, shape: Shape) -> dict[str, Slot]:
-        return {name: slot for name, slot in super()._keeps(shape).items() if name.startswith("var")}
+        found = {name: slot for name, slot in super()._keeps(shape).items() if name.startswith("var")}
+        if any(None in slot.shape for slot in found.values()):
+            raise FieldError(
+                f'EvoNormB0 stores one variance a channel, but field "{self.batch}" keeps other axes of '
+                f'layout "{self.layout}"'
+            )
+        return found
 
     def _stores_unbiased(self) -> bool:
         return False  # here the option is the instance's

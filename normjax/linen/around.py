@@ -10,11 +10,20 @@ from jax.typing import ArrayLike
 
 from normjax import batch, layer, response, tokens
 from normjax.linen.norms import Dtype, Initializer
-from normjax.linen.units import _param
 from normjax.moments import as_floating
 from normjax.theory import Normalizer, normalize
 
 ONES, ZEROS = initializers.ones, initializers.zeros
+
+
+def _param(
+    module: Any, name: str, x: ArrayLike, use: bool = True, given: Any = None, make: Initializer | None = None
+) -> Any:
+    """A parameter `[c]`, by the module's initializer of its name or another, or what was given at the call instead."""
+    if not use or given is not None:
+        return given
+    shape = layer.channel_shape(module.layout, jnp.shape(x))
+    return module.param(name, getattr(module, f"{name}_init") if make is None else make, shape, module.param_dtype)
 
 
 class VirtualBatchNorm(nn.Module):

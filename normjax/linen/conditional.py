@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from normjax import conditional, layer, spade
 from normjax.conditional import Modulation
 from normjax.field import axes
-from normjax.linen.norms import Norm
+from normjax.linen.layers import Norm
 from normjax.moments import as_floating
 from normjax.theory import Normalizer
 

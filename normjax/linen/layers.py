@@ -1,20 +1,80 @@
 """The faces of the layers in Flax linen: a description of `normjax/_layers` and a host of `host.py` each."""
 
-from normjax._layers import norm, units
+from normjax._layers import norm, presets, units
 from normjax.linen.host import Host, Keeping
 
 __all__ = [
     "GRN",
     "TLU",
+    "BatchRenorm",
     "Derf",
+    "DivisiveNorm",
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
+    "ExtendedBatchNorm",
+    "GhostBatchNorm",
+    "GhostTopKBatchNorm",
+    "L1BatchNorm",
+    "LinfBatchNorm",
+    "LocalContextNorm",
+    "LocalContrastNorm",
+    "LocalResponseNorm",
+    "LpBatchNorm",
     "Norm",
+    "PositionNorm",
+    "RangeBatchNorm",
+    "TopKBatchNorm",
+    "VarianceNorm",
 ]
 
 
 class Norm(norm.Norm, Keeping): ...
+
+
+class BatchRenorm(presets.BatchRenorm, Keeping): ...
+
+
+class DivisiveNorm(presets.DivisiveNorm, Keeping): ...
+
+
+class L1BatchNorm(presets.L1BatchNorm, Keeping): ...
+
+
+class LpBatchNorm(presets.LpBatchNorm, Keeping): ...
+
+
+class TopKBatchNorm(presets.TopKBatchNorm, Keeping): ...
+
+
+class LinfBatchNorm(presets.LinfBatchNorm, Keeping): ...
+
+
+class VarianceNorm(presets.VarianceNorm, Keeping): ...
+
+
+class ExtendedBatchNorm(presets.ExtendedBatchNorm, Keeping): ...
+
+
+class PositionNorm(presets.PositionNorm, Keeping): ...
+
+
+class LocalContextNorm(presets.LocalContextNorm, Keeping): ...
+
+
+class GhostBatchNorm(presets.GhostBatchNorm, Keeping): ...
+
+
+class RangeBatchNorm(presets.RangeBatchNorm, Keeping): ...
+
+
+class GhostTopKBatchNorm(presets.GhostTopKBatchNorm, Keeping): ...
+
+
+class LocalResponseNorm(presets.LocalResponseNorm, Host): ...
+
+
+class LocalContrastNorm(presets.LocalContrastNorm, Host): ...
 
 
 class TLU(units.TLU, Host): ...

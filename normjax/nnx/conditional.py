@@ -15,7 +15,7 @@ from normjax import conditional, spade
 from normjax.conditional import Modulation
 from normjax.field import axes
 from normjax.moments import as_floating
-from normjax.nnx.norms import Norm
+from normjax.nnx.layers import Norm
 from normjax.theory import Normalizer
 
 _ZEROS, _ONES, _KERNEL = initializers.zeros_init(), initializers.ones_init(), initializers.lecun_normal()
@@ -25,7 +25,7 @@ def _norm(normalizer: Normalizer | str | None, features: int, **settings: Any) -
     """The row without parameters of its own; None where nothing is normalized."""
     if normalizer is None:
         return nnx.data(None)
-    return Norm(normalizer, features, use_scale=False, use_bias=False, rngs=nnx.Rngs(0), **settings)
+    return Norm(features, normalizer, use_scale=False, use_bias=False, rngs=nnx.Rngs(0), **settings)
 
 
 def _modulated(module: Any, x: Any, modulation: Modulation, average: bool | None, mask: Any) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from normjax import kalman, layer
 from normjax.field import FieldError
-from normjax.nnx.norms import Moments
+from normjax.nnx.host import Moments
 from normjax.propagate import Belief, Filtered
 from normjax.running import BatchRecord, Running, slots
 from normjax.theory import Normalizer, row

@@ -2,22 +2,97 @@
 
 from flax import nnx
 
-from normjax._layers import norm, units
-from normjax.nnx.host import Host, Keeping
+from normjax._layers import norm, presets, units
+from normjax.nnx.host import Bare, Host, Keeping
 
 __all__ = [
     "GRN",
     "TLU",
+    "BatchRenorm",
     "Derf",
+    "DivisiveNorm",
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
+    "ExtendedBatchNorm",
+    "GhostBatchNorm",
+    "GhostTopKBatchNorm",
+    "L1BatchNorm",
+    "LinfBatchNorm",
+    "LocalContextNorm",
+    "LocalContrastNorm",
+    "LocalResponseNorm",
+    "LpBatchNorm",
     "Norm",
+    "PositionNorm",
+    "RangeBatchNorm",
+    "TopKBatchNorm",
+    "VarianceNorm",
 ]
 
 
 @nnx.dataclass(eq=False)
 class Norm(norm.Norm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class BatchRenorm(presets.BatchRenorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class DivisiveNorm(presets.DivisiveNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class L1BatchNorm(presets.L1BatchNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class LpBatchNorm(presets.LpBatchNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class TopKBatchNorm(presets.TopKBatchNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class LinfBatchNorm(presets.LinfBatchNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class VarianceNorm(presets.VarianceNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class ExtendedBatchNorm(presets.ExtendedBatchNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class PositionNorm(presets.PositionNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class LocalContextNorm(presets.LocalContextNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class GhostBatchNorm(presets.GhostBatchNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class RangeBatchNorm(presets.RangeBatchNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class GhostTopKBatchNorm(presets.GhostTopKBatchNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class LocalResponseNorm(presets.LocalResponseNorm, Bare): ...
+
+
+@nnx.dataclass(eq=False)
+class LocalContrastNorm(presets.LocalContrastNorm, Bare): ...
 
 
 @nnx.dataclass(eq=False)

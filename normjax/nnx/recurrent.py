@@ -16,7 +16,7 @@ from flax.nnx.nn import initializers
 from jax.typing import ArrayLike
 
 from normjax import recurrent
-from normjax.nnx.norms import Penalty
+from normjax.nnx.host import Penalty
 from normjax.recurrent import Clock, Places, Weights
 from normjax.running import Running, stores
 from normjax.theory import Normalizer, row
