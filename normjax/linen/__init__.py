@@ -2,24 +2,21 @@
 
     from normjax.linen import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
-One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table, and Flax's own layers.
+One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table; `flax_names.py` holds
+subclasses of Flax's own layers.
 """
 
 from normjax.linen.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.linen.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
+from normjax.linen.flax_names import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.linen.gdn import GDN
 from normjax.linen.kalman import KalmanNorm
 from normjax.linen.norms import (
-    BatchNorm,
     BatchRenorm,
     DivisiveNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
     LocalContrastNorm,
     LocalResponseNorm,
     Norm,
-    RMSNorm,
 )
 from normjax.linen.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
 from normjax.linen.reversible import RevIN

@@ -2,26 +2,23 @@
 
     from normjax.nnx import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
-One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table, and Flax's own layers.
+One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table; `flax_names.py` holds
+subclasses of Flax's own layers.
 """
 
 from normjax.nnx.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.nnx.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
+from normjax.nnx.flax_names import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.nnx.gdn import GDN
 from normjax.nnx.kalman import KalmanNorm
 from normjax.nnx.norms import (
-    BatchNorm,
     BatchRenorm,
     DivisiveNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
     LocalContrastNorm,
     LocalResponseNorm,
     Moments,
     Norm,
     Penalty,
-    RMSNorm,
 )
 from normjax.nnx.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
 from normjax.nnx.reversible import RevIN
