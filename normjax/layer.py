@@ -1,13 +1,12 @@
-"""What `linen` and `nnx` have in common: one normalization with running statistics, and Flax's arguments read as fields.
+"""What `linen` and `nnx` have in common: one normalization with running statistics.
 
 The modules hold parameters and statistics; this file decides which statistics an application uses and what it leaves
-behind, and translates the arguments of Flax's layers (axes by number, groups, axis names) into a normalizer and a layout.
-It imports no Flax.
+behind. It imports no Flax.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,6 @@ from normjax.penalty import l1_penalty
 from normjax.running import BatchRecord, Running, Slot, as_stats, corrections, mergeable, record, require_renormalizable
 from normjax.theory import Normalized, Normalizer, Stats, affine, equation, normalize, top
 
-Axes = int | Sequence[int]
 NOTHING = Running()  # no stored statistics
 
 
@@ -190,126 +188,3 @@ def contrast(window: int, shape: str, epsilon: float) -> Normalizer:
     """Local contrast norm (Jarrett et al. 2009)."""
     field = Field.parse(f"...:{window} c")
     return Normalizer(field, field, eps=epsilon, floor="...", window=shape)
-
-
-# Flax's arguments as fields. Axes go by number there, so the layout names them by number: "a0 a1 a2".
-
-
-class Reading(NamedTuple):
-    """Flax's arguments, read for an array of one rank."""
-
-    normalizer: Normalizer
-    layout: str
-    features: tuple[int, ...]  # the axes along which scale and bias differ, ascending
-
-
-def positive(ndim: int, numbers: Axes) -> tuple[int, ...]:
-    """Axes as positive numbers, each once, ascending.
-
-    >>> positive(4, (-1, 1, 3))
-    (1, 3)
-    """
-    listed = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
-    for axis in listed:
-        if not -ndim <= axis < ndim:
-            raise ValueError(f"axis {axis} is out of bounds for an array of {ndim} axes")
-    return tuple(sorted({axis % ndim for axis in listed}))
-
-
-def read(
-    ndim: int,
-    reduced: Axes,
-    features: Axes,
-    epsilon: float,
-    *,
-    axis_name: str | Sequence[str] | None = None,
-    groups: Any = None,
-    centre: bool = True,
-    blocks: int | None = None,
-) -> Reading:
-    """Flax's axes as a normalizer: average over `reduced` (the last one in blocks, if asked) and over `axis_name`.
-
-    >>> read(4, (1, 2, 3), -1, 1e-6, blocks=8)
-    Reading(normalizer=Normalizer('a1 a2 a3/8', 'a1 a2 a3/8', eps=1e-06), layout='a0 a1 a2 a3', features=(3,))
-    """
-    reduced = positive(ndim, reduced)
-    spans = [Span(f"a{axis}") for axis in reduced]
-    if blocks is not None:
-        spans[-1] = Span(f"a{reduced[-1]}", blocks=blocks)
-    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    index_groups = tuple(tuple(int(i) for i in group) for group in groups) if groups is not None and names else None
-    field = Field((*spans, *(Span(None, mapped=name, groups=index_groups) for name in names)))
-    normalizer = Normalizer(field if centre else None, field, eps=epsilon)
-    return Reading(normalizer, " ".join(f"a{i}" for i in range(ndim)), positive(ndim, features))
-
-
-def group_count(channels: int, num_groups: int | None, group_size: int | None, noun: str = "channels") -> int:
-    """The number of groups, from Flax's two arguments.
-
-    Raises:
-      ValueError: neither or both are given, or the channels do not divide.
-
-    >>> group_count(64, 32, None), group_count(64, None, 8)
-    (32, 8)
-    """
-    if (num_groups is None) == (group_size is None):
-        raise ValueError(
-            "Either `num_groups` or `group_size` should be specified. If `group_size` is to be specified, pass "
-            "`num_groups=None` as argument to override the default `num_groups` value of 32."
-        )
-    if group_size is not None:
-        if group_size <= 0 or channels % group_size:
-            raise ValueError(f"Number of {noun} ({channels}) is not multiple of the group size ({group_size}).")
-        return channels // group_size
-    if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups:
-        raise ValueError(f"Number of groups ({num_groups}) does not divide the number of channels ({channels}).")
-    return num_groups
-
-
-def group_axes(ndim: int, reduction_axes: Axes | None) -> tuple[int, ...]:
-    """The axes that group norm averages over; the last must be the channels.
-
-    Raises:
-      ValueError: the last axis is missing.
-    """
-    reduced = positive(ndim, [*range(1, ndim - 1), -1] if reduction_axes is None else reduction_axes)
-    if not reduced or reduced[-1] != ndim - 1:
-        raise ValueError(
-            "The reduction axes must include the final dimension as this is assumed to be the feature axis."
-        )
-    return reduced
-
-
-def instance_axes(ndim: int, feature_axes: Axes) -> tuple[int, ...]:
-    """The axes that instance norm averages over: all but the first and the features.
-
-    Raises:
-      ValueError: the features include the first axis.
-    """
-    features = positive(ndim, feature_axes)
-    if 0 in features:
-        raise ValueError(
-            "The channel axes cannot include the leading dimension as this is assumed to be the batch axis."
-        )
-    return tuple(axis for axis in range(1, ndim) if axis not in features)
-
-
-def flax_input(x: ArrayLike, dtype: Any) -> jax.Array:
-    """The array x as Flax's layers take it: integers become floats, and a wider `dtype` widens the work."""
-    x = jnp.asarray(x)
-    with jax.numpy_dtype_promotion("standard"):
-        work = jnp.promote_types(x.dtype if dtype is None else dtype, jnp.float32)
-    if jnp.issubdtype(x.dtype, jnp.inexact) and moments.wide(x.dtype) == work:
-        return x
-    return x.astype(work)
-
-
-def beside(p: jax.Array | None, features: tuple[int, ...], x: jax.Array) -> jax.Array | None:
-    """A parameter of Flax's shape, laid along its feature axes.
-
-    Raises:
-      FieldError: the parameter has another size than those axes.
-    """
-    if p is not None and p.size != math.prod(x.shape[axis] for axis in features):
-        raise FieldError(f"a layer made for {p.size} features cannot take an input of shape {x.shape}")
-    return None if p is None else p.reshape([n if axis in features else 1 for axis, n in enumerate(x.shape)])

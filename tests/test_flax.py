@@ -4,7 +4,6 @@ Flax's own layers run under JAX's lenient promotion settings, which they need; o
 """
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import math
@@ -358,40 +357,55 @@ def test_no_further_from_float64_than_flax_when_the_mean_is_large(name, shape, r
         )
 
 
-BEYOND_FLAX = {"stats_names", "stats_metadata"}  # of BatchNorm; behind Flax's own
+# The arguments of Flax's constructors that have an effect in our layers, and those that are accepted and ignored on purpose:
+# statistics are always two-pass, and float32 or wider. The layers subclass Flax's: what Flax adds would be accepted, and
+# ignored unseen, were it not for this table.
+ARGUMENTS = {
+    "linen": {
+        "BatchNorm": "use_running_average axis momentum epsilon dtype param_dtype use_bias use_scale bias_init scale_init "
+        "axis_name axis_index_groups",
+        "LayerNorm": "epsilon dtype param_dtype use_bias use_scale bias_init scale_init reduction_axes feature_axes "
+        "axis_name axis_index_groups",
+        "RMSNorm": "epsilon dtype param_dtype use_scale scale_init reduction_axes feature_axes axis_name axis_index_groups",
+        "GroupNorm": "num_groups group_size epsilon dtype param_dtype use_bias use_scale bias_init scale_init "
+        "reduction_axes axis_name axis_index_groups",
+        "InstanceNorm": "epsilon dtype param_dtype use_bias use_scale bias_init scale_init feature_axes axis_name "
+        "axis_index_groups",
+    },
+    "nnx": {
+        "BatchNorm": "num_features use_running_average axis momentum epsilon dtype param_dtype use_bias use_scale "
+        "bias_init scale_init axis_name axis_index_groups promote_dtype rngs bias_metadata scale_metadata",
+        "LayerNorm": "num_features epsilon dtype param_dtype use_bias use_scale bias_init scale_init reduction_axes "
+        "feature_axes axis_name axis_index_groups promote_dtype rngs bias_metadata scale_metadata",
+        "RMSNorm": "num_features epsilon dtype param_dtype use_scale scale_init reduction_axes feature_axes axis_name "
+        "axis_index_groups promote_dtype rngs scale_metadata",
+        "GroupNorm": "num_features num_groups group_size epsilon dtype param_dtype use_bias use_scale bias_init "
+        "scale_init reduction_axes axis_name axis_index_groups promote_dtype rngs bias_metadata scale_metadata",
+        "InstanceNorm": "num_features epsilon dtype param_dtype use_bias use_scale bias_init scale_init feature_axes "
+        "axis_name axis_index_groups promote_dtype rngs bias_metadata scale_metadata",
+    },
+}
+IGNORED = {"linen": "use_fast_variance force_float32_reductions", "nnx": "use_fast_variance"}
+BEYOND_FLAX = {("linen", "BatchNorm"): ["stats_names"]}
 
 
-def same_default(ours, flax):
-    return ours == flax or (callable(ours) and callable(flax) and "promote_dtype" in flax.__name__)
+def parameters(library, name, method):
+    found = inspect.signature(getattr(getattr(library, name), method)).parameters.values()
+    return [(p.name, p.kind, p.default) for p in found if p.name not in ("self", "parent", "name")]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_arguments_and_defaults_are_flax_s(name):
-    ours, flax = (
-        [f for f in dataclasses.fields(getattr(library, name)) if f.name not in BEYOND_FLAX]
-        for library in (our_linen, nn)
-    )
-    assert [f.name for f in ours] == [f.name for f in flax]
-    for mine, theirs in zip(ours, flax, strict=True):
-        assert (mine.default, mine.kw_only, mine.init) == (theirs.default, theirs.kw_only, theirs.init), mine.name
-    for mine, theirs in ((our_linen, nn), (our_nnx, nnx)):
-        for method in ("__init__", "__call__"):
-            a, b = (
-                inspect.signature(getattr(getattr(lib, name), method)).parameters.values() for lib in (mine, theirs)
-            )
-            a = [p for p in a if p.name not in BEYOND_FLAX]
-            assert [(p.name, p.kind) for p in a] == [(p.name, p.kind) for p in b]
-            assert all(same_default(p.default, q.default) for p, q in zip(a, b, strict=True))
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_nnx_attributes_are_flax_s(name):
-    ours, flax = (getattr(library, name)(32, rngs=nnx.Rngs(0)) for library in (our_nnx, nnx))
-    assert vars(ours).keys() == vars(flax).keys()
-    for key, value in vars(flax).items():
-        if not isinstance(value, nnx.Variable) and key not in ("promote_dtype", "_pytree__state"):
-            assert getattr(ours, key) == value, key
-    assert {k: type(v) for k, v in nnx.state(ours).items()} == {k: type(v) for k, v in nnx.state(flax).items()}
+@pytest.mark.parametrize("api", APIS)
+def test_every_argument_of_flax_is_read_or_ignored_on_purpose(api, name):
+    ours, flax, _ = APIS[api]
+    assert issubclass(getattr(ours, name), getattr(flax, name))
+    known = f"{ARGUMENTS[api][name]} {IGNORED[api]}".split()
+    assert {argument for argument, *_ in parameters(flax, name, "__init__")} == set(known)
+    constructor = parameters(ours, name, "__init__")
+    beyond = BEYOND_FLAX.get((api, name), [])
+    assert [argument for argument, *_ in constructor if argument in beyond] == beyond
+    assert [p for p in constructor if p[0] not in beyond] == parameters(flax, name, "__init__")
+    assert parameters(ours, name, "__call__") == parameters(flax, name, "__call__")
 
 
 @each(CASES)

@@ -155,7 +155,7 @@ def test_the_gradient_of_a_jitted_scanned_or_rematerialized_mapping_is_that_of_t
 @pytest.mark.parametrize("layer", LAYERS)
 def test_over_two_mapped_axes_a_layer_takes_the_mean_of_both(layer):
     x = X[:8]
-    names = ("data", "sp")
+    names: Any = ("data", "sp")  # Flax's annotation knows one name
     field = "n ... @data @sp"
     make = {
         "linen.BatchNorm": linen_layer(lambda: linen.BatchNorm(axis_name=names)),

@@ -58,8 +58,10 @@ ROOMS = {
     "similarity": {"field", "moments", "theory", "information"},
     "diagnostics": {"field", "moments", "theory", "running", "selection", "information", "similarity"},
     "capture": {"moments"},
-    "linen": BELOW_LAYERS,
-    "nnx": BELOW_LAYERS,
+    # the layers
+    "_layers": {"field", "moments", "theory", "running", "layer"},
+    "linen": BELOW_LAYERS | {"_layers"},
+    "nnx": BELOW_LAYERS | {"_layers"},
     "mesh": set(),
     "train": {"seen", "penalty", "linen", "nnx", "mesh"},
     "interop": set(),

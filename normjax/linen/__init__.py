@@ -8,10 +8,10 @@
 from normjax.linen import layers
 from normjax.linen.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.linen.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
+from normjax.linen.flax_names import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.linen.gdn import GDN
 from normjax.linen.kalman import KalmanNorm
 from normjax.linen.layers import *  # noqa: F403
-from normjax.linen.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.linen.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
 from normjax.linen.reversible import RevIN
 from normjax.linen.selu import AlphaDropout

@@ -8,11 +8,11 @@
 from normjax.nnx import layers
 from normjax.nnx.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.nnx.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
+from normjax.nnx.flax_names import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.nnx.gdn import GDN
 from normjax.nnx.host import Moments, Penalty
 from normjax.nnx.kalman import KalmanNorm
 from normjax.nnx.layers import *  # noqa: F403
-from normjax.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.nnx.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
 from normjax.nnx.reversible import RevIN
 from normjax.nnx.selu import AlphaDropout

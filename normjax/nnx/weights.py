@@ -18,7 +18,7 @@ from flax.nnx.nn import dtypes, initializers
 from jax.typing import ArrayLike
 
 from normjax import moments
-from normjax.layer import Axes
+from normjax._layers.flax_names import Axes
 from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
 from normjax.spectral import spectral_norm
 from normjax.weights import weight_norm

@@ -1,0 +1,244 @@
+"""The arguments of Flax's normalization layers, read as a normalizer and a layout, once for linen and nnx.
+
+Axes go by number there, so the layout names them by number: "a0 a1 a2". `use_fast_variance` and `force_float32_reductions`
+are not read: statistics are always two-pass, and float32 or wider.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import moments
+from normjax.field import Field, FieldError, Span
+from normjax.layer import NOTHING, Applied, apply
+from normjax.running import Running
+from normjax.theory import Normalizer
+
+Axes = int | Sequence[int]
+Shape = tuple[int, ...]
+
+
+class Averaging(Protocol):
+    """What every preset says about its statistics."""
+
+    epsilon: float
+    axis_name: str | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+
+
+class OverAllButAxis(Averaging, Protocol):
+    """Batch norm: `axis` names the features, one or several."""
+
+    axis: int
+
+
+class OverAxes(Averaging, Protocol):
+    """Layer norm and RMS norm."""
+
+    reduction_axes: Axes
+    feature_axes: Axes
+
+
+class OverGroups(Averaging, Protocol):
+    """Group norm."""
+
+    reduction_axes: Axes | None
+
+
+class OverAllButFeatures(Averaging, Protocol):
+    """Instance norm."""
+
+    feature_axes: Axes
+
+
+class Reading(NamedTuple):
+    """Flax's arguments, read for arrays of one shape.
+
+    Attributes:
+      normalizer: the fields that are averaged over, by the names of the layout.
+      layout: the axes by number, "a0 a1 a2".
+      features: the axes along which scale, bias and running statistics differ, ascending.
+      sizes: the lengths of those axes: the shape that linen's variables have.
+    """
+
+    normalizer: Normalizer
+    layout: str
+    features: tuple[int, ...]
+    sizes: Shape
+
+
+def read(
+    module: Averaging, shape: Shape, reduced: Axes, features: Axes, *, centre: bool = True, blocks: int | None = None
+) -> Reading:
+    """Flax's axes as a normalizer: the average over `reduced` (the last one in blocks, if asked) and over `axis_name`.
+
+    >>> from types import SimpleNamespace
+    >>> module = SimpleNamespace(epsilon=1e-6, axis_name="data", axis_index_groups=None)
+    >>> read(module, (2, 5, 5, 64), (1, 2, 3), -1, centre=False, blocks=8)
+    Reading(normalizer=Normalizer(None, 'a1 a2 a3/8 @data', eps=1e-06), layout='a0 a1 a2 a3', features=(3,), sizes=(64,))
+    """
+    ndim, name, groups = len(shape), module.axis_name, module.axis_index_groups
+    reduced, features = positive_axes(ndim, reduced), positive_axes(ndim, features)
+    spans = [Span(f"a{axis}") for axis in reduced]
+    if blocks is not None:
+        spans[-1] = Span(f"a{reduced[-1]}", blocks=blocks)
+    names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
+    index_groups = tuple(tuple(int(i) for i in group) for group in groups) if groups is not None and names else None
+    field = Field((*spans, *(Span(None, mapped=name, groups=index_groups) for name in names)))
+    normalizer = Normalizer(field if centre else None, field, eps=module.epsilon)
+    return Reading(normalizer, " ".join(f"a{i}" for i in range(ndim)), features, tuple(shape[a] for a in features))
+
+
+def read_batch_norm(module: OverAllButAxis, shape: Shape) -> Reading:
+    """Batch norm averages over all axes but the features.
+
+    >>> from types import SimpleNamespace
+    >>> module = SimpleNamespace(axis=-1, epsilon=1e-5, axis_name=None, axis_index_groups=None)
+    >>> read_batch_norm(module, (8, 4, 4, 64)).normalizer
+    Normalizer('a0 a1 a2', 'a0 a1 a2')
+    """
+    features = positive_axes(len(shape), module.axis)
+    return read(module, shape, [axis for axis in range(len(shape)) if axis not in features], features)
+
+
+def read_layer_norm(module: OverAxes, shape: Shape, *, centre: bool = True) -> Reading:
+    """Layer norm averages over `reduction_axes`; RMS norm, without a centre, as well.
+
+    >>> from types import SimpleNamespace
+    >>> module = SimpleNamespace(
+    ...     reduction_axes=(1, 2), feature_axes=-1, epsilon=1e-6, axis_name=None, axis_index_groups=None)
+    >>> read_layer_norm(module, (8, 4, 64)).normalizer
+    Normalizer('a1 a2', 'a1 a2', eps=1e-06)
+    """
+    return read(module, shape, module.reduction_axes, module.feature_axes, centre=centre)
+
+
+def read_group_norm(module: OverGroups, shape: Shape, groups: int) -> Reading:
+    """Group norm averages over `reduction_axes` (by default all but the first), the last in so many groups.
+
+    Raises:
+      ValueError: the last axis, the channels, is not averaged.
+
+    >>> from types import SimpleNamespace
+    >>> module = SimpleNamespace(reduction_axes=None, epsilon=1e-6, axis_name=None, axis_index_groups=None)
+    >>> read_group_norm(module, (8, 4, 64), 32).normalizer
+    Normalizer('a1 a2/32', 'a1 a2/32', eps=1e-06)
+    """
+    axes, ndim = module.reduction_axes, len(shape)
+    reduced = positive_axes(ndim, [*range(1, ndim - 1), -1] if axes is None else axes)
+    if not reduced or reduced[-1] != ndim - 1:
+        raise ValueError(
+            "The reduction axes must include the final dimension as this is assumed to be the feature axis."
+        )
+    return read(module, shape, reduced, -1, blocks=groups)
+
+
+def read_instance_norm(module: OverAllButFeatures, shape: Shape) -> Reading:
+    """Instance norm averages over all axes but the first and the features.
+
+    Raises:
+      ValueError: the features include the first axis.
+
+    >>> from types import SimpleNamespace
+    >>> module = SimpleNamespace(feature_axes=-1, epsilon=1e-6, axis_name=None, axis_index_groups=None)
+    >>> read_instance_norm(module, (8, 4, 4, 64)).normalizer
+    Normalizer('a1 a2', 'a1 a2', eps=1e-06)
+    """
+    features = positive_axes(len(shape), module.feature_axes)
+    if 0 in features:
+        raise ValueError(
+            "The channel axes cannot include the leading dimension as this is assumed to be the batch axis."
+        )
+    return read(module, shape, [axis for axis in range(1, len(shape)) if axis not in features], features)
+
+
+def positive_axes(ndim: int, numbers: Axes) -> tuple[int, ...]:
+    """Axes as positive numbers, each once, ascending.
+
+    >>> positive_axes(4, (-1, 1, 3))
+    (1, 3)
+    """
+    listed = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
+    for axis in listed:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"axis {axis} is out of bounds for an array of {ndim} axes")
+    return tuple(sorted({axis % ndim for axis in listed}))
+
+
+def group_count(channels: int, num_groups: int | None, group_size: int | None) -> int:
+    """The number of groups, from Flax's two arguments.
+
+    Raises:
+      ValueError: neither or both are given, or the channels do not divide.
+
+    >>> group_count(64, 32, None), group_count(64, None, 8)
+    (32, 8)
+    """
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            "Either `num_groups` or `group_size` should be specified. If `group_size` is to be specified, pass "
+            "`num_groups=None` as argument to override the default `num_groups` value of 32."
+        )
+    if group_size is not None:
+        if group_size <= 0 or channels % group_size:
+            raise ValueError(f"Number of channels ({channels}) is not multiple of the group size ({group_size}).")
+        return channels // group_size
+    if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups:
+        raise ValueError(f"Number of groups ({num_groups}) does not divide the number of channels ({channels}).")
+    return num_groups
+
+
+def align_features(p: jax.Array | None, reading: Reading, shape: Shape) -> jax.Array | None:
+    """A parameter of Flax's shape, laid along the feature axes of an array of this shape.
+
+    Raises:
+      FieldError: the parameter has another size than those axes.
+    """
+    if p is not None and p.size != math.prod(reading.sizes):
+        raise FieldError(f"a layer made for {p.size} features cannot take an input of shape {shape}")
+    return None if p is None else p.reshape([n if axis in reading.features else 1 for axis, n in enumerate(shape)])
+
+
+def widened(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
+    """The array x as Flax's layers take it: integers become floats, and a wider `dtype` widens the work.
+
+    >>> widened(jnp.arange(3), None).dtype, widened(jnp.ones(3, jnp.bfloat16), None).dtype
+    (dtype('float32'), dtype(bfloat16))
+    """
+    x = jnp.asarray(x)
+    with jax.numpy_dtype_promotion("standard"):
+        work = jnp.promote_types(x.dtype if dtype is None else dtype, jnp.float32)
+    if jnp.issubdtype(x.dtype, jnp.inexact) and moments.wide(x.dtype) == work:
+        return x
+    return x.astype(work)
+
+
+def normalize_as_read(
+    x: jax.Array,
+    reading: Reading,
+    running: Running = NOTHING,
+    use_running: bool = False,
+    momentum: float = 0.0,
+    *,
+    dtype: DTypeLike,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    mask: ArrayLike | None = None,
+) -> Applied:
+    """One application of a preset, with the statistics of x or with `running`, of shape `reading.sizes`.
+
+    Flax accepts what `normalize` refuses (a field over one element), so nothing is refused here.
+
+    >>> from types import SimpleNamespace
+    >>> module = SimpleNamespace(feature_axes=-1, epsilon=0.0, axis_name=None, axis_index_groups=None)
+    >>> x = jnp.array([[[1.0], [3.0]]])
+    >>> normalize_as_read(x, read_instance_norm(module, x.shape), bias=jnp.array([5.0]), dtype=x.dtype).y.tolist()
+    [[[4.0], [6.0]]]
+    """
+    n, layout = reading.normalizer, reading.layout
+    given = {"mask": mask, **{k: align_features(p, reading, x.shape) for k, p in (("scale", scale), ("bias", bias))}}
+    return apply(x, n, layout, running, refuse=False, use_running=use_running, momentum=momentum, dtype=dtype, **given)

@@ -1,0 +1,184 @@
+"""Flax's own linen normalizers with our call: changing the import line keeps a model, its arguments and its checkpoints.
+
+    from normjax.linen import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+
+What differs from Flax is what is right here: statistics are always two-pass and float32 or wider (`use_fast_variance` and
+`force_float32_reductions` are accepted and change nothing), masks broadcast and never leak, and a masked output is the
+bias. Integers become floats; complex arrays have real variances.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import dtypes
+from jax.typing import ArrayLike
+
+from normjax._layers.flax_names import (
+    Reading,
+    group_count,
+    normalize_as_read,
+    read_batch_norm,
+    read_group_norm,
+    read_instance_norm,
+    read_layer_norm,
+    widened,
+)
+from normjax.layer import NOTHING, Applied
+from normjax.running import Running
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch norm; all arguments and variables of `flax.linen.BatchNorm`, which this subclasses; row "batch" of TABLE.
+
+    `axis` names the feature axes, one or several; all others, and `axis_name`, are averaged. The running statistics in
+    `batch_stats` have the shape of the feature axes; they are float32, biased, and not updated while initializing.
+
+    Beyond Flax's attributes:
+      stats_names: names of the axes of the running statistics, as in `nn.with_partitioning`; None attaches no metadata.
+
+    Source: Ioffe & Szegedy 2015.
+
+    >>> layer = BatchNorm(use_running_average=False, momentum=0.9)
+    >>> x = jnp.array([[0.0], [2.0]])
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> y, changed = layer.apply(variables, x, mutable=["batch_stats"])
+    >>> y.round(3).tolist(), changed["batch_stats"]["mean"]
+    ([[-1.0], [1.0]], Array([0.1], dtype=float32))
+    """
+
+    stats_names: tuple[str | None, ...] | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
+    ) -> jax.Array:
+        """Normalizes x with the batch's statistics, or with the stored ones.
+
+        Args:
+          x: an array with the feature axes `axis`.
+          use_running_average: whether to use the stored statistics; here or in the constructor.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
+        """
+        average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        reading = read_batch_norm(self, np.shape(x))
+        stored = []
+        for name, first in (("mean", jnp.zeros), ("var", jnp.ones)):
+            make = functools.partial(first, reading.sizes, jnp.float32)
+            make = make if self.stats_names is None else nn.with_partitioning(make, tuple(self.stats_names))
+            stored.append(self.variable("batch_stats", name, make))
+        mean, var = stored
+        out = _normalized(self, x, reading, mask, Running(mean.value, var.value), average, self.momentum)
+        if out.seen is not None and not self.is_initializing():
+            mean.value, var.value = out.running.mean, out.running.var
+            self.sow("moments", "batch", out.seen)
+        return out.y
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm; all arguments and variables of `flax.linen.LayerNorm`, which this subclasses; row "token" of TABLE.
+
+    Source: Ba, Kiros & Hinton 2016.
+
+    >>> LayerNorm(use_scale=False, use_bias=False).apply({}, jnp.array([[1.0, 3.0]])).round(3).tolist()
+    [[-1.0, 1.0]]
+    """
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x over `reduction_axes` and `axis_name`.
+
+        Args:
+          x: an array with those axes, and with `feature_axes`, along which scale and bias lie.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
+        """
+        return _normalized(self, x, read_layer_norm(self, np.shape(x)), mask).y
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm; all arguments and variables of `flax.linen.RMSNorm`, which this subclasses; row "rms" of TABLE.
+
+    Source: Zhang & Sennrich 2019.
+
+    >>> (10 * RMSNorm(use_scale=False).apply({}, jnp.array([[1.0, 7.0]]))).round().tolist()
+    [[2.0, 14.0]]
+    """
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Divides x by its root mean square over `reduction_axes` and `axis_name`.
+
+        Args:
+          x: an array with those axes, and with `feature_axes`, along which the scale lies.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is zero.
+        """
+        return _normalized(self, x, read_layer_norm(self, np.shape(x), centre=False), mask).y
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm; all arguments and variables of `flax.linen.GroupNorm`, which this subclasses; row "group" of TABLE.
+
+    Source: Wu & He 2018.
+
+    >>> layer = GroupNorm(num_groups=2, use_scale=False, use_bias=False)
+    >>> layer.apply({}, jnp.array([[1.0, 3.0, 10.0, 20.0]])).round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x over each group of channels, over all other axes but the first, and over `axis_name`.
+
+        Args:
+          x: `[n ... c]`; any number of leading axes where `reduction_axes` are given.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
+        """
+        shape = np.shape(x)
+        groups = group_count(shape[-1], self.num_groups, self.group_size)
+        return _normalized(self, x, read_group_norm(self, shape, groups), mask).y
+
+
+class InstanceNorm(nn.InstanceNorm):
+    """Instance norm; all arguments and variables of `flax.linen.InstanceNorm`, its base class; row "instance" of TABLE.
+
+    Source: Ulyanov, Vedaldi & Lempitsky 2016.
+
+    >>> layer = InstanceNorm(use_scale=False, use_bias=False)
+    >>> layer.apply({}, jnp.array([[[1.0, 5.0], [3.0, 9.0]]])).round(3).tolist()
+    [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x over all axes but the first and the features, and over `axis_name`.
+
+        Args:
+          x: `[n ... c]`, or with other `feature_axes`, along which scale and bias lie.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
+        """
+        return _normalized(self, x, read_instance_norm(self, np.shape(x)), mask).y
+
+
+def _normalized(
+    module: BatchNorm | LayerNorm | RMSNorm | GroupNorm | InstanceNorm,
+    x: ArrayLike,
+    reading: Reading,
+    mask: ArrayLike | None,
+    running: Running = NOTHING,
+    use_running: bool = False,
+    momentum: float = 0.0,
+) -> Applied:
+    """Flax's parameters and promotion, our equation."""
+    scale = bias = None
+    if module.use_scale:
+        scale = module.param("scale", module.scale_init, reading.sizes, module.param_dtype)
+    if not isinstance(module, RMSNorm) and module.use_bias:
+        bias = module.param("bias", module.bias_init, reading.sizes, module.param_dtype)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's promotion, also where the user's is strict
+        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
+    if module.is_initializing():  # when mapped axes need not exist yet
+        reading = reading._replace(normalizer=reading.normalizer.local())
+    x = widened(x, module.dtype)
+    return normalize_as_read(x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask)

@@ -1,0 +1,177 @@
+"""Flax's own nnx normalizers with our call: changing the import line keeps a model, its arguments and its checkpoints.
+
+    from normjax.nnx import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+
+What differs from Flax is what is right here: statistics are always two-pass and float32 or wider (`use_fast_variance` is
+accepted and changes nothing; running statistics are never rounded to `dtype`), extra leading axes and masks broadcast,
+masked elements never leak, and a masked output is the bias. Integers become floats; complex arrays have real variances.
+"""
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax.typing import ArrayLike
+
+from normjax._layers.flax_names import (
+    Reading,
+    align_features,
+    normalize_as_read,
+    read_batch_norm,
+    read_group_norm,
+    read_instance_norm,
+    read_layer_norm,
+    widened,
+)
+from normjax.layer import NOTHING, Applied
+from normjax.nnx.host import Moments
+from normjax.running import Running
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch norm; all arguments and variables of `flax.nnx.BatchNorm`, which this subclasses; row "batch" of TABLE.
+
+    `axis` names the feature axes, one or several (`num_features` is their product); all others, and `axis_name`, are
+    averaged. The running statistics `mean` and `var`, `[num_features]`, are float32 and biased.
+
+    Source: Ioffe & Szegedy 2015.
+
+    >>> layer = BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
+    >>> layer(jnp.array([[0.0], [2.0]])).round(3).tolist(), layer.mean[...].tolist()
+    ([[-1.0], [1.0]], [0.5])
+    """
+
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
+    ) -> jax.Array:
+        """Normalizes x with the batch's statistics, or with the stored ones.
+
+        Args:
+          x: an array with the feature axes `axis`.
+          use_running_average: whether to use the stored statistics; None takes the constructor's, or that of `nnx.view`.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
+        """
+        average = self.use_running_average if use_running_average is None else use_running_average
+        if average is None:
+            raise ValueError(
+                "No `use_running_average` argument was provided to BatchNorm. Pass it to the constructor or to the call, "
+                "or set it on the whole model: nnx.view(model, use_running_average=True) or False."
+            )
+        reading = read_batch_norm(self, np.shape(x))
+        align_features(self.mean[...], reading, np.shape(x))  # refuses another number of features
+        running = Running(self.mean[...].reshape(reading.sizes), self.var[...].reshape(reading.sizes))
+        out = _normalized(self, x, reading, mask, running, average, self.momentum)
+        if out.seen is not None:
+            _store(self.mean, out.running.mean)
+            _store(self.var, out.running.var)
+            if hasattr(self, "__captures__"):
+                self.sow(Moments, "batch", out.seen)
+        return out.y
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer norm; all arguments and variables of `flax.nnx.LayerNorm`, which this subclasses; row "token" of TABLE.
+
+    Source: Ba, Kiros & Hinton 2016.
+
+    >>> LayerNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0]])).round(3).tolist()
+    [[-1.0, 1.0]]
+    """
+
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x over `reduction_axes` and `axis_name`.
+
+        Args:
+          x: an array with those axes, and with `feature_axes`, along which scale and bias lie.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
+        """
+        return _normalized(self, x, read_layer_norm(self, np.shape(x)), mask).y
+
+
+class RMSNorm(nnx.RMSNorm):
+    """RMS norm; all arguments and variables of `flax.nnx.RMSNorm`, which this subclasses; row "rms" of TABLE.
+
+    Source: Zhang & Sennrich 2019.
+
+    >>> (10 * RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 7.0]]))).round().tolist()
+    [[2.0, 14.0]]
+    """
+
+    def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+        """Divides x by its root mean square over `reduction_axes` and `axis_name`.
+
+        Args:
+          x: an array with those axes, and with `feature_axes`, along which the scale lies.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is zero.
+        """
+        return _normalized(self, x, read_layer_norm(self, np.shape(x), centre=False), mask).y
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group norm; all arguments and variables of `flax.nnx.GroupNorm`, which this subclasses; row "group" of TABLE.
+
+    Source: Wu & He 2018.
+
+    >>> GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0, 10.0, 20.0]])).round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x over each group of channels, over all other axes but the first, and over `axis_name`.
+
+        Args:
+          x: `[n ... c]`; any number of leading axes where `reduction_axes` are given.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
+        """
+        return _normalized(self, x, read_group_norm(self, np.shape(x), self.num_groups), mask).y
+
+
+class InstanceNorm(nnx.InstanceNorm):
+    """Instance norm; all arguments and variables of `flax.nnx.InstanceNorm`, its base class; row "instance" of TABLE.
+
+    Source: Ulyanov, Vedaldi & Lempitsky 2016.
+
+    >>> InstanceNorm(1, rngs=nnx.Rngs(0))(jnp.array([[[1.0], [3.0]]])).round(3).tolist()
+    [[[-1.0], [1.0]]]
+    """
+
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x over all axes but the first and the features, and over `axis_name`.
+
+        Args:
+          x: `[n ... c]`, or with other `feature_axes`, along which scale and bias lie.
+          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
+        """
+        return _normalized(self, x, read_instance_norm(self, np.shape(x)), mask).y
+
+
+def _normalized(
+    module: BatchNorm | LayerNorm | RMSNorm | GroupNorm | InstanceNorm,
+    x: ArrayLike,
+    reading: Reading,
+    mask: ArrayLike | None,
+    running: Running = NOTHING,
+    use_running: bool = False,
+    momentum: float = 0.0,
+) -> Applied:
+    """Flax's parameters and promotion, our equation."""
+    scale = None if module.scale is None else module.scale[...]
+    with jax.numpy_dtype_promotion("standard"):  # Flax's promotion, also where the user's is strict
+        if isinstance(module, RMSNorm):  # its function of promotion takes two arrays
+            (x, scale), bias = module.promote_dtype((x, scale), dtype=module.dtype), None
+        else:
+            bias = None if module.bias is None else module.bias[...]
+            # The promoted running statistics are dropped: in bfloat16 they would lose what they were averaged for.
+            between = running[:2] if isinstance(module, BatchNorm) else ()
+            x, *_, scale, bias = module.promote_dtype((x, *between, scale, bias), dtype=module.dtype)
+        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
+    x = widened(x, module.dtype)
+    return normalize_as_read(x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask)
+
+
+def _store(variable: nnx.BatchStat[jax.Array], value: jax.Array) -> None:
+    value = value.reshape(variable.shape)
+    if value.dtype == variable.dtype:
+        variable[...] = value
+    else:  # the first complex mean replaces a real one
+        variable.set_value(value)
