@@ -5,15 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import normjax.linen.reversible
+import normjax.nnx.reversible
 import numpy as np
 import pytest
 from flax import nnx
 
 import normjax.linen.conditional
-import normjax.linen.reversible
 import normjax.linen.switchable
 import normjax.nnx.conditional
-import normjax.nnx.reversible
 import normjax.nnx.switchable
 from normjax import FieldError, Normalizer, Stats, normalize
 from normjax.conditional import TOKEN, Modulation, adain, by_class, gated, modulate, project, split_modulation, style

@@ -5,10 +5,18 @@
 One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table, and Flax's own layers.
 """
 
-from normjax.linen.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.linen.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
-from normjax.linen.gdn import GDN
 from normjax.linen.kalman import KalmanNorm
+from normjax.linen.layers import (
+    GDN,
+    AlphaDropout,
+    FilterResponseNorm,
+    PartialRMSNorm,
+    QKNorm,
+    RevIN,
+    ScaleNorm,
+    VirtualBatchNorm,
+)
 from normjax.linen.norms import (
     BatchNorm,
     BatchRenorm,
@@ -22,7 +30,6 @@ from normjax.linen.norms import (
     RMSNorm,
 )
 from normjax.linen.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
-from normjax.linen.reversible import RevIN
 from normjax.linen.rows import (
     ExtendedBatchNorm,
     GhostBatchNorm,
@@ -36,7 +43,6 @@ from normjax.linen.rows import (
     TopKBatchNorm,
     VarianceNorm,
 )
-from normjax.linen.selu import AlphaDropout
 from normjax.linen.switchable import SwitchableNorm
 from normjax.linen.units import GRN, TLU, Derf, DyT, EvoNormB0, EvoNormS0
 from normjax.linen.weights import Conv, Dense, SpectralNorm, WeightNorm

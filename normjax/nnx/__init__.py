@@ -5,10 +5,18 @@
 One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table, and Flax's own layers.
 """
 
-from normjax.nnx.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.nnx.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
-from normjax.nnx.gdn import GDN
 from normjax.nnx.kalman import KalmanNorm
+from normjax.nnx.layers import (
+    GDN,
+    AlphaDropout,
+    FilterResponseNorm,
+    PartialRMSNorm,
+    QKNorm,
+    RevIN,
+    ScaleNorm,
+    VirtualBatchNorm,
+)
 from normjax.nnx.norms import (
     BatchNorm,
     BatchRenorm,
@@ -24,7 +32,6 @@ from normjax.nnx.norms import (
     RMSNorm,
 )
 from normjax.nnx.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
-from normjax.nnx.reversible import RevIN
 from normjax.nnx.rows import (
     ExtendedBatchNorm,
     GhostBatchNorm,
@@ -38,7 +45,6 @@ from normjax.nnx.rows import (
     TopKBatchNorm,
     VarianceNorm,
 )
-from normjax.nnx.selu import AlphaDropout
 from normjax.nnx.switchable import SwitchableNorm
 from normjax.nnx.units import GRN, TLU, Derf, DyT, EvoNormB0, EvoNormS0
 from normjax.nnx.weights import Conv, Linear, SpectralNorm, WeightNorm
