@@ -5,14 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import normjax.linen.reversible
-import normjax.nnx.reversible
 import numpy as np
 import pytest
 from flax import nnx
 
+import normjax.linen
 import normjax.linen.conditional
 import normjax.linen.switchable
+import normjax.nnx
 import normjax.nnx.conditional
 import normjax.nnx.switchable
 from normjax import FieldError, Normalizer, Stats, normalize

@@ -6,23 +6,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import normjax.linen.gdn
-import normjax.nnx.gdn
 import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+import normjax.linen
+import normjax.nnx
 from normjax import FieldError, Normalizer, normalize
 from normjax.gdn import (
     GRADIENTS,
     MINIMA,
     OFFSET,
     Raw,
-    apply,
     diagonal,
     gdn,
+    gdn_of_raw,
     igdn,
     inverse,
     nonnegative,
@@ -182,7 +182,7 @@ def test_layer_has_outputs_and_gradients_of_the_published_code_written_in_torch(
     (y * torch.tensor(weight)).sum().backward()
 
     def loss(x, beta, gamma):
-        out = apply(x, Raw(beta, gamma), inverse=inverted, beta_min=0.01)
+        out = gdn_of_raw(x, Raw(beta, gamma), inverse=inverted, beta_min=0.01)
         return jnp.sum(out * jnp.asarray(weight, jnp.float32)), out
 
     (_, got), grads = quick(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*single(x, *raw))

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import normjax.linen.around as linen_around
-import normjax.nnx.around as nnx_around
 import numpy as np
 import pytest
 from flax import nnx as fx
 
+import normjax.linen as linen_around
 import normjax.linen.rows as linen
+import normjax.nnx as nnx_around
 import normjax.nnx.rows as nnx
 from normjax import TABLE, FieldError, Normalizer, batch, batch_extremes, normalize, response
 from normjax.batch import virtual_batch

@@ -6,14 +6,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import normjax.linen.selu as linen
-import normjax.nnx.selu as nnx
 import numpy as np
 import pytest
 from flax import nnx as flax_nnx
 from flax.nnx.nn import initializers
 from jax import lax
 
+import normjax.linen as linen
+import normjax.nnx as nnx
 from normjax import selu, units
 from normjax.selu import (
     ALPHA,

@@ -87,7 +87,7 @@ class RevIN(reversible.RevIN, Host): ...
 
 @nnx.dataclass(eq=False)
 class AlphaDropout(selu.AlphaDropout, Bare):
-    # `.train()`, `.eval()` and `nnx.view` set `deterministic`; `rngs`: random keys, or a stream of them, here or at the call.
+    # `.train()`, `.eval()` and `nnx.view` set `deterministic`; `rngs` are random keys or a stream, here or at the call.
     deterministic: bool | None = False
     rngs: InitVar[nnx.Rngs | nnx.RngStream | None] = None
 
