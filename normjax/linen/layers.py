@@ -4,19 +4,25 @@ import jax
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from normjax._layers import gdn, norm, response, reversible, selu, tokens, units, virtual
+from normjax._layers import conditional, gdn, norm, response, reversible, selu, spade, tokens, units, virtual
 from normjax.linen.host import Early, Host, Keeping
 from normjax.selu import as_real
 
 __all__ = [
     "GDN",
     "GRN",
+    "SPADE",
     "TLU",
+    "AdaIN",
+    "AdaLN",
+    "AdaLNZero",
     "AlphaDropout",
+    "ConditionalNorm",
     "Derf",
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
+    "FiLM",
     "FilterResponseNorm",
     "Norm",
     "PartialRMSNorm",
@@ -67,6 +73,24 @@ class VirtualBatchNorm(virtual.VirtualBatchNorm, Host): ...
 
 
 class RevIN(reversible.RevIN, Early): ...
+
+
+class AdaIN(conditional.AdaIN, Host): ...
+
+
+class ConditionalNorm(conditional.ConditionalNorm, Keeping): ...
+
+
+class FiLM(conditional.FiLM, Keeping): ...
+
+
+class AdaLN(conditional.AdaLN, Keeping): ...
+
+
+class AdaLNZero(conditional.AdaLNZero, Keeping): ...
+
+
+class SPADE(spade.SPADE, Keeping): ...
 
 
 class AlphaDropout(selu.AlphaDropout, Host):

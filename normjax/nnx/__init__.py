@@ -5,11 +5,16 @@
 One file for each room of pure functions; `norms.py` holds `Norm`, which is any row of the table, and Flax's own layers.
 """
 
-from normjax.nnx.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
 from normjax.nnx.kalman import KalmanNorm
 from normjax.nnx.layers import (
     GDN,
+    SPADE,
+    AdaIN,
+    AdaLN,
+    AdaLNZero,
     AlphaDropout,
+    ConditionalNorm,
+    FiLM,
     FilterResponseNorm,
     PartialRMSNorm,
     QKNorm,

@@ -6,19 +6,26 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from normjax._layers import gdn, norm, response, reversible, selu, tokens, units, virtual
+from normjax._layers import conditional, gdn, norm, response, reversible, selu, spade, tokens, units, virtual
+from normjax._layers.describe import Shape
 from normjax.nnx.host import Bare, Host, Keeping
 from normjax.selu import as_real
 
 __all__ = [
     "GDN",
     "GRN",
+    "SPADE",
     "TLU",
+    "AdaIN",
+    "AdaLN",
+    "AdaLNZero",
     "AlphaDropout",
+    "ConditionalNorm",
     "Derf",
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
+    "FiLM",
     "FilterResponseNorm",
     "Norm",
     "PartialRMSNorm",
@@ -83,6 +90,51 @@ class VirtualBatchNorm(virtual.VirtualBatchNorm, Host): ...
 
 @nnx.dataclass(eq=False)
 class RevIN(reversible.RevIN, Host): ...
+
+
+@nnx.dataclass(eq=False)
+class Conditioned(Keeping):
+    # A host of layers with a condition `[n, condition_features]`.
+    condition_features: int
+
+    def _shapes(self) -> tuple[Shape, ...]:
+        return (*super()._shapes(), (None, self.condition_features))
+
+
+@nnx.dataclass(eq=False)
+class Labelled(Keeping):
+    # A host of layers with a map of labels of so many channels, on so many axes of space.
+    label_features: int
+    space: int = 2
+
+    def _shapes(self) -> tuple[Shape, ...]:
+        names = self.layout.replace("...", " ".join(["..."] * self.space)).split()
+        lengths = (self.features, self.label_features)
+        return tuple(tuple(length if name == "c" else None for name in names) for length in lengths)
+
+
+@nnx.dataclass(eq=False)
+class AdaIN(conditional.AdaIN, Bare): ...
+
+
+@nnx.dataclass(eq=False)
+class ConditionalNorm(conditional.ConditionalNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class FiLM(conditional.FiLM, Conditioned): ...
+
+
+@nnx.dataclass(eq=False)
+class AdaLN(conditional.AdaLN, Conditioned): ...
+
+
+@nnx.dataclass(eq=False)
+class AdaLNZero(conditional.AdaLNZero, Conditioned): ...
+
+
+@nnx.dataclass(eq=False)
+class SPADE(spade.SPADE, Labelled): ...
 
 
 @nnx.dataclass(eq=False)
