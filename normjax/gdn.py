@@ -8,7 +8,7 @@ Weights that are equal, or equal within a window, make it a row of the equation 
 
 beta and gamma stay in their domain by what is learned in their place, r with beta = max(r, bound) ** 2 - offset ** 2. The
 published rule for the gradient below the bound keeps it only where a step would raise r. That depends on the sign of
-what comes back, so it is no derivative, and forward mode has none of it. Here the gradient always passes; `towards`
+what comes back, so it is no derivative, and forward mode has none of it. Here the gradient always passes; `towards_bound`
 then drops what would leave the domain, as a step on the gradients, and the two together are the published rule.
 """
 
@@ -172,7 +172,7 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
       minimum: smallest value; the bound is sqrt(minimum + offset ** 2).
       offset: keeps the slope at value 0 from being 0; the slope there is 2 * offset, so small values learn slowly.
       gradient: what comes back to a raw number below the bound: "pass" (as at the bound) or "block" (nothing, so
-        that it never returns). `towards` makes the published rule out of the first. ValueError for others.
+        that it never returns). `towards_bound` makes the published rule out of the first. ValueError for others.
 
     Source: Balle 2018 (efficient nonlinear transforms), section 2; constants of TensorFlow Compression.
 
@@ -190,24 +190,24 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
     return lax.square(jnp.where(raw >= bound, raw, below)) - jnp.asarray(offset**2, raw.dtype)
 
 
-def stored(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
+def to_raw(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
     """The number to learn that stands for a parameter: the inverse of `nonnegative`.
 
-    >>> nonnegative(stored(jnp.array([0.0, 0.1]))).round(6).tolist()
+    >>> nonnegative(to_raw(jnp.array([0.0, 0.1]))).round(6).tolist()
     [0.0, 0.10000000149011612]
     """
-    value = moments.as_floating(value, "stored")
+    value = moments.as_floating(value, "to_raw")
     return jnp.sqrt(jnp.maximum(value, 0) + jnp.asarray(offset**2, value.dtype))
 
 
-def towards(gradient: ArrayLike, raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET) -> jax.Array:
+def towards_bound(gradient: ArrayLike, raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET) -> jax.Array:
     """The gradient of a raw number, without what would drive it further below its bound (descent is assumed).
 
     Apply it to the gradients of beta, gamma, alpha and epsilon before the optimizer sees them.
 
     Source: TensorFlow Compression, its lower bound with the gradient "identity if towards".
 
-    >>> towards(jnp.array([1.0, -1.0, 1.0]), jnp.array([0.0, 0.0, 1.0]), 0.25).tolist()
+    >>> towards_bound(jnp.array([1.0, -1.0, 1.0]), jnp.array([0.0, 0.0, 1.0]), 0.25).tolist()
     [0.0, -1.0, 1.0]
     """
     gradient, raw = jnp.asarray(gradient), jnp.asarray(raw)
@@ -237,7 +237,7 @@ def shapes(layout: str, shape: tuple[int, ...]) -> Raw:
     return Raw((size,), (size, size), (), ())
 
 
-def apply(
+def gdn_of_raw(
     x: ArrayLike,
     raw: Raw,
     layout: str = "n ... c",
@@ -252,14 +252,33 @@ def apply(
     mask: ArrayLike | None = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """A GDN layer, or an IGDN layer (`inverse`), from what it learns.
+    """Normalizes x by a pool whose parameters are what a layer learns: GDN, or IGDN (`inverse`).
 
-    `raw` is what is learned, whose exponents replace `alpha` and `epsilon`; `rectify` sets negative inputs to zero first;
-    `beta_min` is the smallest beta; `offset` and `gradient` as for `nonnegative`, the rest as for `gdn`. `dtype` is that
-    of the output, by default that of x.
+    Args:
+      x: floating-point array, axes as named by `layout`.
+      raw: what is learned; its exponents replace `alpha` and `epsilon`.
+      layout: name of each axis of x; the pool is over c.
+      alpha: exponent inside the pool, where none is learned.
+      epsilon: exponent of the pool, where none is learned.
+      inverse: multiply by the pool.
+      rectify: set negative inputs to zero first.
+      beta_min: smallest beta. [units of x ** alpha]
+      offset: keeps the slope of the stored square root finite at 0, see `nonnegative`.
+      gradient: what comes back to a parameter below its bound, "pass" or "block", see `nonnegative`.
+      mask: boolean mask or weights that broadcast against x; what is masked is in no pool, and becomes 0.
+      dtype: of the output, by default that of x.
+
+    Returns:
+      An array of the shape of x.
+
+    Raises:
+      FieldError: the layout names no channels, or shapes do not fit.
+      TypeError: integer input.
+
+    Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1, and 2017 (end-to-end), section 2.
 
     >>> x = jnp.array([[3.0, -4.0]])
-    >>> (1000 * apply(x, Raw(stored(jnp.ones(2)), stored(0.1 * jnp.eye(2))))).round().tolist()
+    >>> (1000 * gdn_of_raw(x, Raw(to_raw(jnp.ones(2)), to_raw(0.1 * jnp.eye(2))))).round().tolist()
     [[2176.0, -2481.0]]
     """
     x = moments.as_floating(x, "GDN")

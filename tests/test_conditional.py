@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import normjax.linen.conditional
-import normjax.linen.reversible
-import normjax.linen.switchable
-import normjax.nnx.conditional
-import normjax.nnx.reversible
-import normjax.nnx.switchable
+import normjax
 from normjax import FieldError, Normalizer, Stats, normalize
 from normjax.conditional import TOKEN, Modulation, adain, by_class, gated, modulate, project, split_modulation, style
 from normjax.reversible import denormalize, revin
@@ -409,26 +404,26 @@ def test_method_has_every_derivative_of_its_plain_form(name):
 X, CONDITIONS = jnp.asarray(IMAGE, jnp.float32), jnp.asarray(CONDITION, jnp.float32)
 MAPS = jnp.asarray(RNG.normal(size=(3, 8, 7, 2)), jnp.float32)
 MODULES = {
-    "AdaIN": ("conditional", (), {"style_epsilon": 0.0}, (jnp.asarray(STYLE, jnp.float32),)),
-    "ConditionalNorm": ("conditional", (4, 6), {"momentum": 0.5}, (jnp.array([1, 3, 1]),)),
-    "FiLM": ("conditional", (6, 4), {"normalizer": "batch"}, (CONDITIONS,)),
-    "AdaLN": ("conditional", (6, 4), {"around": 0.5}, (CONDITIONS,)),
-    "AdaLNZero": ("conditional", (6, 4), {}, (CONDITIONS,)),
-    "SPADE": ("conditional", (6, 2), {"hidden": 3}, (MAPS,)),
-    "RevIN": ("reversible", (6,), {"detach": True}, ()),
-    "SwitchableNorm": ("switchable", (6,), {"momentum": 0.5, "averaging": "debiased"}, ()),
+    "AdaIN": ((), {"style_epsilon": 0.0}, (jnp.asarray(STYLE, jnp.float32),)),
+    "ConditionalNorm": ((6, 4), {"momentum": 0.5}, (jnp.array([1, 3, 1]),)),
+    "FiLM": ((6, 4), {"normalizer": "batch"}, (CONDITIONS,)),
+    "AdaLN": ((6, 4), {"around": 0.5}, (CONDITIONS,)),
+    "AdaLNZero": ((6, 4), {}, (CONDITIONS,)),
+    "SPADE": ((6, 2), {"hidden": 3}, (MAPS,)),
+    "RevIN": ((6,), {"detach": True}, ()),
+    "SwitchableNorm": ((6,), {"momentum": 0.5, "averaging": "debiased"}, ()),
 }
 
 
 def linen_and_nnx(name, **more):
     """The layer in linen with random parameters, its variables, and the layer in nnx with the same."""
-    room, sizes, settings, given = MODULES[name]
+    sizes, settings, given = MODULES[name]
     settings = {**settings, **more}
-    theirs = getattr(getattr(normjax.nnx, room), name)
+    theirs = getattr(normjax.nnx, name)
     other = theirs(**settings) if name == "AdaIN" else theirs(*sizes, **settings, rngs=nnx.Rngs(0))
-    kept = {"ConditionalNorm": sizes[:1], "RevIN": sizes}.get(name, ())
+    kept = {"ConditionalNorm": sizes[1:], "RevIN": sizes}.get(name, ())
     training = {"use_running_average": False} if name in ("ConditionalNorm", "FiLM", "SPADE", "SwitchableNorm") else {}
-    layer: Any = getattr(getattr(normjax.linen, room), name)(*kept, **settings)
+    layer: Any = getattr(normjax.linen, name)(*kept, **settings)
     variables = quick(functools.partial(layer.init, **training))(jax.random.key(0), X, *given)
     rng = np.random.default_rng(7)
     params = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(0, 0.3, p.shape), p.dtype), variables.get("params", {}))
@@ -479,8 +474,8 @@ def test_linen_is_nnx_on_the_same_parameters_with_gradients_and_running_statisti
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["FiLM", "AdaLN", "AdaLNZero"])
 def test_modulation_starts_as_nothing(name):
-    _, sizes, _, given = MODULES[name]
-    layer = getattr(normjax.nnx.conditional, name)(*sizes, rngs=nnx.Rngs(0))
+    sizes, _, given = MODULES[name]
+    layer = getattr(normjax.nnx, name)(*sizes, rngs=nnx.Rngs(0))
     want = X if name == "FiLM" else normalize(X, TOKEN).y
     out = layer(X, *given)
     if name == "AdaLNZero":

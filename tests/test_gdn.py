@@ -12,22 +12,22 @@ from flax import nnx
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-import normjax.linen.gdn
-import normjax.nnx.gdn
+import normjax.linen
+import normjax.nnx
 from normjax import FieldError, Normalizer, normalize
 from normjax.gdn import (
     GRADIENTS,
     MINIMA,
     OFFSET,
     Raw,
-    apply,
     diagonal,
     gdn,
+    gdn_of_raw,
     igdn,
     inverse,
     nonnegative,
-    stored,
-    towards,
+    to_raw,
+    towards_bound,
 )
 
 EXPONENTS = [(2.0, 0.5), (1.0, 1.0), (2.0, 0.75), (1.5, 2 / 3), (3.0, 0.2), (0.5, 1.0)]
@@ -182,12 +182,12 @@ def test_layer_has_outputs_and_gradients_of_the_published_code_written_in_torch(
     (y * torch.tensor(weight)).sum().backward()
 
     def loss(x, beta, gamma):
-        out = apply(x, Raw(beta, gamma), inverse=inverted, beta_min=0.01)
+        out = gdn_of_raw(x, Raw(beta, gamma), inverse=inverted, beta_min=0.01)
         return jnp.sum(out * jnp.asarray(weight, jnp.float32)), out
 
     (_, got), grads = quick(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*single(x, *raw))
     b, g = single(*raw)
-    rules = (grads[0], towards(grads[1], b, 0.01), towards(grads[2], g))
+    rules = (grads[0], towards_bound(grads[1], b, 0.01), towards_bound(grads[2], g))
     np.testing.assert_allclose(got, y.detach().numpy(), rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(rules, t, strict=True):
         np.testing.assert_allclose(mine, theirs.grad.numpy(), rtol=1e-5, atol=1e-5)
@@ -196,11 +196,11 @@ def test_layer_has_outputs_and_gradients_of_the_published_code_written_in_torch(
 
 def test_reparametrization_stays_in_the_domain_and_keeps_the_whole_gradient_at_the_bound():
     value = jnp.array([1e-6, 0.1, 1.0, 7.0])
-    np.testing.assert_allclose(nonnegative(stored(value), 1e-6), value, rtol=1e-5)
+    np.testing.assert_allclose(nonnegative(to_raw(value), 1e-6), value, rtol=1e-5)
     raw = jnp.array([-3.0, 0.0, OFFSET, 0.5])
     assert nonnegative(raw).min() == 0
     assert nonnegative(raw, 0.25).min() == pytest.approx(0.25)
-    assert float(stored(jnp.array(0.0))) == OFFSET
+    assert float(to_raw(jnp.array(0.0))) == OFFSET
 
     def slopes_of(kind):
         return quick(jax.grad(lambda r: jnp.sum(nonnegative(r, gradient=kind))))(raw)
@@ -218,7 +218,7 @@ def test_training_with_towards_keeps_what_is_learned_out_of_the_forbidden_side()
     @quick
     def step(raw):
         grad = jax.grad(lambda r: jnp.sum(jnp.square(nonnegative(r, 0.04) - target)))(raw)
-        return raw - 0.05 * towards(grad, raw, 0.04), raw - 0.05 * grad
+        return raw - 0.05 * towards_bound(grad, raw, 0.04), raw - 0.05 * grad
 
     free = raw
     for _ in range(200):
@@ -366,9 +366,9 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: ",".join(s) or "defaults")
 def test_linen_is_nnx_on_the_same_parameters_with_its_gradients(settings):
     x = jnp.asarray(np.random.default_rng(9).normal(0, 2, (2, 3, 3)), jnp.float32)
-    layer: Any = normjax.linen.gdn.GDN(gamma_init=nn.initializers.uniform(0.4), **settings)
+    layer: Any = normjax.linen.GDN(gamma_init=nn.initializers.uniform(0.4), **settings)
     params = quick(layer.init)(jax.random.key(1), x)["params"]
-    other = normjax.nnx.gdn.GDN(3, rngs=nnx.Rngs(0), **settings)
+    other = normjax.nnx.GDN(3, rngs=nnx.Rngs(0), **settings)
     assert set(nnx.to_pure_dict(nnx.state(other, nnx.Param))) == set(params)
     for name, value in params.items():
         getattr(other, name)[...] = value
@@ -391,7 +391,7 @@ def test_linen_is_nnx_on_the_same_parameters_with_its_gradients(settings):
 
 @pytest.mark.slow
 def test_layer_starts_from_the_published_values():
-    layer: Any = normjax.linen.gdn.GDN(learn_alpha=True, learn_epsilon=True)
+    layer: Any = normjax.linen.GDN(learn_alpha=True, learn_epsilon=True)
     params = quick(layer.init)(jax.random.key(0), jnp.ones((1, 3)))["params"]
     np.testing.assert_allclose(nonnegative(params["beta_raw"], MINIMA.beta), np.ones(3), rtol=1e-6)
     np.testing.assert_allclose(nonnegative(params["gamma_raw"]), 0.1 * np.eye(3), atol=1e-8)

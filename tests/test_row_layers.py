@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx as fx
 
-import normjax.linen.around as linen_around
-import normjax.linen.layers as linen
-import normjax.nnx.around as nnx_around
-import normjax.nnx.layers as nnx
+import normjax.linen as linen
+import normjax.nnx as nnx
 from normjax import TABLE, FieldError, Normalizer, batch, batch_extremes, normalize, response
 from normjax.batch import virtual_batch
 from tests.test_rows import BIAS, FIRST, IMAGE, OTHER, POINT, PUBLISHED, SCALE, SMALL, X2, X, f32, fast, near
@@ -46,11 +44,11 @@ LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {  # one by `Norm` as it is, and
     "GhostBatchNorm": (linen, {"examples": 2}),
     "RangeBatchNorm": (linen, {"size": 8, "parts": 2}),
     "GhostTopKBatchNorm": (linen, {"k": 3, "size": 16}),
-    "VirtualBatchNorm": (linen_around, {}),
-    "FilterResponseNorm": (linen_around, {"learn_eps": True}),
-    "ScaleNorm": (linen_around, {}),
-    "PartialRMSNorm": (linen_around, {"fraction": 0.5, "use_bias": True}),
-    "QKNorm": (linen_around, {"kind": "layer"}),
+    "VirtualBatchNorm": (linen, {}),
+    "FilterResponseNorm": (linen, {"learn_eps": True}),
+    "ScaleNorm": (linen, {}),
+    "PartialRMSNorm": (linen, {"fraction": 0.5, "use_bias": True}),
+    "QKNorm": (linen, {"kind": "layer"}),
 }
 QUICK = ("ScaleNorm",)
 
@@ -65,7 +63,7 @@ def test_linen_and_nnx_give_the_same_outputs_gradients_and_statistics(name):
     rng = np.random.default_rng(8)
     params = jax.tree.map(lambda a: a + f32(rng.uniform(0.1, 1, a.shape)), variables["params"])
     stored = jax.tree.map(lambda a: a + 0.5, variables.get("batch_stats", {}))
-    other = getattr(nnx if room is linen else nnx_around, name)(4, **kwargs, rngs=fx.Rngs(0))
+    other = getattr(nnx, name)(4, **kwargs, rngs=fx.Rngs(0))
     graph, theirs, rest = fx.split(other, fx.Param, ...)
     assert {key[0] for key, _ in fx.to_flat_state(theirs)} == set(params)
 
@@ -204,8 +202,8 @@ def test_ghost_layers_normalize_parts_and_infer_on_any_batch():
 @pytest.mark.slow
 def test_qk_layers_of_length_one_start_where_the_paper_says():
     args = f32(IMAGE), f32(IMAGE)
-    layer = nnx_around.QKNorm(6, "l2", length=64, rngs=fx.Rngs(0))
-    (q, k), variables = linen_around.QKNorm("l2", length=64).init_with_output(jax.random.key(0), *args)
+    layer = nnx.QKNorm(6, "l2", length=64, rngs=fx.Rngs(0))
+    (q, k), variables = linen.QKNorm("l2", length=64).init_with_output(jax.random.key(0), *args)
     near(jnp.linalg.norm(q, axis=-1), np.full(q.shape[:-1], math.log2(64 * 63)), 1e-5)
     near(jnp.linalg.norm(k, axis=-1), np.ones(q.shape[:-1]), 1e-5)
     near(layer(*args)[0], q, 1e-6)
@@ -214,17 +212,17 @@ def test_qk_layers_of_length_one_start_where_the_paper_says():
 
 @pytest.mark.slow
 def test_scale_norm_starts_at_the_root_of_the_channels_and_filters_without_their_unit_keep_signs():
-    y, variables = linen_around.ScaleNorm().init_with_output(jax.random.key(0), f32(IMAGE))
+    y, variables = linen.ScaleNorm().init_with_output(jax.random.key(0), f32(IMAGE))
     near(variables["params"]["scale"], math.sqrt(6), 1e-6)
     near(y, normalize(f32(IMAGE), Normalizer(None, "c", eps=0.0)).y, 1e-5)
-    plain = linen_around.FilterResponseNorm(use_tau=False, use_bias=False, use_scale=False).apply({}, f32(IMAGE))
+    plain = linen.FilterResponseNorm(use_tau=False, use_bias=False, use_scale=False).apply({}, f32(IMAGE))
     near(plain, normalize(f32(IMAGE), Normalizer(None, "...", eps=1e-6)).y, 1e-6)
 
 
 @pytest.mark.slow
 def test_layers_over_a_mapped_axis_start_where_it_is_not_bound_yet():
     field, halves = "@data n ...", [f32(a).reshape(2, 2, *SMALL[1:]) for a in (POINT, OTHER)]
-    virtual = linen_around.VirtualBatchNorm(field=field)
+    virtual = linen.VirtualBatchNorm(field=field)
     variables = virtual.init(jax.random.key(0), f32(POINT), f32(OTHER))
     f = fast(jax.vmap(lambda x, r: virtual.apply(variables, x, r)[0], axis_name="data"))
     near(f(*halves).reshape(SMALL), virtual_batch(f32(POINT), f32(OTHER))[0].y, 1e-6)
@@ -256,7 +254,7 @@ def test_parameters_and_outputs_have_the_dtypes_of_flax():
         return {str(a.dtype) for a in jax.tree.leaves(tree)}
 
     for name, args in layers.items():
-        of_linen, of_nnx = getattr(linen_around, name), getattr(nnx_around, name)
+        of_linen, of_nnx = getattr(linen, name), getattr(nnx, name)
         for dtype, want in ((None, "float16"), (jnp.float32, "float32"), (jnp.bfloat16, "bfloat16")):
             module = of_linen(dtype=dtype, param_dtype=jnp.bfloat16)
             y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), *args)
@@ -264,8 +262,8 @@ def test_parameters_and_outputs_have_the_dtypes_of_flax():
             layer = of_nnx(6, dtype=dtype, param_dtype=jnp.bfloat16, rngs=fx.Rngs(0))
             assert dtypes(jax.eval_shape(layer, *args)) == {want}, name
     # In float32 before the layer, not after its rounding.
-    y = nnx_around.ScaleNorm(6, dtype=jnp.float32, rngs=fx.Rngs(0))(x)
-    near(y, nnx_around.ScaleNorm(6, rngs=fx.Rngs(0))(x.astype(jnp.float32)), 1e-7)
+    y = nnx.ScaleNorm(6, dtype=jnp.float32, rngs=fx.Rngs(0))(x)
+    near(y, nnx.ScaleNorm(6, rngs=fx.Rngs(0))(x.astype(jnp.float32)), 1e-7)
 
 
 ERRORS = {
@@ -278,11 +276,11 @@ ERRORS = {
         ValueError,
     ),
     'kind "l2" starts from the length of sequences, at least 2; found length=None': (
-        lambda: nnx_around.QKNorm(2, "l2", rngs=fx.Rngs(0)),
+        lambda: nnx.QKNorm(2, "l2", rngs=fx.Rngs(0)),
         ValueError,
     ),
     "a layer made for 5 features cannot take an input of shape (2, 6)": (
-        lambda: nnx_around.ScaleNorm(5, rngs=fx.Rngs(0))(jnp.ones((2, 6))),
+        lambda: nnx.ScaleNorm(5, rngs=fx.Rngs(0))(jnp.ones((2, 6))),
         FieldError,
     ),
     'the stored var has shape (5,), but field "n ..." on an array of shape (8, 6), layout "n ... c", needs (6,)': (

@@ -12,8 +12,8 @@ from flax import nnx as flax_nnx
 from flax.nnx.nn import initializers
 from jax import lax
 
-import normjax.linen.selu as linen
-import normjax.nnx.selu as nnx
+import normjax.linen as linen
+import normjax.nnx as nnx
 from normjax import selu, units
 from normjax.selu import (
     ALPHA,

@@ -199,7 +199,8 @@ class L1BatchNorm(Preset):
       field: what is averaged; with mapped axes "@data n ...".
       layout: name of each axis of the input.
 
-    All other options are those of `Norm`. The authors average with momentum 0.1; first values: see `running.published_start`.
+    All other options are those of `Norm`. The authors average with momentum 0.1, from the first values of
+    `normjax.running.published_start`.
 
     Source: Hoffer et al. 2018, section 4.
 

@@ -6,32 +6,18 @@
 """
 
 from normjax.linen import layers
-from normjax.linen.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
-from normjax.linen.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
 from normjax.linen.flax_names import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from normjax.linen.gdn import GDN
 from normjax.linen.kalman import KalmanNorm
 from normjax.linen.layers import *  # noqa: F403
 from normjax.linen.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
-from normjax.linen.reversible import RevIN
-from normjax.linen.selu import AlphaDropout
 from normjax.linen.switchable import SwitchableNorm
 from normjax.linen.weights import Conv, Dense, SpectralNorm, WeightNorm
 
 __all__ = [
-    "GDN",
     "RNN",
-    "SPADE",
-    "AdaIN",
-    "AdaLN",
-    "AdaLNZero",
-    "AlphaDropout",
     "BatchNorm",
-    "ConditionalNorm",
     "Conv",
     "Dense",
-    "FiLM",
-    "FilterResponseNorm",
     "GRUCell",
     "GroupNorm",
     "InstanceNorm",
@@ -39,15 +25,10 @@ __all__ = [
     "LSTMCell",
     "LayerNorm",
     "OptimizedLSTMCell",
-    "PartialRMSNorm",
-    "QKNorm",
     "RMSNorm",
-    "RevIN",
-    "ScaleNorm",
     "SimpleCell",
     "SpectralNorm",
     "SwitchableNorm",
-    "VirtualBatchNorm",
     "WeightNorm",
 ]
 __all__ += layers.__all__

@@ -1,18 +1,32 @@
 """The faces of the layers in Flax linen: a description of `normjax/_layers` and a host of `host.py` each."""
 
-from normjax._layers import norm, presets, units
-from normjax.linen.host import Host, Keeping
+import jax
+from flax import linen as nn
+from jax.typing import ArrayLike
+
+from normjax._layers import conditional, gdn, norm, presets, response, reversible, selu, spade, tokens, units, virtual
+from normjax.linen.host import Early, Host, Keeping
+from normjax.selu import as_real
 
 __all__ = [
+    "GDN",
     "GRN",
+    "SPADE",
     "TLU",
+    "AdaIN",
+    "AdaLN",
+    "AdaLNZero",
+    "AlphaDropout",
     "BatchRenorm",
+    "ConditionalNorm",
     "Derf",
     "DivisiveNorm",
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
     "ExtendedBatchNorm",
+    "FiLM",
+    "FilterResponseNorm",
     "GhostBatchNorm",
     "GhostTopKBatchNorm",
     "L1BatchNorm",
@@ -22,10 +36,15 @@ __all__ = [
     "LocalResponseNorm",
     "LpBatchNorm",
     "Norm",
+    "PartialRMSNorm",
     "PositionNorm",
+    "QKNorm",
     "RangeBatchNorm",
+    "RevIN",
+    "ScaleNorm",
     "TopKBatchNorm",
     "VarianceNorm",
+    "VirtualBatchNorm",
 ]
 
 
@@ -93,3 +112,61 @@ class EvoNormS0(units.EvoNormS0, Host): ...
 
 
 class GRN(units.GRN, Host): ...
+
+
+class GDN(gdn.GDN, Host): ...
+
+
+class FilterResponseNorm(response.FilterResponseNorm, Host): ...
+
+
+class ScaleNorm(tokens.ScaleNorm, Host): ...
+
+
+class PartialRMSNorm(tokens.PartialRMSNorm, Host): ...
+
+
+class QKNorm(tokens.QKNorm, Host): ...
+
+
+class VirtualBatchNorm(virtual.VirtualBatchNorm, Host): ...
+
+
+class RevIN(reversible.RevIN, Early): ...
+
+
+class AdaIN(conditional.AdaIN, Host): ...
+
+
+class ConditionalNorm(conditional.ConditionalNorm, Keeping): ...
+
+
+class FiLM(conditional.FiLM, Keeping): ...
+
+
+class AdaLN(conditional.AdaLN, Keeping): ...
+
+
+class AdaLNZero(conditional.AdaLNZero, Keeping): ...
+
+
+class SPADE(spade.SPADE, Keeping): ...
+
+
+class AlphaDropout(selu.AlphaDropout, Host):
+    @nn.compact
+    def __call__(self, x: ArrayLike, deterministic: bool | None = None, rng: jax.Array | None = None) -> jax.Array:
+        """Drops elements of x.
+
+        Args:
+          x: floating-point array of any shape.
+          deterministic: whether the input passes as it is; here or to the constructor.
+          rng: a random key that replaces the collection's.
+
+        Returns:
+          An array of the shape of x.
+        """
+        x = as_real(x, "AlphaDropout")
+        if self._passes(bool(nn.merge_param("deterministic", self.deterministic, deterministic))):
+            return x
+        return self._dropped(x, self.make_rng(self.rng_collection) if rng is None else rng)

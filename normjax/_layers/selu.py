@@ -1,28 +1,30 @@
-"""Flax linen module of `normjax.selu`: dropout and its random keys."""
+"""The layer of `normjax.selu`: dropout that keeps mean and variance."""
 
 from collections.abc import Sequence
 
 import jax
-from flax import linen as nn
 from jax.typing import ArrayLike
 
 from normjax import selu
+from normjax._layers.describe import Layer, description
 
 
-class AlphaDropout(nn.Module):
+@description
+class AlphaDropout(Layer):
     """Dropout for SELU: drops to its value far below zero, and restores mean and variance.
 
     Attributes:
       rate: probability of dropping. (Not of keeping.)
       broadcast_dims: axes along which elements are dropped together.
       deterministic: whether the input passes as it is (evaluation); here or at the call.
-      rng_collection: collection of the random key.
+      rng_collection: collection, in nnx name of the stream, of the random keys.
       mean: of the inputs, restored.
       var: of the inputs, restored.
       low: what elements are dropped to, -scale * alpha of the SELU.
 
     Source: Klambauer et al. 2017, section 3.
 
+    >>> from normjax.linen import AlphaDropout
     >>> dropout = AlphaDropout(0.5)
     >>> dropout.apply({}, jnp.zeros(4), deterministic=False, rngs={"dropout": jax.random.key(0)}).shape
     (4,)
@@ -38,13 +40,11 @@ class AlphaDropout(nn.Module):
     var: float = 1.0
     low: float = selu.LOW
 
-    @nn.compact
-    def __call__(self, x: ArrayLike, deterministic: bool | None = None, rng: jax.Array | None = None) -> jax.Array:
-        """Drops elements of x; a key given here replaces the collection's."""
-        x = selu.as_real(x, "AlphaDropout")
-        if nn.merge_param("deterministic", self.deterministic, deterministic) or self.rate == 0:
-            return x
-        key = self.make_rng(self.rng_collection) if rng is None else rng
-        return selu.alpha_dropout(
-            key, x, self.rate, mean=self.mean, var=self.var, low=self.low, broadcast_dims=self.broadcast_dims
-        )
+    def _passes(self, deterministic: bool) -> bool:
+        """Whether the input passes as it is."""
+        return deterministic or self.rate == 0
+
+    def _dropped(self, x: ArrayLike, key: jax.Array) -> jax.Array:
+        """The input with elements dropped by this random key."""
+        dims = tuple(self.broadcast_dims)
+        return selu.alpha_dropout(key, x, self.rate, mean=self.mean, var=self.var, low=self.low, broadcast_dims=dims)

@@ -1,0 +1,313 @@
+"""The layers of `normjax.conditional`: any row, with a scale and a bias that a condition decides."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import conditional
+from normjax._layers import norm
+from normjax._layers.describe import (
+    Initializer,
+    Layer,
+    Parameter,
+    Shape,
+    channel_shape,
+    description,
+    ones,
+    zeros,
+)
+from normjax._layers.statistics import RunningLayer
+from normjax.conditional import Modulation
+from normjax.moments import as_floating
+from normjax.theory import Normalizer
+
+
+@description
+class AdaIN(Layer):
+    """Adaptive instance norm: the content with the mean and spread of the style. Nothing is learned.
+
+    Attributes:
+      epsilon: added to the variances. [units of x squared]
+      style_epsilon: replaces it for the style; the authors' Lua code has 0.
+      unbiased: whether the variances are unbiased, as in a well-known PyTorch version.
+      layout: name of each axis of both inputs.
+
+    Source: Huang & Belongie 2017, equation 8.
+
+    >>> from normjax.linen import AdaIN
+    >>> AdaIN().apply({}, jnp.array([[[1.0], [3.0]]]), jnp.array([[[10.0], [30.0]]])).round().tolist()
+    [[[10.0], [30.0]]]
+    """
+
+    epsilon: float = 1e-5
+    style_epsilon: float | None = None
+    unbiased: bool = False
+    layout: str = "n ... c"
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        style: ArrayLike,
+        *,
+        strength: ArrayLike = 1.0,
+        mask: ArrayLike | None = None,
+        style_mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Gives x the mean and the spread of the style.
+
+        Args:
+          x: floating-point array, the content, axes as named by `layout`.
+          style: floating-point array with the channels of x; its other lengths may differ.
+          strength: how much of the style, from 0 (the content) to 1.
+          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere.
+          style_mask: boolean mask or weights that broadcast against the style.
+
+        Returns:
+          An array of the shape of x.
+
+        Raises:
+          TypeError: integer input.
+        """
+        return conditional.adain(
+            x,
+            style,
+            self.layout,
+            eps=self.epsilon,
+            style_eps=self.style_epsilon,
+            strength=strength,
+            mask=mask,
+            style_mask=style_mask,
+            unbiased=self.unbiased,
+        )
+
+
+class Modulated(RunningLayer):
+    """A layer with a `Norm` called `norm` inside, which normalizes before a condition gives scale and bias."""
+
+    normalizer: Normalizer | str | None  # no options here: each layer has them in an order of its own
+    layout: str
+    dtype: DTypeLike | None
+
+    def _row(self) -> None:
+        return None  # what is stored is the inner layer's
+
+    def _parts(self) -> dict[str, Layer | None]:
+        if self.normalizer is None:
+            return {"norm": None}
+        running = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunningLayer)}
+        inside = norm.Norm(self.normalizer, self.layout, use_scale=False, use_bias=False, dtype=self.dtype, **running)
+        return {"norm": inside}
+
+    def _modulated(
+        self, x: jax.Array, modulation: Modulation, use_running_average: bool | None, mask: ArrayLike | None
+    ) -> jax.Array:
+        """The row, with this scale and bias."""
+        inside = self._part("norm")
+        if inside is None:
+            y = conditional.modulate(x, modulation, None, self.layout, mask=mask)
+            return y if self.dtype is None else y.astype(self.dtype)
+        return inside(x, use_running_average, mask=mask, scale=modulation.scale, bias=modulation.bias)
+
+
+@description
+class ConditionalNorm(Modulated):
+    """Any normalizer with a scale and a bias for each class: conditional batch norm, conditional instance norm.
+
+    Attributes:
+      num_classes: number of classes.
+      normalizer: a Normalizer or the name of a row of TABLE.
+      layout: name of each axis of the input.
+      dtype: of the output, by default that of the input.
+      param_dtype: of the parameters.
+      scale_init: initializer of the factors, `[num_classes, c]`.
+      bias_init: initializer of the addends, `[num_classes, c]`.
+
+    The options of running statistics are those of `Norm`; what is stored lies under `norm`.
+
+    Source: Dumoulin et al. 2017, equation 5; de Vries et al. 2017, section 4.1.
+
+    >>> from normjax.linen import ConditionalNorm
+    >>> layer, x, labels = ConditionalNorm(10, use_running_average=False), jnp.ones((2, 4, 4, 3)), jnp.array([3, 7])
+    >>> variables = jax.eval_shape(layer.init, jax.random.key(0), x, labels)
+    >>> jax.tree.map(jnp.shape, variables["params"])
+    {'bias': (10, 3), 'scale': (10, 3)}
+    """
+
+    num_classes: int
+    normalizer: Normalizer | str | None = "batch"
+    layout: str = "n ... c"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    scale_init: Initializer = ones
+    bias_init: Initializer = zeros
+
+    def _learns(self, shape: Shape) -> dict[str, Parameter]:
+        table = (self.num_classes, *channel_shape(self.layout, shape))
+        return {"scale": Parameter(table, self.scale_init), "bias": Parameter(table, self.bias_init)}
+
+    def __call__(
+        self, x: ArrayLike, labels: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
+    ) -> jax.Array:
+        """Normalizes x, with the scale and the bias of each example's class.
+
+        Args:
+          x: floating-point array, axes as named by `layout`.
+          labels: integer labels `[n]`, or weights of the classes `[n, num_classes]`.
+          use_running_average: whether to use the stored statistics, for rows that have any.
+          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
+
+        Returns:
+          An array of the shape of x.
+
+        Raises:
+          TypeError: integer input.
+        """
+        x = as_floating(x, "ConditionalNorm")
+        modulation = conditional.by_class(labels, **self._learned(x.shape))
+        return self._modulated(x, modulation, use_running_average, mask)
+
+
+@description
+class FiLM(Modulated):
+    """Feature-wise linear modulation: a linear map of a condition gives the scale and the bias.
+
+    Attributes:
+      normalizer: what is done before, a Normalizer or the name of a row; None does nothing.
+      layout: name of each axis of the input.
+      order: the parts of the map's output, in the order of the checkpoint, see `normjax.conditional.split_modulation`.
+      around: added to the scale.
+      activation: applied to the condition first.
+      dtype: of the output, by default that of the input.
+      param_dtype: of the parameters.
+      kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
+      bias_init: initializer of its bias, `[parts * c]`.
+
+    The options of running statistics are those of `Norm`; what is stored lies under `norm`. In nnx `condition_features`, the
+    length k of the condition, follows `features`.
+
+    Source: Perez et al. 2018, equations 1 and 2.
+
+    >>> from normjax.linen import FiLM
+    >>> x, condition = jnp.ones((2, 5, 5, 3)), jnp.ones((2, 4))
+    >>> variables = FiLM().init(jax.random.key(0), x, condition)
+    >>> jax.tree.map(jnp.shape, variables["params"])
+    {'bias': (6,), 'kernel': (4, 6)}
+    >>> bool((FiLM().apply(variables, x, condition) == x).all())
+    True
+    """
+
+    normalizer: Normalizer | str | None = None
+    layout: str = "n ... c"
+    order: tuple[str, ...] = ("scale", "bias")
+    around: float = 1.0
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = zeros
+    bias_init: Initializer = zeros
+
+    def _learns(self, shape: Shape, condition: Shape) -> dict[str, Parameter]:
+        (channels,) = channel_shape(self.layout, shape)
+        width = len(self.order) * channels
+        return {
+            "kernel": Parameter((condition[-1], width), self.kernel_init),
+            "bias": Parameter((width,), self.bias_init),
+        }
+
+    def _with_gate(
+        self, x: ArrayLike, condition: ArrayLike, use_running_average: bool | None, mask: ArrayLike | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The modulated array, and the gate if the map gives one."""
+        x, condition = as_floating(x, type(self).__name__), as_floating(condition, type(self).__name__)
+        learned = self._learned(x.shape, condition.shape)
+        modulation = conditional.project(
+            condition, order=self.order, around=self.around, activation=self.activation, **learned
+        )
+        return self._modulated(x, modulation, use_running_average, mask), modulation.gate
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Modulates x by the condition.
+
+        Args:
+          x: floating-point array, axes as named by `layout`.
+          condition: floating-point array `[n, k]`.
+          use_running_average: whether to use the stored statistics, for rows that have any.
+          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
+
+        Returns:
+          An array of the shape of x.
+
+        Raises:
+          TypeError: integer input.
+        """
+        return self._with_gate(x, condition, use_running_average, mask)[0]
+
+
+@description
+class AdaLN(FiLM):
+    """Adaptive layer norm: each token is normalized, and a condition gives scale and bias. Attributes as for `FiLM`.
+
+    Source: Peebles & Xie 2023 (DiT), section 3.2.
+
+    >>> from normjax.linen import AdaLN
+    >>> layer, x = AdaLN(), jnp.array([[[1.0, 3.0]]])
+    >>> layer.apply(layer.init(jax.random.key(0), x, jnp.ones((1, 4))), x, jnp.ones((1, 4))).round(3).tolist()
+    [[[-1.0, 1.0]]]
+    """
+
+    normalizer: Normalizer | str | None = conditional.TOKEN
+    order: tuple[str, ...] = ("bias", "scale")
+    activation: Callable[[jax.Array], jax.Array] | None = jax.nn.silu
+
+
+@description
+class AdaLNZero(AdaLN):
+    """Adaptive layer norm with a gate for the residual branch that follows; the gate starts at zero.
+
+    The call returns `(y, gate)`, for `normjax.conditional.gated(x, branch(y), gate)`. Attributes as for `FiLM`.
+
+    Source: Peebles & Xie 2023 (DiT), section 3.2, adaLN-Zero.
+
+    >>> from normjax import conditional
+    >>> from normjax.linen import AdaLNZero
+    >>> layer, x, condition = AdaLNZero(), jnp.array([[[1.0, 3.0]]]), jnp.ones((1, 4))
+    >>> y, gate = layer.apply(layer.init(jax.random.key(0), x, condition), x, condition)
+    >>> conditional.gated(x, jnp.sin(y), gate).tolist()
+    [[[1.0, 3.0]]]
+    """
+
+    order: tuple[str, ...] = ("bias", "scale", "gate")
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Modulates x by the condition.
+
+        Args:
+          x: floating-point array, axes as named by `layout`.
+          condition: floating-point array `[n, k]`.
+          use_running_average: whether to use the stored statistics, for rows that have any.
+          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
+
+        Returns:
+          An array of the shape of x, and the gate `[n, c]`.
+
+        Raises:
+          TypeError: integer input.
+        """
+        return self._with_gate(x, condition, use_running_average, mask)

@@ -1,0 +1,75 @@
+"""The layer of `normjax.spade`: scale and bias that vary over space, from a map of labels."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import spade
+from normjax._layers.conditional import Modulated
+from normjax._layers.describe import Initializer, Parameter, Shape, channel_shape, description, zeros
+from normjax.field import axes
+from normjax.moments import as_floating
+from normjax.theory import Normalizer
+
+
+@description
+class SPADE(Modulated):
+    """Spatially adaptive normalization: convolutions of a map of labels give a scale and a bias for every position.
+
+    Attributes:
+      normalizer: a Normalizer or the name of a row of TABLE.
+      hidden: channels between the two convolutions.
+      kernel_size: width of the convolutions' windows, odd.
+      layout: name of each axis of the input and of the map.
+      dtype: of the output, by default that of the input.
+      param_dtype: of the parameters.
+      kernel_init: initializer of the three kernels.
+      bias_init: initializer of their biases.
+
+    The options of running statistics are those of `Norm`; what is stored lies under `norm`. In nnx `label_features`, the
+    number of channels of the map of labels, and `space`, the number of axes of space, follow `features`.
+
+    Source: Park et al. 2019, equation 1 and appendix A.
+
+    >>> from normjax.linen import SPADE
+    >>> layer, x, labels = SPADE(hidden=8, use_running_average=False), jnp.ones((1, 4, 4, 3)), jnp.ones((1, 8, 8, 5))
+    >>> sorted(jax.eval_shape(layer.init, jax.random.key(0), x, labels)["params"])
+    ['bias_bias', 'bias_kernel', 'hidden_bias', 'hidden_kernel', 'scale_bias', 'scale_kernel']
+    """
+
+    normalizer: Normalizer | str | None = "batch"
+    hidden: int = 128
+    kernel_size: int = 3
+    layout: str = "n ... c"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = jax.nn.initializers.lecun_normal()
+    bias_init: Initializer = zeros
+
+    def _learns(self, shape: Shape, labels: Shape) -> dict[str, Parameter]:
+        (features,), (labelled,) = (channel_shape(self.layout, s) for s in (shape, labels))
+        shapes = spade.kernel_shapes(features, labelled, len(shape) - 2, self.hidden, self.kernel_size)
+        inits = {name: self.bias_init if name.endswith("_bias") else self.kernel_init for name in shapes._fields}
+        return {name: Parameter(getattr(shapes, name), init) for name, init in inits.items()}
+
+    def __call__(
+        self, x: ArrayLike, labels: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
+    ) -> jax.Array:
+        """Normalizes x, with a scale and a bias for each position.
+
+        Args:
+          x: floating-point array, axes as named by `layout`.
+          labels: floating-point map of labels, axes as named by `layout`; resized to x by the nearest element.
+          use_running_average: whether to use the stored statistics, for rows that have any.
+          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
+
+        Returns:
+          An array of the shape of x.
+
+        Raises:
+          TypeError: integer input.
+        """
+        x, labels = as_floating(x, "SPADE"), as_floating(labels, "SPADE")
+        learned = spade.Convolutions(**self._learned(x.shape, labels.shape))
+        size = tuple(x.shape[axis] for axis in axes(self.layout, x.ndim).get("...", ()))
+        return self._modulated(x, spade.from_map(labels, learned, self.layout, size), use_running_average, mask)

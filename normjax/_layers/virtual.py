@@ -1,0 +1,95 @@
+"""The layer of virtual batch norm: examples by the statistics of a reference batch."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import batch
+from normjax._layers.describe import (
+    Initializer,
+    Layer,
+    Parameter,
+    Shape,
+    description,
+    ones,
+    promoted,
+    scale_and_bias,
+    zeros,
+)
+from normjax.field import Field
+from normjax.moments import as_floating
+
+
+@description
+class VirtualBatchNorm(Layer):
+    """Each example by the statistics of a reference batch that it is added to; see `normjax.batch.virtual_batch`.
+
+    The layer takes both and returns both: the reference batch goes through the network beside the examples.
+
+    Attributes:
+      epsilon: added to the variance. [units of x squared]
+      layout: name of each axis of both.
+      field: of the reference's statistics.
+      use_scale: whether a factor is learned, `[c]`.
+      use_bias: whether an addend is learned, `[c]`.
+      dtype: of the output, by default that of the input.
+      param_dtype: of the parameters.
+      scale_init: initializer of the factor.
+      bias_init: initializer of the addend.
+
+    Source: Salimans et al. 2016, section 3.5.
+
+    >>> from normjax.linen import VirtualBatchNorm
+    >>> layer = VirtualBatchNorm(epsilon=0.0, use_scale=False, use_bias=False)
+    >>> [(4 * y).round().tolist() for y in layer.apply({}, jnp.array([[3.0]]), jnp.array([[-3.0], [0.0]]))]
+    [[[5.0]], [[-4.0], [4.0]]]
+    """
+
+    epsilon: float = 1e-5
+    layout: str = "n ... c"
+    field: str = batch.BATCH
+    use_scale: bool = True
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    scale_init: Initializer = ones
+    bias_init: Initializer = zeros
+
+    def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
+        return scale_and_bias(self, shape)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        reference: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        reference_mask: ArrayLike | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalizes the examples and the reference batch.
+
+        Args:
+          x: floating-point array of examples, axes as named by `layout`.
+          reference: floating-point array, the reference batch at this layer.
+          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
+          reference_mask: boolean mask or weights that broadcast against the reference.
+
+        Returns:
+          The normalized examples and the normalized reference batch, in their shapes.
+
+        Raises:
+          TypeError: integer input.
+        """
+        x, reference = (promoted(as_floating(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
+        field = Field.parse(self.field)
+        out, known = batch.virtual_batch(
+            x,
+            reference,
+            self.layout,
+            field=(field.local() or Field(())) if self._starting() else field,  # no axis may be mapped yet
+            eps=self.epsilon,
+            mask=mask,
+            reference_mask=reference_mask,
+            **self._learned(x.shape),
+        )
+        return out.y.astype(self.dtype or x.dtype), known.y.astype(self.dtype or x.dtype)
