@@ -38,7 +38,7 @@ def test_a_layer_has_the_row_of_its_numbers(name):
     assert getattr(nnx, name)(4, **kwargs, rngs=fx.Rngs(0)).normalizer == row
 
 
-LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {  # one by `Norm` as it is, and those with a call of their own
+LAYERS: dict[str, dict[str, Any]] = {  # one by `Norm` as it is, and those with a call of their own
     "L1BatchNorm": {"epsilon": 0.1},
     "ExtendedBatchNorm": {},
     "GhostBatchNorm": {"examples": 2},
