@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
 from normjax.field import Field, FieldError, Span
 from normjax.layer import NOTHING, Applied, apply
 from normjax.running import Running
@@ -212,7 +212,7 @@ def widened(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
     x = jnp.asarray(x)
     with jax.numpy_dtype_promotion("standard"):
         work = jnp.promote_types(x.dtype if dtype is None else dtype, jnp.float32)
-    if jnp.issubdtype(x.dtype, jnp.inexact) and moments.wide(x.dtype) == work:
+    if jnp.issubdtype(x.dtype, jnp.inexact) and statistics_dtype(x.dtype) == work:
         return x
     return x.astype(work)
 

@@ -6,11 +6,11 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch, batch_extremes, response
+from normjax._expect.arrays import require_float
 from normjax._layers.describe import Layer, Shape, description
 from normjax._layers.norm import Rowed, evaluated
 from normjax._layers.statistics import Limits
 from normjax.field import Field, Span
-from normjax.moments import as_floating
 from normjax.running import Slot
 from normjax.theory import TABLE, Normalizer, Stats, row
 
@@ -152,7 +152,7 @@ class LocalResponseNorm(Layer):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x; see `normjax.normalize` for the mask."""
-        return evaluated(self, as_floating(x, "a layer"), self.normalizer, mask=mask).y
+        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask).y
 
 
 @description
@@ -186,7 +186,7 @@ class LocalContrastNorm(Layer):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x; see `normjax.normalize` for the mask."""
-        return evaluated(self, as_floating(x, "a layer"), self.normalizer, mask=mask).y
+        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask).y
 
 
 @description
