@@ -4,12 +4,12 @@ Start with `theory.py`. The Flax layers are in `normjax.linen` and `normjax.nnx`
 `normjax.train`; importing normjax itself imports neither Flax nor optax.
 """
 
-from normjax.explain import explain
+from normjax._expect.expectation import expect
+from normjax._explain import explain
+from normjax._normalize.evaluate import Normalized, normalize
 from normjax.field import Field, FieldError, Span
-from normjax.moments import expect
-from normjax.order import top
 from normjax.penalty import l1_penalty
-from normjax.theory import TABLE, Normalized, Normalizer, Stats, normalize
+from normjax.theory import TABLE, Normalizer, Stats, top
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from normjax import moments
+from normjax._leaves import one_of
 from normjax.running import averaging, state
 from normjax.running.state import Running
 from normjax.theory import Normalizer, Stats
@@ -46,7 +46,7 @@ def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...],
     >>> start(TABLE["batch"], "n c", (8, 2), "lubana").mean
     Array([1., 1.], dtype=float32)
     """
-    moments.choose("dialect", dialect, tuple(PUBLISHED_AVERAGING))
+    one_of("dialect", dialect, tuple(PUBLISHED_AVERAGING))
     first = state.initial(normalizer, layout, shape)
     fill = {
         name: value
@@ -62,7 +62,7 @@ def published_update(kept: Running, batch: Stats, normalizer: Normalizer, dialec
     Averages of 1 / d favour the batches of small spread, and are wrong by Jensen's inequality; they are here to read
     what such code has trained.
     """
-    moments.choose("dialect", dialect, tuple(PUBLISHED_AVERAGING))
+    one_of("dialect", dialect, tuple(PUBLISHED_AVERAGING))
     way = PUBLISHED_AVERAGING[dialect]
     if not way.inverse:
         return averaging.update(kept, batch, way.momentum)
