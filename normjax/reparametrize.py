@@ -15,8 +15,8 @@ from normjax._expect.binding import bind
 from normjax._expect.expectation import expect
 from normjax._leaves import inverse_power
 from normjax._normalize.evaluate import normalize
+from normjax._paths import path_name
 from normjax.field import Field, Span
-from normjax.selection import path_name
 from normjax.theory import Normalizer
 from normjax.weights import INPUTS, KERNEL, norm_bound, weight_norm
 
