@@ -12,8 +12,8 @@ What is stored is always the average itself, ready for use.
 from normjax.running.averaging import unbias, unbiased, update
 from normjax.running.merging import merge, merge_stacked
 from normjax.running.published import PUBLISHED_AVERAGING, PublishedAveraging, published_start, published_update
-from normjax.running.records import BatchRecord, merge_into, merge_trees, recalibrated
-from normjax.running.renorm import corrections, limits_at, require_renormalizable
+from normjax.running.records import BatchRecord, merge_into, merge_trees, mergeable, recalibrated, record
+from normjax.running.renorm import corrections, limits_at, renormalized, require_renormalizable
 from normjax.running.state import AVERAGES, Running, Slot, as_stats, initial, observe, slots, stores
 
 __all__ = [
@@ -31,10 +31,13 @@ __all__ = [
     "merge_into",
     "merge_stacked",
     "merge_trees",
+    "mergeable",
     "observe",
     "published_start",
     "published_update",
     "recalibrated",
+    "record",
+    "renormalized",
     "require_renormalizable",
     "slots",
     "stores",

@@ -126,7 +126,7 @@ def renormalized(
 
     >>> from normjax import TABLE, normalize
     >>> x, n = jnp.array([[2.0], [4.0]]), TABLE["batch"]
-    >>> stats = effective(normalize(x, n).stats, jnp.array([[0.5]]), jnp.array([[1.0]]), n)
+    >>> stats = renormalized(normalize(x, n).stats, jnp.array([[0.5]]), jnp.array([[1.0]]), n)
     >>> (10 * normalize(x, n, stats=stats).y).round().tolist()                 # from -1 and 1
     [[5.0], [15.0]]
     """
