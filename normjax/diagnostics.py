@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import as_weights, statistics_dtype, zero_masked
+from normjax._expect.expectation import expect
 from normjax.field import FieldError
 from normjax.information import (
     UNITS,
@@ -141,7 +142,7 @@ def unit_moments(
     _, field = all_but(UNITS, "units", layout, vectors.y.ndim, bound_names(axis_name))
 
     def mean(power: int) -> jax.Array:
-        return vectors.kept(moments.expect(vectors.y**power, field, layout, mask=mask))
+        return vectors.kept(expect(vectors.y**power, field, layout, mask=mask))
 
     stats = Stats(None, vectors.var, None, vectors.weight)
     var = vectors.kept((unbias(stats) if unbiased else stats).var)
@@ -174,9 +175,9 @@ def dead_units(
     x, names = real_of(x, "dead_units"), bound_names(axis_name)
     number, _ = all_but(UNITS, "units", layout, x.ndim)
     over = tuple(i for i in range(x.ndim) if i != number)
-    weights = moments.weigh(mask, x)
+    weights = as_weights(mask, x)
     valid = jnp.ones(x.shape, bool) if weights is None else jnp.broadcast_to(weights.valid, x.shape)
-    on = moments.silence(lax.stop_gradient(x), weights) != 0
+    on = zero_masked(lax.stop_gradient(x), weights) != 0
     awake, counted = (over_devices(jnp.sum(flag, over, dtype=jnp.int32), names) > 0 for flag in (on, valid))
     return mean_where(1 - awake.astype(x.dtype), counted)
 
@@ -206,8 +207,8 @@ def gradient_norm(gradient: ArrayLike, *, mask: ArrayLike | None = None, axis_na
     5.0
     """
     g, names = real_of(gradient, "gradient_norm"), bound_names(axis_name)
-    weights = moments.weigh(mask, g)
-    g = moments.silence(g, weights)
+    weights = as_weights(mask, g)
+    g = zero_masked(g, weights)
     peak = peak_of(g, tuple(range(g.ndim)), names)
     squares = jnp.square(g / peak)
     squares = squares if weights is None else squares * weights.value
@@ -252,7 +253,7 @@ def effective_learning_rate(
     >>> effective_learning_rate(0.1, jnp.array([1.0, 2.0])), effective_learning_rate(0.1, 2.0, order=1)
     (Array([0.1  , 0.025], dtype=float32), Array(0.05, dtype=float32))
     """
-    eta, norm, reference = (jnp.asarray(value, moments.wide(jnp.result_type(value, jnp.float32)))
+    eta, norm, reference = (jnp.asarray(value, statistics_dtype(jnp.result_type(value, jnp.float32)))
                             for value in (eta, norm, reference))  # fmt: skip
     dtype = jnp.promote_types(jnp.promote_types(eta.dtype, norm.dtype), reference.dtype)
     shape = jnp.broadcast_shapes(eta.shape, norm.shape, reference.shape)

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import FieldError, axes
+from normjax._expect.arrays import Weights, as_weights, require_float, statistics_dtype, zero_masked
+from normjax._expect.binding import axes
+from normjax._leaves import inverse_power, one_of
+from normjax.field import FieldError
 
 GRADIENTS = ("pass", "block")
 OFFSET = 2.0**-18
@@ -71,7 +73,7 @@ def gdn(
     """
     x, work, q = _start(x, beta, gamma, layout, alpha, epsilon, mask, "gdn")
     number = _number(epsilon)
-    d = _power(q, -jnp.asarray(epsilon)) if number is None else moments.inverse_power(q, number)
+    d = _power(q, -jnp.asarray(epsilon)) if number is None else inverse_power(q, number)
     return (work * d.astype(work.dtype)).astype(x.dtype)
 
 
@@ -144,8 +146,8 @@ def inverse(
     if steps is None and (product is None or product < 1 - 1e-6):
         found = "an exponent that is an array" if product is None else f"{alpha} * {epsilon}"
         raise ValueError(f"the inverse without steps needs alpha * epsilon = 1; found {found}; give steps=")
-    y = moments.as_floating(y, "inverse")
-    work = y.astype(moments.wide(y.dtype))
+    y = require_float(y, "inverse")
+    work = y.astype(statistics_dtype(y.dtype))
     beta, gamma, axis = _parameters(beta, gamma, layout, work, alpha, epsilon)
     if steps is not None:
 
@@ -181,9 +183,9 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
     >>> [float(jax.grad(lambda r: nonnegative(r, 0.25, gradient=g))(-1.0)) for g in GRADIENTS]
     [1.0, 0.0]
     """
-    moments.choose("gradient", gradient, GRADIENTS)
-    raw = moments.as_floating(raw, "nonnegative")
-    raw = raw.astype(moments.wide(raw.dtype))
+    one_of("gradient", gradient, GRADIENTS)
+    raw = require_float(raw, "nonnegative")
+    raw = raw.astype(statistics_dtype(raw.dtype))
     bound = jnp.asarray((minimum + offset**2) ** 0.5, raw.dtype)
     below = bound + (raw - lax.stop_gradient(raw)) if gradient == "pass" else jnp.broadcast_to(bound, raw.shape)
     # A select, not a maximum: at the bound, where a gamma of 0 starts, half of a maximum's gradient would be lost.
@@ -196,7 +198,7 @@ def stored(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
     >>> nonnegative(stored(jnp.array([0.0, 0.1]))).round(6).tolist()
     [0.0, 0.10000000149011612]
     """
-    value = moments.as_floating(value, "stored")
+    value = require_float(value, "stored")
     return jnp.sqrt(jnp.maximum(value, 0) + jnp.asarray(offset**2, value.dtype))
 
 
@@ -262,7 +264,7 @@ def apply(
     >>> (1000 * apply(x, Raw(stored(jnp.ones(2)), stored(0.1 * jnp.eye(2))))).round().tolist()
     [[2176.0, -2481.0]]
     """
-    x = moments.as_floating(x, "GDN")
+    x = require_float(x, "GDN")
     dtype = jnp.dtype(dtype or x.dtype)
     x = jnp.maximum(x, 0) if rectify else x
 
@@ -272,7 +274,7 @@ def apply(
     a = alpha if raw.alpha is None else value("alpha", MINIMA.alpha)
     e = epsilon if raw.epsilon is None else value("epsilon", MINIMA.epsilon)
     f = igdn if inverse else gdn
-    work = x.astype(moments.wide(x.dtype))
+    work = x.astype(statistics_dtype(x.dtype))
     y = f(work, value("beta", beta_min), value("gamma", MINIMA.gamma), layout, alpha=a, epsilon=e, mask=mask)
     return y.astype(dtype)
 
@@ -315,15 +317,15 @@ def _parameters(beta, gamma, layout: str, x: jax.Array, alpha: ArrayLike, epsilo
 
 def _start(x, beta, gamma, layout: str, alpha: ArrayLike, epsilon: ArrayLike, mask, caller: str):
     """The input, the input in the dtype of the work with its masked elements at zero, and the pool."""
-    x = moments.as_floating(x, caller)
-    work = x.astype(moments.wide(x.dtype))
-    weights = moments.weigh(mask, work)
-    work = moments.silence(work, weights)
+    x = require_float(x, caller)
+    work = x.astype(statistics_dtype(x.dtype))
+    weights = as_weights(mask, work)
+    work = zero_masked(work, weights)
     beta, gamma, axis = _parameters(beta, gamma, layout, work, alpha, epsilon)
     return x, work, _pool(work, beta, gamma, axis, alpha, weights)
 
 
-def _pool(x, beta, gamma, axis: int, alpha: ArrayLike, weights: moments.Weights | None = None) -> jax.Array:
+def _pool(x, beta, gamma, axis: int, alpha: ArrayLike, weights: Weights | None = None) -> jax.Array:
     a = _size(x, alpha)
     return _weigh(a if weights is None else a * weights.value, beta, gamma, axis)
 

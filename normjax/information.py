@@ -19,8 +19,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import FieldError, axes
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype
+from normjax._expect.binding import axes
+from normjax._expect.sharding import axis_size
+from normjax.field import FieldError
 
 UNITS = "c"
 Names = str | Sequence[str]
@@ -49,7 +51,7 @@ def bound_names(axis_name: Names) -> tuple[str, ...]:
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for name in names:
-        moments.axis_size(name)
+        axis_size(name)
     return names
 
 
@@ -59,10 +61,10 @@ def real_of(x: ArrayLike, caller: str) -> jax.Array:
     >>> real_of(jnp.ones(2, jnp.bfloat16), "test").dtype
     dtype('float32')
     """
-    x = moments.as_floating(x, caller)
+    x = require_float(x, caller)
     if jnp.iscomplexobj(x):
         raise TypeError(f"{caller} takes real numbers, found {x.dtype}; take the real part or the absolute value first")
-    return x.astype(moments.wide(x.dtype))
+    return x.astype(statistics_dtype(x.dtype))
 
 
 def axis_of(name: str, what: str, layout: str, ndim: int) -> int:
@@ -104,7 +106,7 @@ def _binned(
         raise ValueError(f"bins is an integer of at least 1; found {bins!r}")
     x = lax.stop_gradient(real_of(x, caller))
     number = axis_of(UNITS, "units", layout, x.ndim)
-    weights = moments.weigh(mask, x)
+    weights = as_weights(mask, x)
     if weights is None:
         weight = jnp.ones(x.shape, jnp.int32)
     else:
@@ -180,7 +182,7 @@ def joint_histogram(
         raise FieldError(f"a joint histogram takes two arrays of one shape, found shapes {a.shape} and {b.shape}")
     weights = None
     if mask is not None:
-        moments.weigh(mask, a)
+        as_weights(mask, a)
         weights = jnp.broadcast_to(jnp.asarray(mask), a.shape)[..., None]
     dtype = jnp.promote_types(a.dtype, b.dtype)
     both = jnp.stack([a.astype(dtype), b.astype(dtype)], -1)

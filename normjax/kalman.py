@@ -22,11 +22,17 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments, running
-from normjax.field import EXAMPLES, Field, FieldError, axes, bind
+from normjax import running
+from normjax._expect.arrays import align_parameter, require_float, statistics_dtype
+from normjax._expect.binding import axes, bind
+from normjax._expect.expectation import expect
+from normjax._expect.sharding import local_blocks
+from normjax._leaves import inverse_power, one_of
+from normjax._normalize.evaluate import affine, equation, normalize
+from normjax.field import EXAMPLES, Field, FieldError
 from normjax.propagate import Belief, Filtered, linear
 from normjax.running import Running
-from normjax.theory import Normalizer, Stats, affine, equation, normalize, parameter_beside, row
+from normjax.theory import Normalizer, Stats, row
 
 STORED = ("filtered", "batch", "first_block")
 # Where a learned transition starts: the identity, and a noise of 0.01 before its softplus.
@@ -94,7 +100,7 @@ or keep_mean; found Normalizer('n', None)
                          f"windows, floor or keep_mean; found {n}")  # fmt: skip
     if isinstance(gain, int | float | np.number) and not 0 <= gain <= 1:
         raise ValueError(f"gain lies between 0 and 1; found {gain!r}")
-    moments.choose("stored", source, STORED)
+    one_of("stored", source, STORED)
 
 
 class _Blocks(NamedTuple):
@@ -117,7 +123,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(n: Normalizer, layout: str, shape: tuple[int, ...]) -> _Blocks:
-    assert isinstance(n.mean, Field)
+    assert n.mean is not None
     where = axes(layout, len(shape))
     if EXAMPLES not in where:
         return _Blocks(None, 1, 1)
@@ -125,16 +131,16 @@ def _blocks(n: Normalizer, layout: str, shape: tuple[int, ...]) -> _Blocks:
     bound, rows = bind(n.mean, layout, shape), shape[axis]
     for along, span in bound.spans:
         if along == axis:
-            rows = moments.local_blocks(bound, axis, span) if span.blocks else 1
+            rows = local_blocks(bound, axis, span) if span.blocks else 1
     return _Blocks(axis, shape[axis], rows)
 
 
 def _fit(prior: Belief, n: Normalizer, layout: str, x: jax.Array, blocks: _Blocks) -> Belief:
     """The prior in the shape of the batch's statistics, pooled over the examples and channels that share them."""
-    assert isinstance(n.mean, Field)
+    assert n.mean is not None
     if not isinstance(prior, Belief):
         raise TypeError(f"a prior is a Belief, as `predict` gives it; found {type(prior).__name__}")
-    work = moments.wide(x.dtype)
+    work = statistics_dtype(x.dtype)
     mean, var = (jnp.asarray(s).astype(work) for s in prior)
     channel = axes(layout, x.ndim).get("c", (None,))[0]
     accepted = [
@@ -153,8 +159,8 @@ def _fit(prior: Belief, n: Normalizer, layout: str, x: jax.Array, blocks: _Block
         if channel is not None and any(span.axis == "c" for span in spans) and mean.shape[channel] == 1:
             wide = [size if i == channel else mean.shape[i] for i, size in enumerate(x.shape)]
             mean, var = (jnp.broadcast_to(s, wide) for s in (mean, var))
-        middle = moments.expect(mean, Field(spans), layout)
-        mean, var = middle, moments.expect(var + lax.square(mean - middle), Field(spans), layout)
+        middle = expect(mean, Field(spans), layout)
+        mean, var = middle, expect(var + lax.square(mean - middle), Field(spans), layout)
     return Belief(*(blocks.short(s) for s in (mean, var)))
 
 
@@ -162,7 +168,7 @@ def _after(
     belief: Belief, n: Normalizer, layout: str, shape: tuple[int, ...], blocks: _Blocks, scale: Any, bias: Any
 ) -> Belief:
     """The belief of y: N(bias, scale ** 2), but for eps: a spread of 0 stays 0."""
-    share = belief.var * moments.inverse_power(belief.var + n.eps, 1.0)
+    share = belief.var * inverse_power(belief.var + n.eps, 1.0)
     channel = axes(layout, len(shape)).get("c", (None,))[0]
     if any(jnp.ndim(p) > 1 for p in (scale, bias) if p is not None):  # a scale for each example
         share = blocks.long(share)
@@ -228,7 +234,7 @@ def _mix(
 ) -> Kalman:  # fmt: skip
     """As `kalman_normalize`; `refuse` asks for the checks of `normalize`."""
     check(n, gain)
-    x = moments.as_floating(x, "kalman_normalize")
+    x = require_float(x, "kalman_normalize")
     if jnp.iscomplexobj(x):
         raise TypeError(f"kalman_normalize takes real arrays, found {x.dtype}")
     blocks = _blocks(n, layout, x.shape)
@@ -240,7 +246,7 @@ def _mix(
     stats = equation(x, n, layout, mask=mask).stats
     prior, batch = _fit(prior, n, layout, x, blocks), Belief(blocks.short(stats.mean), blocks.short(stats.var))
     weighted = blocks.short(stats.var_weight) > 0
-    belief = update(prior, batch, parameter_beside(gain, x, layout, "gain", prior.mean.dtype))
+    belief = update(prior, batch, align_parameter(gain, x, layout, "gain", prior.mean.dtype))
     if guard is not None:
         near = _is_near(prior.var, batch.var, weighted, guard)
         belief = Belief(*(jnp.where(near, mixed, plain) for mixed, plain in zip(belief, batch, strict=True)))
@@ -304,7 +310,7 @@ def apply(
     (Array([0.1], dtype=float32), Array([[1.]], dtype=float32))
     """
     check(normalizer, gain, source)
-    x, n = moments.as_floating(x, "KalmanNorm"), normalizer
+    x, n = require_float(x, "KalmanNorm"), normalizer
     if dtype is not None:
         with jax.numpy_dtype_promotion("standard"):
             x = x.astype(jnp.promote_types(x.dtype, dtype))
@@ -313,7 +319,7 @@ def apply(
     stats = running.as_stats(stored, n, layout, x.shape)
     if use_running and stores:
         y = normalize(x, n, layout, stats=stats, scale=scale, bias=bias, mask=mask).y
-        belief = Belief(*(s.astype(moments.wide(x.dtype)) for s in stats[:2]))
+        belief = Belief(*(s.astype(statistics_dtype(x.dtype)) for s in stats[:2]))
         blocks = _blocks(n, layout, x.shape)
         filtered = Filtered(belief, _after(belief, n, layout, x.shape, blocks, scale, bias))
         return Applied(y.astype(dtype), filtered, stored, None)

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import Field, FieldError, Span, axes
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
+from normjax._expect.binding import axes
+from normjax._normalize.evaluate import Normalized, affine, equation, normalize
+from normjax.field import Field, FieldError, Span
 from normjax.penalty import l1_penalty
 from normjax.running import BatchRecord, Running, Slot, as_stats, corrections, mergeable, record, require_renormalizable
-from normjax.theory import Normalized, Normalizer, Stats, affine, equation, normalize, top
+from normjax.theory import Normalizer, Stats, top
 
 Axes = int | Sequence[int]
 NOTHING = Running()  # no stored statistics
@@ -56,7 +58,7 @@ def apply(
     statistics of the batch that the row itself does not take (a range), with their weights; `given` are scale, bias, mask
     and eps.
     """
-    x = moments.as_floating(x, "a layer")
+    x = require_float(x, "a layer")
     if not refuse and isinstance(normalizer.order, top):  # while initializing, there may be fewer than k elements
         normalizer = dataclasses.replace(normalizer, order=math.inf)
     stats = as_stats(running, normalizer, layout, x.shape) if use_running else measured
@@ -102,10 +104,10 @@ def _renormalize(
     stats: Stats | None, *, scale: Any = None, bias: Any = None, mask: Any = None, eps: Any = None,
 ) -> Normalized:  # fmt: skip
     """Batch renormalization: r * y + d in place of y, zero where masked."""
-    wide = x.astype(moments.wide(x.dtype))
+    wide = x.astype(statistics_dtype(x.dtype))
     out = (normalize if refuse else equation)(wide, normalizer, layout, stats=stats, mask=mask, eps=eps)
     r, d = corrections(out.stats, running, normalizer, layout, x.shape, limits, eps)
-    y = moments.silence(r * out.y + d, moments.weigh(mask, wide))
+    y = zero_masked(r * out.y + d, as_weights(mask, wide))
     return out._replace(y=affine(y, layout, scale, bias).astype(dtype))
 
 
@@ -299,7 +301,7 @@ def flax_input(x: ArrayLike, dtype: Any) -> jax.Array:
     x = jnp.asarray(x)
     with jax.numpy_dtype_promotion("standard"):
         work = jnp.promote_types(x.dtype if dtype is None else dtype, jnp.float32)
-    if jnp.issubdtype(x.dtype, jnp.inexact) and moments.wide(x.dtype) == work:
+    if jnp.issubdtype(x.dtype, jnp.inexact) and statistics_dtype(x.dtype) == work:
         return x
     return x.astype(work)
 

@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import Field, Span, bind
+from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._expect.binding import bind
+from normjax._expect.expectation import expect
+from normjax._leaves import inverse_power
+from normjax._normalize.evaluate import normalize
+from normjax.field import Field, Span
 from normjax.selection import path_name
-from normjax.theory import Normalizer, normalize
+from normjax.theory import Normalizer
 from normjax.weights import INPUTS, KERNEL, norm_bound, weight_norm
 
 Weight = Callable[..., jax.Array]  # kernel, and scale where one is learned -> kernel
@@ -71,12 +75,12 @@ def matching_scale(kernel: ArrayLike, weight: Weight = weight_norm, **options: A
     >>> matching_scale(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
     [5.0, 1.0]
     """
-    kernel = moments.as_floating(kernel, "a reparametrization")
-    kernel = kernel.astype(moments.wide(kernel.dtype))
+    kernel = require_float(kernel, "a reparametrization")
+    kernel = kernel.astype(statistics_dtype(kernel.dtype))
     weight = functools.partial(weight, **options)
     chosen: dict[str, Any] = {"layout": KERNEL, "field": INPUTS} | _chosen(weight, "layout", "field", "mask")
     w = weight(kernel, rho=1.0) if takes_bound(weight) else weight(kernel)
-    along, square = (moments.expect(a * w, **chosen) for a in (kernel, w))
+    along, square = (expect(a * w, **chosen) for a in (kernel, w))
     there = square > 0
     scale = jnp.where(there, along / jnp.where(there, square, 1), 1)
     named = {axis for axis, _ in bind(Field.parse(chosen["field"]), chosen["layout"], kernel.shape).spans}
@@ -125,9 +129,9 @@ def data_dependent_start(
     >>> data_dependent_start(jnp.array([[1.0], [5.0]]))
     (Array([0.5], dtype=float32), Array([-1.5], dtype=float32))
     """
-    t = moments.as_floating(t, "data_dependent_start")
+    t = require_float(t, "data_dependent_start")
     stats = normalize(t, Normalizer(field, field, eps=0.0), layout, mask=mask).stats
-    scale = moments.inverse_power(stats.var, 0.5)
+    scale = inverse_power(stats.var, 0.5)
     return scale.ravel(), (-stats.mean * scale).ravel()
 
 

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normjax import moments
-from normjax.field import Field, FieldError, axes, bind
+from normjax._expect import average
+from normjax._expect.arrays import statistics_dtype
+from normjax._expect.binding import Plan, axes, bind
+from normjax.field import Field, FieldError
 
 Norms = dict[str, jax.Array]
 Patterns = str | Iterable[str]
@@ -120,8 +122,8 @@ class Kernels:
 
     def squared(self, w: jax.Array) -> jax.Array:
         """The squared norm, of the rank of w, float32 or wider."""
-        plan = moments.Plan(bind(Field.parse(self.field), self.layout, w.shape))
-        return moments.total(lax.square(w.astype(moments.wide(w.dtype))), plan)
+        plan = Plan(bind(Field.parse(self.field), self.layout, w.shape))
+        return average.total(lax.square(w.astype(statistics_dtype(w.dtype))), plan)
 
     def norm(self, w: jax.Array) -> jax.Array:
         """The norm, without the axes that it covers whole."""

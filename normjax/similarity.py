@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import EXAMPLES, Field, Span, axes
+from normjax._expect.arrays import Weights, as_weights, zero_masked
+from normjax._expect.binding import axes
+from normjax._normalize.evaluate import equation
+from normjax.field import EXAMPLES, Field, Span
 from normjax.information import UNITS, Names, axis_of, bound_names, mean_where, pairs, real_of
-from normjax.theory import Normalizer, equation
+from normjax.theory import Normalizer
 
 
 class Vectors(NamedTuple):
@@ -36,7 +38,7 @@ class Vectors(NamedTuple):
     var: jax.Array
     alive: jax.Array
     weight: jax.Array
-    weights: moments.Weights | None
+    weights: Weights | None
     number: int
 
     def flat(self) -> jax.Array:
@@ -76,19 +78,19 @@ def vectors_of(
     x = real_of(x, caller)
     name, what = (UNITS, "units") if units else (EXAMPLES, "examples")
     number, field = all_but(name, what, layout, x.ndim, names)
-    weights = moments.weigh(mask, x)
-    x = moments.silence(x, weights)
+    weights = as_weights(mask, x)
+    x = zero_masked(x, weights)
     over = tuple(i for i in range(x.ndim) if i != number)
     # Numbers about one, so that no square over- or underflows; around the least, so that a constant unit is exactly zero.
     least = _least(x, weights, over, names) if units else jnp.zeros_like(x, shape=[1] * x.ndim)
-    size = peak_of(moments.silence(x - least, weights), over, names)
+    size = peak_of(zero_masked(x - least, weights), over, names)
     out = equation((x - least) / size, Normalizer(field if units else None, field, eps=0.0), layout, mask=mask)
     mean = least + out.stats.mean * size if units else jnp.zeros_like(size)
     weight, var = jnp.asarray(out.stats.var_weight, size.dtype), out.stats.var
     return Vectors(out.y, mean, var * jnp.square(size), var > 0, weight, weights, number)
 
 
-def _least(x: jax.Array, weights: moments.Weights | None, over: tuple[int, ...], names: tuple[str, ...]) -> jax.Array:
+def _least(x: jax.Array, weights: Weights | None, over: tuple[int, ...], names: tuple[str, ...]) -> jax.Array:
     valid = True if weights is None else jnp.broadcast_to(weights.valid, x.shape)
     least = jnp.min(lax.stop_gradient(x), over, keepdims=True, initial=jnp.inf, where=valid)
     for name in names:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import FieldError, axes
+from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._expect.binding import axes
+from normjax._leaves import inverse_power
+from normjax.field import FieldError
 
 
 class Spectral(NamedTuple):
@@ -67,7 +69,7 @@ def spectral_norm(
     >>> out.sigma.round(4).item(), out.kernel.round(4).tolist()
     (3.0, [[1.0, 0.0], [0.0, 0.33329999446868896]])
     """
-    kernel, given = moments.as_floating(kernel, "spectral_norm"), jnp.asarray(u)
+    kernel, given = require_float(kernel, "spectral_norm"), jnp.asarray(u)
     if jnp.iscomplexobj(kernel):
         raise TypeError(f"spectral_norm takes real arrays, found {kernel.dtype}")
     if steps < 0:
@@ -78,7 +80,7 @@ def spectral_norm(
         raise FieldError(f'outputs are names of axes of layout "{layout}"; found "{outputs}"')
     columns = [axis for name in outputs.split() for axis in where[name]]
     order = [axis for axis in range(kernel.ndim) if axis not in columns] + columns
-    work = moments.wide(kernel.dtype)
+    work = statistics_dtype(kernel.dtype)
     matrix = jnp.transpose(kernel, order).astype(work)
     matrix = matrix.reshape(-1, math.prod(kernel.shape[axis] for axis in columns))
     if given.size != matrix.shape[1]:
@@ -102,4 +104,4 @@ def _times(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array, eps: float) -> jax.Array:
     """The vector at length 1; one of zeros stays, with eps = 0 too."""
-    return x * moments.inverse_power(jnp.sum(lax.square(x)) + eps, 0.5)
+    return x * inverse_power(jnp.sum(lax.square(x)) + eps, 0.5)

@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import Field, FieldError, bind
+from normjax._expect import average
+from normjax._expect.arrays import Weights, require_float, statistics_dtype, zero_masked
+from normjax._expect.binding import Plan, bind
+from normjax._normalize.evaluate import equation, normalize
+from normjax.field import FieldError
 from normjax.layer import NOTHING, Applied, mergeable
 from normjax.running import BatchRecord, Running, as_stats, observe, stores, unbias, update
-from normjax.theory import Normalizer, Stats, equation, normalize, row
+from normjax.theory import Normalizer, Stats, row
 
 ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
 
@@ -90,8 +93,8 @@ def mix(
     rows = [_mixable(n) for n in normalizers]
     if not rows:
         raise ValueError("a mix needs at least one row")
-    x = moments.as_floating(x, "mix")
-    work = x.astype(moments.wide(x.dtype))
+    x = require_float(x, "mix")
+    work = x.astype(statistics_dtype(x.dtype))
     given: list[Stats | None] = [None for _ in rows] if stats is None else list(stats)
     if len(given) != len(rows):
         raise ValueError(f"statistics are one for each of the {len(rows)} rows; found {len(given)}")
@@ -143,10 +146,10 @@ def blend(
     >>> blend(jnp.array([[1.0, 3.0], [1.0, 3.0]]), ("token", "batch"), jnp.array([0.5, 0.5])).round(3).tolist()
     [[-0.5, 0.5], [-0.5, 0.5]]
     """
-    x, weight = moments.as_floating(x, "blend"), jnp.asarray(weight)
+    x, weight = require_float(x, "blend"), jnp.asarray(weight)
     if weight.ndim not in (1, 2) or weight.shape[0] != len(normalizers):
         raise ValueError(f"weights are [rows] or [rows, c] for {len(normalizers)} rows; found shape {weight.shape}")
-    work = x.astype(moments.wide(x.dtype))
+    work = x.astype(statistics_dtype(x.dtype))
     total = jnp.zeros_like(work)
     for w, n in zip(weight, normalizers, strict=True):
         total = total + normalize(work, n, layout, scale=w, mask=mask).y
@@ -178,12 +181,12 @@ def apply(
     Array([0.3, 0.5], dtype=float32)
     """
     rows = [_mixable(n) for n in normalizers]
-    x, at = moments.as_floating(x, "SwitchableNorm"), storing(rows)
+    x, at = require_float(x, "SwitchableNorm"), storing(rows)
     stats: list[Stats | None] = [None] * len(rows)
     if at is not None and use_running:
         stats[at] = as_stats(running, rows[at], layout, x.shape)
-    logits = [moments.as_floating(w, "SwitchableNorm") for w in (mean_logits, var_logits)]
-    w, v = (jax.nn.softmax(_weights("logit", w, len(rows), moments.wide(w.dtype))) for w in logits)
+    logits = [require_float(w, "SwitchableNorm") for w in (mean_logits, var_logits)]
+    w, v = (jax.nn.softmax(_weights("logit", w, len(rows), statistics_dtype(w.dtype))) for w in logits)
     out = mix(x, rows, w, v, layout, stats=stats, **given)
     if at is None or use_running or not update_running or all(value is None for value in running):
         return Applied(out.y, running, None, out.centered)
@@ -246,7 +249,7 @@ def _parts(x, rows: list[Normalizer], layout: str, given: list[Stats | None], ma
 def _nested(small: Normalizer, large: Normalizer) -> bool:
     """Whether the large row's statistics follow from the small one's: whole axes, and more of them."""
     a, b = small.var, large.var
-    if not isinstance(a, Field) or not isinstance(b, Field) or small.mean != a or large.mean != b:
+    if a is None or b is None or small.mean != a or large.mean != b:
         return False
     return a != b and all(span.whole and span in b.spans for span in a.spans) and not any(s.window for s in b.spans)
 
@@ -273,13 +276,13 @@ def pool(stats: Stats, normalizer: Normalizer | str, layout: str = "n ... c") ->
     """
     n = row(normalizer)
     field = n.var
-    if not isinstance(field, Field) or stats.mean is None or stats.var is None or stats.mean_weight is None:
+    if field is None or stats.mean is None or stats.var is None or stats.mean_weight is None:
         raise FieldError(f"pooling needs means, variances and their weights, and a row that divides; found {n}")
     mean, var = stats.mean, stats.var
-    plan = moments.Plan(bind(field, layout, mean.shape))
+    plan = Plan(bind(field, layout, mean.shape))
     weight = jnp.broadcast_to(jnp.asarray(stats.mean_weight).astype(var.dtype), mean.shape)
-    weights = moments.Weights(weight, weight > 0)
-    centre, total = moments.average(mean, plan, weights)
-    spread = var + jnp.square(jnp.abs(moments.silence(mean - centre, weights)))
-    both = moments.average(spread, plan, weights)[0]
+    weights = Weights(weight, weight > 0)
+    centre, total = average.average(mean, plan, weights)
+    spread = var + jnp.square(jnp.abs(zero_masked(mean - centre, weights)))
+    both = average.average(spread, plan, weights)[0]
     return Stats(centre, both, total, total)

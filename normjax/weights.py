@@ -25,10 +25,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import Field, FieldError, bind
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype
+from normjax._expect.binding import bind
+from normjax._expect.expectation import expect
+from normjax._expect.sharding import shards_of
+from normjax._leaves import inverse_power, one_of
+from normjax._normalize.evaluate import normalize
+from normjax.field import Field, FieldError
 from normjax.gain import RELU_GAIN, activation_gain
-from normjax.theory import Normalizer, normalize
+from normjax.theory import Normalizer
 
 KERNEL, INPUTS, OUTPUTS = "... i o", "... i", "o"
 EPS_RULES = ("moment", "root", "floor")
@@ -97,7 +102,7 @@ def centred_weight_norm(
         n = Normalizer(field, field, eps=eps, gain=_fan_in(kernel, layout, field))
         return _evaluate(kernel, n, layout, scale, None, eps_rule)
     # In two steps, since each output has a fan-in of its own: after the centring, masked weights are zeros to a sum.
-    v = weight_centring(kernel.astype(moments.wide(kernel.dtype)), layout=layout, field=field, mask=mask)
+    v = weight_centring(kernel.astype(statistics_dtype(kernel.dtype)), layout=layout, field=field, mask=mask)
     return weight_norm(v, scale, eps=eps, eps_rule=eps_rule, layout=layout, field=field).astype(kernel.dtype)
 
 
@@ -127,7 +132,7 @@ def bounded_weight_norm(
     [7.0, 1.0]
     """
     kernel = _silenced(kernel, mask)
-    work = moments.wide(kernel.dtype)
+    work = statistics_dtype(kernel.dtype)
     g = jnp.asarray(rho).astype(jnp.finfo(work).dtype)
     if scale is not None:
         scale = jnp.broadcast_to(_beside(scale, kernel, layout, field, work), _rows(kernel, layout, field))
@@ -155,11 +160,11 @@ def norm_bound(
     >>> round(norm_bound(kernel).item() ** 2, 3), norm_bound(kernel, rule="mean").item()
     (13.0, 3.0)
     """
-    moments.choose("rule", rule, BOUNDS)
+    one_of("rule", rule, BOUNDS)
     kernel = _silenced(kernel, mask)
     n = _norm(kernel, p, 0.0, layout, field)
     norms = _power(n.gain * normalize(kernel, n, layout).stats.var, n.power)
-    rho = moments.expect(norms if rule == "mean" else norms**2, outputs, layout)
+    rho = expect(norms if rule == "mean" else norms**2, outputs, layout)
     if rho.size != 1:
         raise FieldError(f'one bound is asked for: outputs "{outputs}" beside field "{field}" leave {rho.size} numbers of a '
                          f'kernel of shape {kernel.shape}, layout "{layout}"')  # fmt: skip
@@ -217,11 +222,11 @@ def scaled_weight_standardization(
     if isinstance(gain, str):
         raise TypeError(f"gain is a number or the activation itself, as in gain=jax.nn.relu; found {gain!r}")
     kernel = _floating(kernel)
-    work = moments.wide(kernel.dtype)
+    work = statistics_dtype(kernel.dtype)
     count = jnp.asarray(_fan_in(kernel, layout, field), jnp.finfo(work).dtype)
     if mask is not None:
-        count = count * moments.expect(_valid(kernel, mask).astype(count.dtype), field, layout)
-    g = (activation_gain(gain) if callable(gain) else gain) * moments.inverse_power(count, 0.5)
+        count = count * expect(_valid(kernel, mask).astype(count.dtype), field, layout)
+    g = (activation_gain(gain) if callable(gain) else gain) * inverse_power(count, 0.5)
     if scale is not None:
         g = g * _beside(scale, kernel, layout, field, work)
     return _evaluate(kernel, Normalizer(field, field, eps=eps), layout, g, mask, eps_rule)
@@ -232,10 +237,10 @@ def scaled_weight_standardization(
 
 def _evaluate(kernel: jax.Array, n: Normalizer, layout: str, scale: Any, mask: Any, eps_rule: str = "moment"):
     """The row n on a kernel; with a rule other than "moment", eps is a number for each output that the moment gives."""
-    moments.choose("eps_rule", eps_rule, EPS_RULES)
+    one_of("eps_rule", eps_rule, EPS_RULES)
     field = n.mean if n.var is None else n.var
     assert field is not None
-    scale = None if scale is None else _beside(scale, kernel, layout, field, moments.wide(kernel.dtype))
+    scale = None if scale is None else _beside(scale, kernel, layout, field, statistics_dtype(kernel.dtype))
     mask = None if mask is None else _valid(kernel, mask)
     if eps_rule == "moment" or not n.eps:
         return normalize(kernel, n, layout, scale=scale, mask=mask).y
@@ -264,21 +269,21 @@ def _norm(kernel: jax.Array, p: float, eps: float, layout: str, field: AnyField)
 def _fan_in(kernel: jax.Array, layout: str, field: AnyField) -> float:
     """How many weights the field holds, over all shards: what makes a sum of its average."""
     bound = bind(Field.parse(field), layout, kernel.shape)
-    return float(bound.reach() * math.prod(moments.members(span) for _, span in bound.spans))
+    return float(bound.reach() * math.prod(shards_of(span) for _, span in bound.spans))
 
 
 def _power(m: jax.Array, power: float) -> jax.Array:
     """The root m ** power, with derivative zero at zero."""
-    return moments.inverse_power(m, -power)
+    return inverse_power(m, -power)
 
 
 def _floating(kernel: ArrayLike) -> jax.Array:
-    return moments.as_floating(kernel, "a reparametrization")
+    return require_float(kernel, "a reparametrization")
 
 
 def _valid(kernel: jax.Array, mask: ArrayLike) -> jax.Array:
     """The mask as booleans of the shape of the kernel."""
-    weights = moments.weigh(mask, kernel.astype(moments.wide(kernel.dtype)))
+    weights = as_weights(mask, kernel.astype(statistics_dtype(kernel.dtype)))
     assert weights is not None
     return jnp.broadcast_to(weights.valid, kernel.shape)
 

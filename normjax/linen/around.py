@@ -9,10 +9,11 @@ from flax.linen import initializers
 from jax.typing import ArrayLike
 
 from normjax import batch, layer, response, tokens
+from normjax._expect.arrays import require_float
+from normjax._normalize.evaluate import normalize
 from normjax.linen.norms import Dtype, Initializer
 from normjax.linen.units import _param
-from normjax.moments import as_floating
-from normjax.theory import Normalizer, normalize
+from normjax.theory import Normalizer
 
 ONES, ZEROS = initializers.ones, initializers.zeros
 
@@ -60,7 +61,7 @@ class VirtualBatchNorm(nn.Module):
         reference_mask: ArrayLike | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the normalized x and the normalized reference; masks as for `normjax.normalize`."""
-        x, reference = (layer.promoted(as_floating(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
+        x, reference = (layer.promoted(require_float(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
         scale = _param(self, "scale", x, self.use_scale)
         bias = _param(self, "bias", x, self.use_bias)
         n = Normalizer(self.field, None)  # while initializing, mapped axes need not exist yet
@@ -112,7 +113,7 @@ class FilterResponseNorm(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask=None, scale=None, bias=None) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
-        x = layer.promoted(as_floating(x, "FilterResponseNorm"), self.dtype)
+        x = layer.promoted(require_float(x, "FilterResponseNorm"), self.dtype)
         scale = _param(self, "scale", x, self.use_scale, scale)
         bias = _param(self, "bias", x, self.use_bias, bias)
         tau = _param(self, "tau", x, self.use_tau)
@@ -149,7 +150,7 @@ class ScaleNorm(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x; see `normjax.normalize` for the mask."""
-        x = layer.promoted(as_floating(x, "ScaleNorm"), self.dtype)
+        x = layer.promoted(require_float(x, "ScaleNorm"), self.dtype)
         (channels,) = layer.channel_shape(self.layout, x.shape)
         make = initializers.constant(channels**0.5) if self.scale_init is None else self.scale_init
         scale = self.param("scale", make, (), self.param_dtype)
@@ -190,7 +191,7 @@ class PartialRMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask=None, scale=None, bias=None) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
-        x = layer.promoted(as_floating(x, "PartialRMSNorm"), self.dtype)
+        x = layer.promoted(require_float(x, "PartialRMSNorm"), self.dtype)
         scale = _param(self, "scale", x, self.use_scale, scale)
         bias = _param(self, "bias", x, self.use_bias, bias)
         out = tokens.partial_rms(
@@ -233,7 +234,7 @@ class QKNorm(nn.Module):
     @nn.compact
     def __call__(self, query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Returns both, normalized."""
-        query, key = (layer.promoted(as_floating(a, "QKNorm"), self.dtype) for a in (query, key))
+        query, key = (layer.promoted(require_float(a, "QKNorm"), self.dtype) for a in (query, key))
         query_scale = key_scale = None
         if self.use_scale and self.kind == "l2":
             make = initializers.constant(tokens.qk_scale(self.length))

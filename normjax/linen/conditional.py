@@ -12,10 +12,10 @@ from flax.linen import initializers
 from jax.typing import ArrayLike
 
 from normjax import conditional, layer, spade
+from normjax._expect.arrays import require_float
+from normjax._expect.binding import axes
 from normjax.conditional import Modulation
-from normjax.field import axes
 from normjax.linen.norms import Norm
-from normjax.moments import as_floating
 from normjax.theory import Normalizer
 
 
@@ -105,7 +105,7 @@ class ConditionalNorm(nn.Module):
         self, x: ArrayLike, labels: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
         """Normalizes x, for integer labels `[n]` or weights of the classes `[n, num_classes]`."""
-        x = as_floating(x, "ConditionalNorm")
+        x = require_float(x, "ConditionalNorm")
         shape = (self.num_classes, *layer.channel_shape(self.layout, x.shape))
         scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape, self.param_dtype)
@@ -151,7 +151,7 @@ class FiLM(nn.Module):
     bias_init: Any = initializers.zeros
 
     def _apply(self, x: ArrayLike, condition: ArrayLike, average: bool | None, mask: Any) -> tuple[jax.Array, Any]:
-        x, condition = as_floating(x, type(self).__name__), as_floating(condition, type(self).__name__)
+        x, condition = require_float(x, type(self).__name__), require_float(condition, type(self).__name__)
         (channels,) = layer.channel_shape(self.layout, x.shape)
         width = len(self.order) * channels
         kernel = self.param("kernel", self.kernel_init, (condition.shape[-1], width), self.param_dtype)
@@ -247,7 +247,7 @@ class SPADE(nn.Module):
         self, x: ArrayLike, labels: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
         """Normalizes x; the map of labels is resized to it by the nearest element."""
-        x, labels = as_floating(x, "SPADE"), as_floating(labels, "SPADE")
+        x, labels = require_float(x, "SPADE"), require_float(labels, "SPADE")
         (features,), (labelled,) = (layer.channel_shape(self.layout, a.shape) for a in (x, labels))
         shapes = spade.kernel_shapes(features, labelled, x.ndim - 2, self.hidden, self.kernel_size)
 

@@ -9,7 +9,7 @@ from flax.linen import initializers
 from jax.typing import ArrayLike
 
 from normjax import gdn
-from normjax.moments import as_floating
+from normjax._expect.arrays import require_float
 
 
 class GDN(nn.Module):
@@ -59,7 +59,7 @@ class GDN(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x; see `normjax.gdn.gdn` for the mask."""
-        x = as_floating(x, "GDN")
+        x = require_float(x, "GDN")
         shapes = gdn.shapes(self.layout, x.shape)
 
         def learned(name: str, init: Any) -> Any:

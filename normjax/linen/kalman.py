@@ -9,7 +9,7 @@ from flax.linen import initializers
 from jax.typing import ArrayLike
 
 from normjax import kalman, layer
-from normjax.moments import as_floating
+from normjax._expect.arrays import require_float
 from normjax.propagate import Belief, Filtered
 from normjax.running import BatchRecord, Running, slots
 from normjax.theory import Normalizer, row
@@ -110,7 +110,7 @@ class KalmanNorm(nn.Module):
           TypeError: integer input.
           ValueError: the row has no variance, or a gain or `stored` that is none of those accepted.
         """
-        x, whole = as_floating(x, "KalmanNorm"), row(self.normalizer)
+        x, whole = require_float(x, "KalmanNorm"), row(self.normalizer)
         starting = self.is_initializing()
         n = whole.local() if starting else whole  # while initializing, mapped axes need not exist yet
         size = (

@@ -20,8 +20,8 @@ from flax.linen import dtypes, initializers
 from jax.typing import ArrayLike
 
 from normjax import layer
+from normjax._expect.arrays import require_float
 from normjax.layer import Axes
-from normjax.moments import as_floating
 from normjax.running import Running, Slot, slots
 from normjax.theory import Normalizer, row
 
@@ -137,7 +137,7 @@ def _apply_norm(
     averaging: str = "exponential", renorm: Any = None, **storing: Any,
 ) -> jax.Array:  # fmt: skip
     """One application of `Norm`, or of a preset with its attributes; `storing` as for `layer.apply`."""
-    x, whole = as_floating(x, "Norm"), row(normalizer)
+    x, whole = require_float(x, "Norm"), row(normalizer)
     starting = module.is_initializing()
     n = whole.local() if starting else whole  # while initializing, mapped axes need not exist yet
     channels = layer.channel_shape(module.layout, x.shape)

@@ -11,8 +11,8 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from normjax import batch, batch_extremes, response
+from normjax._expect.arrays import require_float
 from normjax.linen.norms import Norm, _apply_norm, _stored
-from normjax.moments import as_floating
 from normjax.running import slots
 from normjax.theory import TABLE, Normalizer, Stats
 
@@ -224,7 +224,7 @@ class _Measured(_Row):
         scale: ArrayLike | None = None, bias: ArrayLike | None = None,
     ) -> jax.Array:  # fmt: skip
         """Normalizes x; arguments as for `Norm`."""
-        x = as_floating(x, "Norm")
+        x = require_float(x, "Norm")
         average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         update = self.update_running_average if update_running_average is None else update_running_average
         n, measured = self.normalizer, None

@@ -9,8 +9,8 @@ from flax.linen import initializers
 from jax.typing import ArrayLike
 
 from normjax import layer, switchable
+from normjax._expect.arrays import require_float
 from normjax.linen.norms import _store, _stored
-from normjax.moments import as_floating
 from normjax.running import Running, slots
 from normjax.theory import Normalizer, row
 
@@ -65,7 +65,7 @@ class SwitchableNorm(nn.Module):
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
         """Normalizes x; see `normjax.normalize` for the mask."""
-        x, starting = as_floating(x, "SwitchableNorm"), self.is_initializing()
+        x, starting = require_float(x, "SwitchableNorm"), self.is_initializing()
         channels = layer.channel_shape(self.layout, x.shape)
         count = (len(self.normalizers),)
         mean_weight = self.param("mean_weight", self.weight_init, count, self.param_dtype)

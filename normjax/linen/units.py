@@ -9,10 +9,10 @@ from flax.linen import initializers
 from jax.typing import ArrayLike
 
 from normjax import layer, selu, units
+from normjax._normalize.evaluate import Normalized
 from normjax.field import Field
 from normjax.linen.norms import Dtype, Initializer, _store, _stored
 from normjax.running import Running, as_stats, slots
-from normjax.theory import Normalized
 
 
 def _param(

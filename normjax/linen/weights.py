@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import dtypes, initializers
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
 from normjax.layer import Axes
 from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
 from normjax.spectral import spectral_norm
@@ -164,7 +164,7 @@ class WeightNorm(nn.Module):
             if self.use_scale:
                 scale = self.param(f"{name}/scale", self.scale_init, shape, self.param_dtype)
             dtype = _result(self.dtype, value, *(() if scale is None else (scale,)))
-            wide = value.astype(moments.wide(value.dtype))
+            wide = value.astype(statistics_dtype(value.dtype))
             return weight_norm(wide, scale, eps=self.epsilon, layout=layout, field=field).astype(dtype)
 
         return _mapped(self, change, args, kwargs)
@@ -213,7 +213,7 @@ class SpectralNorm(nn.Module):
             start = None if self.has_variable(collection, f"{name}/u") else self.make_rng("params")
             u = self.variable(collection, f"{name}/u", jax.random.normal, start, shape, self.param_dtype)
             sigma = self.variable(collection, f"{name}/sigma", jnp.ones, (), self.param_dtype)
-            wide = value.astype(moments.wide(value.dtype))
+            wide = value.astype(statistics_dtype(value.dtype))
             out = spectral_norm(wide, u.value, steps=self.n_steps, eps=self.epsilon, layout="... o")
             dtype = _result(self.dtype, value, u.value, sigma.value)
             if update_stats and not self.is_initializing():

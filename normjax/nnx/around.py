@@ -9,9 +9,9 @@ from flax.nnx.nn import initializers
 from jax.typing import ArrayLike
 
 from normjax import batch, layer, response, tokens
-from normjax.moments import as_floating
+from normjax._expect.arrays import require_float
+from normjax._normalize.evaluate import normalize
 from normjax.nnx.norms import _ONES, _ZEROS, Dtype, Initializer, _parameter, _value
-from normjax.theory import normalize
 
 
 def _beside(given: Any, learned: Any) -> Any:
@@ -72,7 +72,7 @@ class VirtualBatchNorm(nnx.Module):
         reference_mask: ArrayLike | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the normalized x and the normalized reference; masks as for `normjax.normalize`."""
-        x, reference = (layer.promoted(as_floating(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
+        x, reference = (layer.promoted(require_float(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
         out, known = batch.virtual_batch(
             x, reference, self.layout, field=self.field, scale=_value(self.scale), bias=_value(self.bias),
             eps=self.epsilon, mask=mask, reference_mask=reference_mask,
@@ -131,7 +131,7 @@ class FilterResponseNorm(nnx.Module):
 
     def __call__(self, x: ArrayLike, *, mask=None, scale=None, bias=None) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
-        x = layer.promoted(as_floating(x, "FilterResponseNorm"), self.dtype)
+        x = layer.promoted(require_float(x, "FilterResponseNorm"), self.dtype)
         out = response.filter_response(
             x, self.layout, scale=_beside(scale, self.scale), bias=_beside(bias, self.bias), tau=_value(self.tau),
             eps=self.epsilon if self.eps is None else self.eps[...], mask=mask,
@@ -177,7 +177,7 @@ class ScaleNorm(nnx.Module):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x; see `normjax.normalize` for the mask."""
-        x = layer.promoted(as_floating(x, "ScaleNorm"), self.dtype)
+        x = layer.promoted(require_float(x, "ScaleNorm"), self.dtype)
         layer.same_channels(self.features, self.layout, x.shape)
         out = normalize(x, self.normalizer, self.layout, scale=self.scale[...], mask=mask)
         return out.y.astype(self.dtype or x.dtype)
@@ -229,7 +229,7 @@ class PartialRMSNorm(nnx.Module):
 
     def __call__(self, x: ArrayLike, *, mask=None, scale=None, bias=None) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
-        x = layer.promoted(as_floating(x, "PartialRMSNorm"), self.dtype)
+        x = layer.promoted(require_float(x, "PartialRMSNorm"), self.dtype)
         out = tokens.partial_rms(
             x, self.layout, fraction=self.fraction, scale=_beside(scale, self.scale), bias=_beside(bias, self.bias),
             eps=self.epsilon, mask=mask,
@@ -287,7 +287,7 @@ class QKNorm(nnx.Module):
 
     def __call__(self, query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Returns both, normalized."""
-        query, key = (layer.promoted(as_floating(a, "QKNorm"), self.dtype) for a in (query, key))
+        query, key = (layer.promoted(require_float(a, "QKNorm"), self.dtype) for a in (query, key))
         q, k = tokens.qk(
             query, key, self.layout, kind=self.kind, query_scale=_value(self.query_scale),
             key_scale=_value(self.key_scale), eps=self.epsilon,

@@ -12,9 +12,9 @@ from flax.nnx.nn import initializers
 from jax.typing import ArrayLike
 
 from normjax import conditional, spade
+from normjax._expect.arrays import require_float
+from normjax._expect.binding import axes
 from normjax.conditional import Modulation
-from normjax.field import axes
-from normjax.moments import as_floating
 from normjax.nnx.norms import Norm
 from normjax.theory import Normalizer
 
@@ -117,7 +117,7 @@ class ConditionalNorm(nnx.Module):
     ) -> jax.Array:
         """Normalizes x, for integer labels `[n]` or weights of the classes `[n, num_classes]`."""
         modulation = conditional.by_class(labels, self.scale[...], self.bias[...])
-        return _modulated(self, as_floating(x, "ConditionalNorm"), modulation, use_running_average, mask)
+        return _modulated(self, require_float(x, "ConditionalNorm"), modulation, use_running_average, mask)
 
 
 class FiLM(nnx.Module):
@@ -169,7 +169,7 @@ class FiLM(nnx.Module):
         modulation = conditional.project(
             condition, self.kernel[...], self.bias[...], self.order, around=self.around, activation=self.activation
         )
-        return _modulated(self, as_floating(x, type(self).__name__), modulation, average, mask), modulation.gate
+        return _modulated(self, require_float(x, type(self).__name__), modulation, average, mask), modulation.gate
 
     def __call__(
         self, x: ArrayLike, condition: ArrayLike, use_running_average: bool | None = None, *,
@@ -271,7 +271,7 @@ class SPADE(nnx.Module):
         self, x: ArrayLike, labels: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
         """Normalizes x; the map of labels is resized to it by the nearest element."""
-        x = as_floating(x, "SPADE")
+        x = require_float(x, "SPADE")
         learned = spade.Convolutions(*(getattr(self, name)[...] for name in spade.Convolutions._fields))
         size = tuple(x.shape[axis] for axis in axes(self.layout, x.ndim).get("...", ()))
         return _modulated(self, x, spade.from_map(labels, learned, self.layout, size), use_running_average, mask)

@@ -24,9 +24,9 @@ from flax.nnx.nn import dtypes, initializers
 from jax.typing import ArrayLike
 
 from normjax import layer
+from normjax._expect.arrays import require_float
 from normjax.field import FieldError
 from normjax.layer import Axes
-from normjax.moments import as_floating
 from normjax.running import Running, slots
 from normjax.theory import Normalizer, Stats, row
 
@@ -239,7 +239,7 @@ def _apply_norm(
     """One application of `Norm`, by a row and measured statistics of the batch that may be those of the call."""
     sigma, running = module.sigma, Running(*(_value(getattr(module, name)) for name in Running._fields))
     out = layer.apply(
-        as_floating(x, "Norm"), normalizer, module.layout, running, refuse=True, dtype=module.dtype,
+        require_float(x, "Norm"), normalizer, module.layout, running, refuse=True, dtype=module.dtype,
         use_running=_uses_running(module, use_running_average), measured=measured, momentum=module.momentum,
         update_running=_keeps_running(module, update_running_average), averaging=module.averaging,
         unbiased=module.unbiased, renorm=module.renorm if renorm is None else renorm, mask=mask,

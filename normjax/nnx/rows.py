@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from normjax import batch, batch_extremes, response
-from normjax.moments import as_floating
+from normjax._expect.arrays import require_float
 from normjax.nnx.norms import Norm, _apply_norm, _keeps_running, _uses_running
 from normjax.theory import TABLE
 
@@ -258,7 +258,7 @@ class RangeBatchNorm(Norm):
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None, **kwargs: Any
     ) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
-        x, average, measured = as_floating(x, "Norm"), _uses_running(self, use_running_average), None
+        x, average, measured = require_float(x, "Norm"), _uses_running(self, use_running_average), None
         if not average:
             measured = batch_extremes.mean_range(x, self.layout, self.field, parts=self.parts, mask=mask)
         return _apply_norm(self, self.normalizer, x, average, mask=mask, measured=measured, **kwargs)
@@ -295,7 +295,7 @@ class GhostTopKBatchNorm(TopKBatchNorm):
         **kwargs: Any,
     ) -> jax.Array:
         """Normalizes x; arguments as for `Norm`."""
-        x, n = as_floating(x, "Norm"), self.normalizer
+        x, n = require_float(x, "Norm"), self.normalizer
         average, measured = _uses_running(self, use_running_average), None
         update = _keeps_running(self, update_running_average)
         if not average:

@@ -9,7 +9,7 @@ from flax.nnx.nn import initializers
 from jax.typing import ArrayLike
 
 from normjax import layer, switchable
-from normjax.moments import as_floating
+from normjax._expect.arrays import require_float
 from normjax.nnx.norms import _flag, _store
 from normjax.running import Running, slots
 from normjax.theory import Normalizer, row
@@ -85,7 +85,7 @@ class SwitchableNorm(nnx.Module):
         stores = any(v is not None for v in stored)
         use = stores and _flag(use_running_average, self.use_running_average, "SwitchableNorm")
         out = switchable.apply(
-            as_floating(x, "SwitchableNorm"), self.normalizers, value("mean_weight"), value("var_weight"), self.layout,
+            require_float(x, "SwitchableNorm"), self.normalizers, value("mean_weight"), value("var_weight"), self.layout,
             stored, use_running=use, update_running=self.update_running_average, momentum=self.momentum,
             averaging=self.averaging, scale=value("scale"), bias=value("bias"), mask=mask, eps=self.epsilon,
             unbiased=self.unbiased, dtype=self.dtype,

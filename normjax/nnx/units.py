@@ -6,10 +6,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from normjax import layer, selu, units
+from normjax._normalize.evaluate import Normalized
 from normjax.field import Field, FieldError
 from normjax.nnx.norms import _ONES, _ZEROS, Dtype, Initializer, _flag, _parameter, _store, _value
 from normjax.running import Running, as_stats, slots
-from normjax.theory import Normalized
 
 
 class TLU(nnx.Module):
@@ -220,7 +220,7 @@ class EvoNormB0(nnx.Module):
         v, running = _value(self.v), Running(var=_value(self.var))
         stores = running.var is not None
         average = stores and _flag(use_running_average, self.use_running_average, "EvoNormB0")
-        assert isinstance(self.row.var, Field)
+        assert self.row.var is not None
         out = units.evonorm_b0(
             x, 1.0 if v is None else v, self.layout, batch=self.row.var, instance=self.instance, epsilon=self.row.eps,
             unbiased=self.unbiased, nonlinear=self.nonlinear, scale=_value(self.scale), bias=_value(self.bias), mask=mask,

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes, initializers
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
 from normjax.layer import Axes
 from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
 from normjax.spectral import spectral_norm
@@ -232,7 +232,7 @@ class WeightNorm(nnx.Module):
             scale = None if self.scales is None else self.scales[path][...]
             layout, field, _ = by_number(value.ndim, self.feature_axes)
             dtype = _result(self.dtype, value, *(() if scale is None else (scale,)))
-            wide = value.astype(moments.wide(value.dtype))
+            wide = value.astype(statistics_dtype(value.dtype))
             return weight_norm(wide, scale, eps=self.epsilon, layout=layout, field=field).astype(dtype)
 
         twin: Any = _with_params(self.layer_instance, change)
@@ -304,7 +304,7 @@ class SpectralNorm(nnx.Module):
             value: jax.Array = variable[...]
             u, sigma = (self.batch_stats[(*path, name)] for name in ("u", "sigma"))
             dtype = _result(self.dtype, value, u[...], sigma[...])
-            wide = value.astype(moments.wide(value.dtype))
+            wide = value.astype(statistics_dtype(value.dtype))
             out = spectral_norm(wide, u[...], steps=self.n_steps, eps=self.epsilon, layout="... o")
             if update:
                 u[...], sigma[...] = out.u, out.sigma.astype(sigma.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
 from normjax.projection.update import (
     ProjectState,
     added,
@@ -47,7 +47,7 @@ def project_affine(where: Any = None) -> optax.GradientTransformationExtraArgs:
     caller = "project_affine"
 
     def joint(parts: Iterable[jax.Array]) -> jax.Array:
-        squares: list[Any] = [jnp.sum(lax.square(part.astype(moments.wide(part.dtype)))) for part in parts]
+        squares: list[Any] = [jnp.sum(lax.square(part.astype(statistics_dtype(part.dtype)))) for part in parts]
         return jnp.asarray(sum(squares))
 
     def init(params: Any) -> ProjectState:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
+from normjax._leaves import one_of
 from normjax.projection.update import (
     RULES,
     Record,
@@ -67,8 +68,8 @@ def scale_by_weight_norm(
     [[4.0], [4.0]]
     """
     caller, record = "scale_by_weight_norm", Record(recorded, record_every)
-    moments.choose("correction", correction, ("exact", "paper"))
-    moments.choose("rule", rule, tuple(RULES))
+    one_of("correction", correction, ("exact", "paper"))
+    one_of("rule", rule, tuple(RULES))
     want_output(kernels, caller)
     exact = correction == "exact"
     if exact and (learning_rate is None or weight_decay is None):
@@ -91,7 +92,7 @@ def scale_by_weight_norm(
             if exact and weight_decay is not None:
                 ratio = ratio / (1 - now(learning_rate, state.count, norm.dtype) * weight_decay)
             ratio = kernels.beside(jnp.where((past > 0) & jnp.isfinite(ratio), ratio, 0), p)
-            work = moments.wide(u.dtype)
+            work = statistics_dtype(u.dtype)
             changed[name] = (ratio.astype(work) * u.astype(work)).astype(u.dtype)
         return back(changed), optax.ScaleByScheduleState(next_step(state.count))
 
@@ -127,7 +128,7 @@ def effective_learning_rate(
     >>> effective_learning_rate({"kernel": jnp.array([[3.0], [4.0]])}, 0.1)
     {'kernel': Array(0.004, dtype=float32)}
     """
-    moments.choose("rule", rule, tuple(RULES))
+    one_of("rule", rule, tuple(RULES))
     rates = {}
     for name, w in kernels.select(params, "effective_learning_rate").items():
         norm = kernels.norm(w)

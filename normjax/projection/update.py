@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
 from normjax.selection import Kernels, Norms, by_path, listed
 
 Schedule = Callable[[Any], ArrayLike]
@@ -53,7 +53,7 @@ def now(schedule: Any, count: jax.Array, dtype: Any) -> jax.Array:
 
 def added(p: jax.Array, u: jax.Array) -> jax.Array:
     """Parameter and update added, float32 or wider."""
-    work = max(moments.wide(p.dtype), moments.wide(u.dtype), key=lambda dtype: dtype.itemsize)
+    work = max(statistics_dtype(p.dtype), statistics_dtype(u.dtype), key=lambda dtype: dtype.itemsize)
     return p.astype(work) + u.astype(work)
 
 

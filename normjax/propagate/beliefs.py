@@ -10,8 +10,9 @@ from jax import lax
 from jax.scipy.special import erfc
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.theory import affine
+from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._leaves import one_of
+from normjax._normalize.evaluate import affine
 
 
 class Belief(NamedTuple):
@@ -102,7 +103,7 @@ def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -
     if activation is None:
         return Belief(mean, var)
     if not callable(activation):
-        moments.choose("activation", activation, ("relu", None))
+        one_of("activation", activation, ("relu", None))
         return _rectify(mean, var)
     z, weight = np.polynomial.hermite_e.hermegauss(nodes)
     column = (-1,) + (1,) * mean.ndim
@@ -113,8 +114,8 @@ def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -
 
 
 def _wide(s: ArrayLike) -> jax.Array:
-    s = moments.as_floating(s, "a belief")
-    return s.astype(moments.wide(s.dtype))
+    s = require_float(s, "a belief")
+    return s.astype(statistics_dtype(s.dtype))
 
 
 def _root(var: jax.Array) -> jax.Array:

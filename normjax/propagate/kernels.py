@@ -9,10 +9,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import EXAMPLES, FieldError, axes
+from normjax._expect.arrays import require_float
+from normjax._expect.binding import axes
+from normjax._leaves import one_of
+from normjax._normalize.evaluate import equation
+from normjax.field import EXAMPLES, FieldError
 from normjax.propagate.beliefs import Activation, Belief, Filtered, _root, _wide, activate
-from normjax.theory import Normalizer, equation
+from normjax.theory import Normalizer
 
 TRANSITIONS = ("analytic", "monte_carlo", "released")
 
@@ -68,7 +71,7 @@ def _geometry(kernel: jax.Array, channels: int, size: Any, strides: Any, padding
     if not window:
         return _Geometry(size, strides, (), groups)
     if isinstance(padding, str):
-        moments.choose("padding", padding, ("SAME", "VALID"))
+        one_of("padding", padding, ("SAME", "VALID"))
         padding = lax.padtype_to_pads(size, window, strides, padding)
     pads = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
     if len(pads) != len(window):
@@ -117,7 +120,7 @@ def _sampled(
     noise = jax.random.normal(key, (blocks * samples, *how.size, channels), mean.dtype)
     x = mean + deviation * noise
     if activation is not None and not callable(activation):
-        moments.choose("activation", activation, ("relu", None))
+        one_of("activation", activation, ("relu", None))
     x = jax.nn.relu(x) if isinstance(activation, str) else x if activation is None else activation(x)
     w, last = kernel.astype(x.dtype), x.ndim - 1
     if space:
@@ -189,14 +192,14 @@ def predict(
     >>> predict(state, jnp.array([[1.0], [-1.0]]), activation=None)
     Belief(mean=Array([[0.]], dtype=float32), var=Array([[2.]], dtype=float32))
     """
-    moments.choose("transition", transition, TRANSITIONS)
+    one_of("transition", transition, TRANSITIONS)
     if not isinstance(state, Filtered):
         raise TypeError(f"predict takes the Filtered that a layer returned, found {type(state).__name__}")
     belief = state.output
     if transition == "released":  # a row over all channels believes one number of them: give it to each
         shape = np.broadcast_shapes(state.input.mean.shape, belief.mean.shape)
         belief = Belief(*(jnp.broadcast_to(s, shape) for s in state.input))
-    kernel, rows = moments.as_floating(kernel, "predict"), _rows(belief, layout)
+    kernel, rows = require_float(kernel, "predict"), _rows(belief, layout)
     how = _geometry(kernel, rows.mean.shape[1], size, strides, padding, groups)
     if transition == "analytic":
         out = _push(activate(rows, activation), kernel, how)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from normjax import moments
+from normjax._leaves import one_of
 from normjax.theory import Normalizer
 
 DIALECTS = ("code", "paper")
@@ -93,9 +93,9 @@ def ren2017(row: str, cell: str, dialect: str = "code", max_steps: int = 20) -> 
     >>> ren2017("bn", "tanh")["place"], ren2017("ln", "tanh")["place"], ren2017("ln", "lstm")["place"]
     ('separate', 'inside', 'separate')
     """
-    moments.choose("row", row, REN2017)
-    moments.choose("cell", cell, ("lstm", "tanh", "relu"))
-    moments.choose("dialect", dialect, DIALECTS)
+    one_of("row", row, REN2017)
+    one_of("cell", cell, ("lstm", "tanh", "relu"))
+    one_of("dialect", dialect, DIALECTS)
     out: dict[str, Any] = {"kernel_init": symmetric_uniform(0.1), "recurrent_kernel_init": symmetric_uniform(0.1)}
     out |= {} if cell == "lstm" else {"activation_fn": jnp.tanh if cell == "tanh" else jax.nn.relu}
     if row == "base":

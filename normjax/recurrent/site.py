@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from normjax._normalize.evaluate import equation, normalize
 from normjax.field import FieldError
 from normjax.layer import NOTHING
 from normjax.penalty import l1_penalty
 from normjax.recurrent.carry import Clock, valid
 from normjax.running import Running, Slot, as_stats, observe, slots, stores, update
-from normjax.theory import Normalizer, Stats, equation, normalize, row
+from normjax.theory import Normalizer, Stats, row
 
 LAYOUT = "n c"
 

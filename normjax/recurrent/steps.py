@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax import moments
+from normjax._leaves import one_of
 
 PLACES = ("inside", "separate", "separate_raw")
 BIASES = ("after", "before", "both")
@@ -56,8 +56,8 @@ class Places:
     bias_at: str = "after"
 
     def __post_init__(self):
-        moments.choose("place", self.place, PLACES)
-        moments.choose("bias_at", self.bias_at, BIASES)
+        one_of("place", self.place, PLACES)
+        one_of("bias_at", self.bias_at, BIASES)
 
 
 def sites(cell: str, features: int, places: Places) -> dict[str, int]:
@@ -70,7 +70,7 @@ def sites(cell: str, features: int, places: Places) -> dict[str, int]:
     >>> sites("gru", 8, Places("separate"))
     {'xrz': 16, 'xn': 8, 'hrz': 16, 'hn': 8}
     """
-    moments.choose("cell", cell, tuple(GATES))
+    one_of("cell", cell, tuple(GATES))
     inside = places.place == "inside"
     groups = GATES[cell] if inside or places.per_gate else _TOGETHER[cell]
     found = {side + group: features * len(group) for side in ([""] if inside else "xh") for group in groups}

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
+from normjax._leaves import one_of
 from normjax.running.state import AVERAGES, Running
 from normjax.theory import Normalizer, Stats
 
@@ -39,7 +40,7 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
     >>> update(Running(jnp.zeros(2), mean_count=jnp.zeros(2, jnp.int32)), batch, 0.5, "debiased").mean
     Array([1., 0.], dtype=float32)
     """
-    moments.choose("averaging", averaging, AVERAGES)
+    one_of("averaging", averaging, AVERAGES)
 
     def step(old, new, weight, count):
         if old is None or new is None:
@@ -51,7 +52,9 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
                              "with the same averaging makes them")  # fmt: skip
         else:
             keep = (1 - _share(count + 1, momentum, averaging)).astype(new.dtype)
-        old = old.astype(np.result_type(moments.wide(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32))
+        old = old.astype(
+            np.result_type(statistics_dtype(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32)
+        )
         mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
         seen = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
         mixed = jax.lax.stop_gradient(jnp.where(_sharded_like(seen, old), _sharded_like(mixed, old), old))

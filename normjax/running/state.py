@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax import moments
-from normjax.field import EXAMPLES, Field, FieldError, axes, bind
+from normjax._expect.binding import axes, bind
+from normjax._leaves import one_of
+from normjax.field import EXAMPLES, Field, FieldError
 from normjax.theory import Normalizer, Stats
 
 AVERAGES = ("exponential", "debiased", "cumulative")
@@ -43,7 +44,7 @@ def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     >>> stores(Normalizer("n ...", "c"))
     (True, False)
     """
-    mean, var = (isinstance(f, Field) and f.mixes_examples for f in (normalizer.mean, normalizer.var))
+    mean, var = (f is not None and f.mixes_examples for f in (normalizer.mean, normalizer.var))
     return mean, var
 
 
@@ -94,11 +95,11 @@ def slots(
     >>> list(slots(TABLE["batch"], "n c", (8, 2), "debiased"))
     ['mean', 'var', 'mean_count', 'var_count']
     """
-    moments.choose("averaging", averaging, AVERAGES)
+    one_of("averaging", averaging, AVERAGES)
     found = {}
     stored = zip(("mean", "var"), (0.0, 1.0), stores(normalizer), (normalizer.mean, normalizer.var), strict=True)
     for name, fill, kept, field in stored:
-        if kept and isinstance(field, Field):
+        if kept and field is not None:
             found[name] = Slot(fill, tuple(shape[axis] for axis in _kept(field, layout, len(shape))), np.float32)
     if averaging != "exponential":
         found |= {f"{name}_count": Slot(0, slot.shape, np.int32) for name, slot in found.items()}
@@ -131,7 +132,6 @@ def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple
         if value is None or field is None:
             laid.append(None)
             continue
-        assert isinstance(field, Field)
         kept = _kept(field, layout, len(shape))
         want = tuple(shape[axis] for axis in kept)
         value = jnp.asarray(value)
@@ -156,7 +156,6 @@ def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int,
         if field is None or value is None or weight is None:
             merged.append((None, None))
             continue
-        assert isinstance(field, Field)
         kept = _kept(field, layout, len(shape))
         weight = jnp.broadcast_to(jnp.asarray(weight), np.broadcast_shapes(jnp.shape(weight), value.shape))
         rest = tuple(axis for axis in range(len(shape)) if axis not in kept)
