@@ -11,10 +11,8 @@ from flax import nnx
 
 import normjax.linen.conditional
 import normjax.linen.reversible
-import normjax.linen.switchable
 import normjax.nnx.conditional
 import normjax.nnx.reversible
-import normjax.nnx.switchable
 from normjax import FieldError, Normalizer, Stats, normalize
 from normjax.conditional import TOKEN, Modulation, adain, by_class, gated, modulate, project, split_modulation, style
 from normjax.reversible import denormalize, revin
@@ -416,7 +414,7 @@ MODULES = {
     "AdaLNZero": ("conditional", (6, 4), {}, (CONDITIONS,)),
     "SPADE": ("conditional", (6, 2), {"hidden": 3}, (MAPS,)),
     "RevIN": ("reversible", (6,), {"detach": True}, ()),
-    "SwitchableNorm": ("switchable", (6,), {"momentum": 0.5, "averaging": "debiased"}, ()),
+    "SwitchableNorm": ("layers", (6,), {"momentum": 0.5, "averaging": "debiased"}, ()),
 }
 
 

@@ -8,7 +8,7 @@ One file for each room of pure functions; `norms.py` holds `Norm`, which is any 
 from normjax.linen.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.linen.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
 from normjax.linen.gdn import GDN
-from normjax.linen.kalman import KalmanNorm
+from normjax.linen.layers import KalmanNorm, SwitchableNorm
 from normjax.linen.norms import (
     BatchNorm,
     BatchRenorm,
@@ -37,7 +37,6 @@ from normjax.linen.rows import (
     VarianceNorm,
 )
 from normjax.linen.selu import AlphaDropout
-from normjax.linen.switchable import SwitchableNorm
 from normjax.linen.units import GRN, TLU, Derf, DyT, EvoNormB0, EvoNormS0
 from normjax.linen.weights import Conv, Dense, SpectralNorm, WeightNorm
 

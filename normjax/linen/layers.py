@@ -1,6 +1,6 @@
 """The faces of the layers in Flax linen: a description of `normjax/_layers` and a host of `host.py` each."""
 
-from normjax._layers import norm, units
+from normjax._layers import kalman, norm, switchable, units
 from normjax.linen.host import Host, Keeping
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
+    "KalmanNorm",
     "Norm",
+    "SwitchableNorm",
 ]
 
 
@@ -33,3 +35,9 @@ class EvoNormS0(units.EvoNormS0, Host): ...
 
 
 class GRN(units.GRN, Host): ...
+
+
+class SwitchableNorm(switchable.SwitchableNorm, Keeping): ...
+
+
+class KalmanNorm(kalman.KalmanNorm, Keeping): ...

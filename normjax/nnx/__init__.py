@@ -8,7 +8,7 @@ One file for each room of pure functions; `norms.py` holds `Norm`, which is any 
 from normjax.nnx.around import FilterResponseNorm, PartialRMSNorm, QKNorm, ScaleNorm, VirtualBatchNorm
 from normjax.nnx.conditional import SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalNorm, FiLM
 from normjax.nnx.gdn import GDN
-from normjax.nnx.kalman import KalmanNorm
+from normjax.nnx.layers import KalmanNorm, SwitchableNorm
 from normjax.nnx.norms import (
     BatchNorm,
     BatchRenorm,
@@ -39,7 +39,6 @@ from normjax.nnx.rows import (
     VarianceNorm,
 )
 from normjax.nnx.selu import AlphaDropout
-from normjax.nnx.switchable import SwitchableNorm
 from normjax.nnx.units import GRN, TLU, Derf, DyT, EvoNormB0, EvoNormS0
 from normjax.nnx.weights import Conv, Linear, SpectralNorm, WeightNorm
 

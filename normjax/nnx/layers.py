@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from normjax._layers import norm, units
+from normjax._layers import kalman, norm, switchable, units
 from normjax.nnx.host import Host, Keeping
 
 __all__ = [
@@ -12,7 +12,9 @@ __all__ = [
     "DyT",
     "EvoNormB0",
     "EvoNormS0",
+    "KalmanNorm",
     "Norm",
+    "SwitchableNorm",
 ]
 
 
@@ -42,3 +44,11 @@ class EvoNormS0(units.EvoNormS0, Host): ...
 
 @nnx.dataclass(eq=False)
 class GRN(units.GRN, Host): ...
+
+
+@nnx.dataclass(eq=False)
+class SwitchableNorm(switchable.SwitchableNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class KalmanNorm(kalman.KalmanNorm, Keeping): ...
