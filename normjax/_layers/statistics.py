@@ -187,6 +187,7 @@ class RunningLayer(Layer):
 
     def _remember(self, out: Taken, running: Running, shape: tuple[int, ...]) -> None:
         """Stores the statistics of a training batch, and leaves its record."""
+        as_stats(running, out.row, self.layout, shape)  # refuses statistics of another number of channels
         stored, seen = record(
             running, out.stats, out.row, self.layout, shape, momentum=self.momentum, averaging=self.averaging,
             unbiased=self._stores_unbiased(), exact=out.mergeable and mergeable(out.row, self.layout),

@@ -6,7 +6,21 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from normjax._layers import conditional, gdn, norm, presets, response, reversible, selu, spade, tokens, units, virtual
+from normjax._layers import (
+    conditional,
+    gdn,
+    kalman,
+    norm,
+    presets,
+    response,
+    reversible,
+    selu,
+    spade,
+    switchable,
+    tokens,
+    units,
+    virtual,
+)
 from normjax._layers.describe import Shape
 from normjax.nnx.host import Bare, Host, Keeping
 from normjax.selu import as_real
@@ -32,6 +46,7 @@ __all__ = [
     "FilterResponseNorm",
     "GhostBatchNorm",
     "GhostTopKBatchNorm",
+    "KalmanNorm",
     "L1BatchNorm",
     "LinfBatchNorm",
     "LocalContextNorm",
@@ -45,6 +60,7 @@ __all__ = [
     "RangeBatchNorm",
     "RevIN",
     "ScaleNorm",
+    "SwitchableNorm",
     "TopKBatchNorm",
     "VarianceNorm",
     "VirtualBatchNorm",
@@ -269,3 +285,11 @@ class AlphaDropout(selu.AlphaDropout, Bare):
         """
         if deterministic is not None:
             self.deterministic = deterministic
+
+
+@nnx.dataclass(eq=False)
+class SwitchableNorm(switchable.SwitchableNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class KalmanNorm(kalman.KalmanNorm, Keeping): ...

@@ -1,7 +1,7 @@
 """What a dense or a convolution kernel does to means and variances that travel beside the arrays."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,18 @@ from normjax._expect.binding import axes
 from normjax._leaves import one_of
 from normjax._normalize.evaluate import equation
 from normjax.field import EXAMPLES, FieldError
-from normjax.propagate.beliefs import Activation, Belief, Filtered, _root, _wide, activate
+from normjax.propagate.beliefs import Activation, Belief, Filtered, activate, as_wide, standard_deviation
 from normjax.theory import Normalizer
 
+Padding = str | int | Sequence[int | tuple[int, int]]
 TRANSITIONS = ("analytic", "monte_carlo", "released")
 
 
 def _rows(belief: Belief, layout: str) -> Belief:
+    """The belief as a matrix, blocks by channels."""
+
     def flat(s: ArrayLike) -> jax.Array:
-        s = _wide(s)
+        s = as_wide(s)
         where = axes(layout, s.ndim)
         n = s.shape[where[EXAMPLES][0]] if EXAMPLES in where else 1
         if "c" not in where or s.size != n * s.shape[where["c"][0]]:
@@ -35,7 +38,8 @@ def _rows(belief: Belief, layout: str) -> Belief:
     return Belief(mean, var)
 
 
-def _laid(rows: Belief, layout: str, ndim: int) -> Belief:
+def _from_rows(rows: Belief, layout: str, ndim: int) -> Belief:
+    """The belief of such a matrix beside an array of this layout and rank."""
     where = axes(layout, ndim)
 
     def lay(s: jax.Array) -> jax.Array:
@@ -55,19 +59,31 @@ class _Geometry(NamedTuple):
     groups: int
 
 
-def _geometry(kernel: jax.Array, channels: int, size: Any, strides: Any, padding: Any, groups: int) -> _Geometry:
+def _geometry(
+    kernel: jax.Array,
+    channels: int,
+    size: Sequence[int] | None,
+    strides: int | Sequence[int],
+    padding: Padding,
+    groups: int,
+) -> _Geometry:
+    """The numbers of a convolution, checked against its kernel and the channels of a belief."""
     window = kernel.shape[:-2]
     if kernel.ndim < 2 or kernel.shape[-2] * groups != channels or kernel.shape[-1] % groups:
-        raise FieldError(f"a kernel has the axes (*space, inputs / groups, outputs); found shape {kernel.shape}, groups "
-                         f"{groups}, for a belief of {channels} channels")  # fmt: skip
-    strides, padding = ((value,) * len(window) if isinstance(value, int) else value for value in (strides, padding))
-    strides = tuple(strides)
+        raise FieldError(
+            f"a kernel has the axes (*space, inputs / groups, outputs); found shape {kernel.shape}, groups {groups}, for "
+            f"a belief of {channels} channels"
+        )
+    strides = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
+    padding = (padding,) * len(window) if isinstance(padding, int) else padding
     if size is None and window:
         return _Geometry(None, strides, None, groups)
     size = tuple(size or ())
     if len(size) != len(window) or len(strides) != len(window):
-        raise FieldError(f"size and strides have one number for each of the kernel's {len(window)} axes of space; found "
-                         f"{size} and {strides}")  # fmt: skip
+        raise FieldError(
+            f"size and strides have one number for each of the kernel's {len(window)} axes of space; found {size} and "
+            f"{strides}"
+        )
     if not window:
         return _Geometry(size, strides, (), groups)
     if isinstance(padding, str):
@@ -75,8 +91,9 @@ def _geometry(kernel: jax.Array, channels: int, size: Any, strides: Any, padding
         padding = lax.padtype_to_pads(size, window, strides, padding)
     pads = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
     if len(pads) != len(window):
-        raise FieldError(f"padding has one number or pair for each of the kernel's {len(window)} axes of space; found "
-                         f"{padding}")  # fmt: skip
+        raise FieldError(
+            f"padding has one number or pair for each of the kernel's {len(window)} axes of space; found {padding}"
+        )
     if any(n + low + high < k for n, k, (low, high) in zip(size, window, pads, strict=True)):
         raise FieldError(f"a kernel of window {window} does not fit into size {size} with padding {pads}")
     return _Geometry(size, strides, pads, groups)
@@ -99,8 +116,12 @@ def _push(rows: Belief, kernel: jax.Array, how: _Geometry) -> Belief:
     """Independent inputs through a kernel: per-output sums of w * mean and w ** 2 * var, then moments over space."""
     blocks, window, outputs = len(rows.mean), kernel.shape[:-2], kernel.shape[-1]
     w = kernel.astype(rows.mean.dtype).reshape(int(np.prod(window)), -1, how.groups, outputs // how.groups)
-    sums = [jnp.einsum("bgi,tigo->btgo", s.reshape(blocks, how.groups, -1), f, precision="highest")
-            .reshape(blocks, -1, outputs) for s, f in zip(rows, (w, lax.square(w)), strict=True)]  # fmt: skip
+
+    def through(s: jax.Array | np.ndarray, f: jax.Array) -> jax.Array:
+        summed = jnp.einsum("bgi,tigo->btgo", s.reshape(blocks, how.groups, -1), f, precision="highest")
+        return summed.reshape(blocks, -1, outputs)
+
+    sums = through(rows.mean, w), through(rows.var, lax.square(w))
     taps, shares = (a.astype(w.dtype) for a in _borders(window, how))
     mean, var = (jnp.einsum("pt,bto->bpo", taps, s, precision="highest") for s in sums)  # at each kind of position
     shares = shares[None, :, None]
@@ -116,7 +137,9 @@ def _sampled(
     if how.size is None or how.pads is None:
         raise ValueError("a sample needs the size of the array in space: size=(height, width)")
     space = (1,) * len(how.size)
-    mean, deviation = (jnp.repeat(s, samples, 0).reshape(-1, *space, channels) for s in (rows.mean, _root(rows.var)))
+    mean, deviation = (
+        jnp.repeat(s, samples, 0).reshape(-1, *space, channels) for s in (rows.mean, standard_deviation(rows.var))
+    )
     noise = jax.random.normal(key, (blocks * samples, *how.size, channels), mean.dtype)
     x = mean + deviation * noise
     if activation is not None and not callable(activation):
@@ -150,7 +173,7 @@ def predict(
     bias: ArrayLike | None = None,
     size: Sequence[int] | None = None,
     strides: int | Sequence[int] = 1,
-    padding: str | Sequence[Any] = "SAME",
+    padding: Padding = "SAME",
     groups: int = 1,
     key: jax.Array | None = None,
     samples: int = 1,
@@ -175,7 +198,7 @@ def predict(
       strides: of the convolution.
       padding: "SAME", "VALID", a number, or one number or pair for each axis of space.
       groups: feature groups.
-      key: for a sample, of shape `(blocks * samples, *size, inputs)`.
+      key: random key of a sample, which has the shape `(blocks * samples, *size, inputs)`.
       samples: for each block of examples; the published code has 1.
 
     Returns:
@@ -212,4 +235,4 @@ def predict(
         if bias.shape != kernel.shape[-1:]:
             raise FieldError(f"a layer's bias has shape {kernel.shape[-1:]}, that of its outputs; found {bias.shape}")
         out = Belief(out.mean + bias.astype(out.mean.dtype)[None], out.var)
-    return _laid(out, layout, jnp.ndim(belief.mean))
+    return _from_rows(out, layout, jnp.ndim(belief.mean))

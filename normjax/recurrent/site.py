@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 
 from normjax._normalize.evaluate import equation, normalize
 from normjax.field import FieldError
-from normjax.layer import NOTHING
 from normjax.penalty import l1_penalty
 from normjax.recurrent.carry import Clock, valid
 from normjax.running import Running, Slot, as_stats, observe, slots, stores, update
@@ -97,7 +96,7 @@ class Site(NamedTuple):
 def normalize_site(
     z: jax.Array,
     normalizer: Normalizer,
-    running: Running = NOTHING,
+    running: Running = Running(),
     *,
     clock: Clock | None = None,
     max_steps: int | None = None,
