@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax._expect.arrays import statistics_dtype
 from normjax._normalize.evaluate import equation
 from normjax.field import Field, FieldError, Span
-from normjax.running import BatchRecord, Running, as_stats, mergeable, record
+from normjax.running import NOTHING, BatchRecord, Running, as_stats, mergeable, record
 from normjax.theory import Normalizer
 
 Axes = int | Sequence[int]
@@ -228,7 +228,7 @@ class Applied(NamedTuple):
 def normalize_as_read(
     x: jax.Array,
     reading: Reading,
-    running: Running = Running(),
+    running: Running = NOTHING,
     use_running: bool = False,
     momentum: float = 0.0,
     *,

@@ -27,7 +27,7 @@ from normjax._layers.flax_names import (
     read_layer_norm,
     widened,
 )
-from normjax.running import Running
+from normjax.running import NOTHING, Running
 
 
 class BatchNorm(nn.BatchNorm):
@@ -166,7 +166,7 @@ def _normalized(
     x: ArrayLike,
     reading: Reading,
     mask: ArrayLike | None,
-    running: Running = Running(),
+    running: Running = NOTHING,
     use_running: bool = False,
     momentum: float = 0.0,
 ) -> Applied:

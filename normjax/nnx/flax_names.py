@@ -25,7 +25,7 @@ from normjax._layers.flax_names import (
     widened,
 )
 from normjax.nnx.host import Moments
-from normjax.running import Running
+from normjax.running import NOTHING, Running
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -150,7 +150,7 @@ def _normalized(
     x: ArrayLike,
     reading: Reading,
     mask: ArrayLike | None,
-    running: Running = Running(),
+    running: Running = NOTHING,
     use_running: bool = False,
     momentum: float = 0.0,
 ) -> Applied:

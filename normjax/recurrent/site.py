@@ -12,7 +12,7 @@ from normjax._normalize.evaluate import equation, normalize
 from normjax.field import FieldError
 from normjax.penalty import l1_penalty
 from normjax.recurrent.carry import Clock, valid
-from normjax.running import Running, Slot, as_stats, observe, slots, stores, update
+from normjax.running import NOTHING, Running, Slot, as_stats, observe, slots, stores, update
 from normjax.theory import Normalizer, Stats, row
 
 LAYOUT = "n c"
@@ -96,7 +96,7 @@ class Site(NamedTuple):
 def normalize_site(
     z: jax.Array,
     normalizer: Normalizer,
-    running: Running = Running(),
+    running: Running = NOTHING,
     *,
     clock: Clock | None = None,
     max_steps: int | None = None,

@@ -35,6 +35,9 @@ class Running(NamedTuple):
     var_count: Any = None
 
 
+NOTHING = Running()  # no stored statistics
+
+
 def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     """Which moments are stored: a pair of booleans.
 
