@@ -170,8 +170,8 @@ class Norm(Rowed):
       mean_init: first value of a running mean.
       var_init: first value of a running variance, or other moment.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
-      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call, where they
-        may be arrays. None is plain.
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call,
+        where they may be arrays. None is plain.
       l1: weight alpha of the L1 penalty alpha * mean |v|, which linen sows as `l1` into the collection `losses` when it is
         mutable, never while initializing, and nnx captures as `Penalty`. 0 leaves none.
       l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
