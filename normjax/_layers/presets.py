@@ -136,11 +136,6 @@ class LocalResponseNorm(Layer):
     size: int = 5
     alpha: float = 1e-4
     beta: float = 0.75
-
-    def _keeps(self, shape: Shape) -> dict[str, Slot]:
-        found = super()._keeps(shape)
-        return {**found, "top": found["var"]._replace(fill=0.0)}
-
     k: float = 1.0
     layout: str = "n ... c"
     dtype: DTypeLike | None = None
@@ -502,6 +497,10 @@ class GhostTopKBatchNorm(TopKBatchNorm):
     """
 
     beta: float = 0.75
+
+    def _keeps(self, shape: Shape) -> dict[str, Slot]:
+        found = super()._keeps(shape)
+        return {**found, "top": found["var"]._replace(fill=0.0)}
 
     def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
         n = self._here(self._row())

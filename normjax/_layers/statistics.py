@@ -106,7 +106,7 @@ class RunningLayer(Layer):
         """Whether the stored statistics normalize; asked only where some are stored."""
         raise NotImplementedError
 
-    def _stored(self, name: str, slot: Slot) -> jax.Array | None:
+    def _stored(self, name: str, slot: Slot) -> jax.Array:
         """A stored value, which starts as the slot says."""
         raise NotImplementedError
 
