@@ -39,7 +39,7 @@ def test_switchable_norm_is_the_direct_mixture_of_means_and_variances_in_both_la
         same = (
             mix(x, ROWS, w, v).y,
             last(mix(first(x), ROWS, w, v, "n c ...").y),
-            mix(x, ROWS, *map(weights_of, logits)).y,
+            mix(x, ROWS, weights_of(logits[0]), weights_of(logits[1])).y,
         )
         return same, mix(x, ROWS).stats.var, mix(x + 3000, ROWS).stats.var
 

@@ -1,7 +1,6 @@
 """Kalman normalization as a layer: what is believed of its input travels through the model beside the arrays."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +65,7 @@ class KalmanNorm(RunningLayer):
 
     Source: Wang et al. 2018.
 
-    >>> from flax import linen, nnx
+    >>> from flax import linen
     >>> from normjax.linen import KalmanNorm
     >>> from normjax.propagate import join, predict
     >>> class Stack(linen.Module):
@@ -78,19 +77,24 @@ class KalmanNorm(RunningLayer):
     ...         branch = predict(state, conv.variables["params"]["kernel"], size=x.shape[1:3])
     ...         h, state = KalmanNorm(gain=0.1)(x, join(state.input, branch), not train)
     ...         return h
-    >>> x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-    >>> y, variables = Stack().init_with_output(jax.random.key(0), x, train=True)
-    >>> y.shape, variables["batch_stats"]["KalmanNorm_1"]["var"].shape
-    ((2, 8, 8, 3), (3,))
+    >>> variables = jax.eval_shape(lambda x: Stack().init(jax.random.key(0), x, train=True), jnp.ones((2, 8, 8, 3)))
+    >>> variables["batch_stats"]["KalmanNorm_1"]["var"].shape
+    (3,)
 
+    In nnx the number of channels comes first, and the layers keep their statistics themselves:
+
+    >>> from flax import nnx
     >>> from normjax.nnx import KalmanNorm
     >>> rngs = nnx.Rngs(0)
-    >>> first, second = (KalmanNorm(channels, rngs=rngs) for channels in (3, 5))
-    >>> dense = nnx.Linear(3, 5, rngs=rngs)
-    >>> y, state = first(jax.random.normal(jax.random.key(0), (2, 3)))
-    >>> y, state = second(dense(nnx.relu(y)), predict(state, dense.kernel[...], bias=dense.bias[...]))
-    >>> y.shape, second.var.shape
-    ((2, 5), (5,))
+    >>> first, dense, second = KalmanNorm(3, rngs=rngs), nnx.Linear(3, 5, rngs=rngs), KalmanNorm(5, rngs=rngs)
+    >>> @nnx.jit
+    ... def run(first, dense, second, x):
+    ...     h, state = first(x)
+    ...     prior = predict(state, dense.kernel[...], bias=dense.bias[...])
+    ...     return second(dense(nnx.relu(h)), prior)
+    >>> y, state = run(first, dense, second, jax.random.normal(jax.random.key(0), (2, 3)))
+    >>> y.shape, state.output.var.shape, second.var.shape
+    ((2, 5), (1, 5), (5,))
     """
 
     normalizer: Normalizer | str = "batch"
@@ -198,11 +202,25 @@ class KalmanNorm(RunningLayer):
         prior: Belief | None,
         n: Normalizer,
         learned: dict[str, jax.Array],
-        **given: ArrayLike | None,
+        *,
+        mask: ArrayLike | None,
+        scale: ArrayLike | None,
+        bias: ArrayLike | None,
     ) -> kalman.Kalman:
         """Mixes the prior, corrected by the learned transition, and the batch by the gain."""
         gain = jax.nn.sigmoid(learned["gain_logit"]) if self.learn_gain else self.gain
         if self.learn_transition and prior is not None:
             prior = linear(prior, learned["a"], learned["u"], jax.nn.softplus(learned["r"]), self.layout)
-        mix = functools.partial(kalman.kalman_normalize, gain=gain, guard=self.guard, unbiased=self.unbiased)
-        return mix(x, prior, n, self.layout, refuse=not self._starting(), **given)
+        return kalman.kalman_normalize(
+            x,
+            prior,
+            n,
+            self.layout,
+            gain=gain,
+            guard=self.guard,
+            unbiased=self.unbiased,
+            refuse=not self._starting(),
+            mask=mask,
+            scale=scale,
+            bias=bias,
+        )

@@ -40,8 +40,9 @@ class Blocks(NamedTuple):
             return s
         return lax.slice_in_dim(s, 0, None, self.examples // self.blocks, self.axis)
 
-    def for_each_example(self, s: jax.Array) -> jax.Array:
+    def for_each_example(self, s: ArrayLike) -> jax.Array:
         """The statistic with each block's number repeated for its examples."""
+        s = jnp.asarray(s)
         if self.axis is None or s.shape[self.axis] in (1, self.examples):
             return s
         return jnp.repeat(s, self.examples // self.blocks, self.axis, total_repeat_length=self.examples)
@@ -148,15 +149,15 @@ def believed_output(
     >>> believed_output(belief, Belief(jnp.array([[0.0]]), jnp.array([[1.0]])), n, "n c", (8, 1), None, 5.0).mean.item()
     6.0
     """
-    blocks = blocks_of(n, layout, shape)
-    by = belief if used is None else used
-    share = belief.var * inverse_power(by.var + n.eps, 1.0)
-    shift = None if used is None else (belief.mean - by.mean) * inverse_power(by.var + n.eps, 0.5)
+    blocks, by = blocks_of(n, layout, shape), belief if used is None else used
+    smoothed = jnp.asarray(by.var) + n.eps
+    share = belief.var * inverse_power(smoothed, 1.0)
+    shift = None if used is None else (belief.mean - by.mean) * inverse_power(smoothed, 0.5)
     channel = axes(layout, len(shape)).get("c", (None,))[0]
     each = any(jnp.ndim(p) > 1 for p in (scale, bias) if p is not None)  # a scale for each example
 
-    def spread_out(s: jax.Array) -> jax.Array:
-        s = blocks.for_each_example(s) if each else s
+    def spread_out(s: ArrayLike) -> jax.Array:
+        s = blocks.for_each_example(s) if each else jnp.asarray(s)
         whole = (channel, blocks.axis) if each else (channel,)
         return jnp.broadcast_to(s, [shape[i] if i in whole else size for i, size in enumerate(s.shape)])
 

@@ -57,7 +57,9 @@ def require_gain(gain: ArrayLike) -> None:
         raise ValueError(f"gain lies between 0 and 1; found {gain!r}")
 
 
-def is_near(before: jax.Array, now: jax.Array, weighted: jax.Array, guard: float) -> jax.Array:
+def is_near(
+    before: jax.Array | np.ndarray, now: jax.Array | np.ndarray, weighted: jax.Array, guard: float
+) -> jax.Array:
     """Whether the mean of before / now lies below the guard; a batch variance of 0 is as far as can be.
 
     Args:

@@ -65,8 +65,8 @@ def join(*beliefs: Belief) -> Belief:
 
     Source: the published code of Wang et al. 2018.
 
-    >>> join(Belief(jnp.array(1.0), jnp.array(2.0)), Belief(jnp.array(0.5), jnp.array(1.0)))
-    Belief(mean=Array(1.5, dtype=float32), var=Array(3., dtype=float32))
+    >>> join(Belief(jnp.zeros(1), jnp.ones(1)), Belief(jnp.ones(1), jnp.ones(1)))
+    Belief(mean=Array([1.], dtype=float32), var=Array([2.], dtype=float32))
     """
     for b in beliefs:
         if not isinstance(b, Belief):
@@ -142,12 +142,13 @@ def as_wide(s: ArrayLike) -> jax.Array:
     return s.astype(statistics_dtype(s.dtype))
 
 
-def standard_deviation(var: jax.Array) -> jax.Array:
+def standard_deviation(var: ArrayLike) -> jax.Array:
     """The square root of a variance, with slope 0 at 0.
 
     >>> jax.grad(standard_deviation)(0.0)
     Array(0., dtype=float32, weak_type=True)
     """
+    var = jnp.asarray(var)
     return jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1)), 0)
 
 

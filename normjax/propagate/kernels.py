@@ -42,7 +42,8 @@ def _from_rows(rows: Belief, layout: str, ndim: int) -> Belief:
     """The belief of such a matrix beside an array of this layout and rank."""
     where = axes(layout, ndim)
 
-    def lay(s: jax.Array) -> jax.Array:
+    def lay(s: ArrayLike) -> jax.Array:
+        s = jnp.asarray(s)
         sizes = dict(zip((where.get(EXAMPLES, (None,))[0], where["c"][0]), s.shape, strict=True))
         turned = EXAMPLES in where and where["c"] < where[EXAMPLES]
         return (s.T if turned else s).reshape([sizes.get(i, 1) for i in range(ndim)])
