@@ -229,7 +229,7 @@ class Raw(NamedTuple):
 MINIMA = Raw(beta=1e-6, gamma=0.0, alpha=1.0, epsilon=1e-6)
 
 
-def shapes(layout: str, shape: tuple[int, ...]) -> Raw:
+def shapes(layout: str, shape: tuple[int | None, ...]) -> Raw:
     """The shape of everything that can be learned, for an input of this shape.
 
     >>> shapes("n c ...", (8, 3, 5, 5))

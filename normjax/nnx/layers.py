@@ -21,7 +21,7 @@ from normjax._layers import (
     units,
     virtual,
 )
-from normjax._layers.describe import Shape
+from normjax._layers.describe import Shape, whole_shape
 from normjax.nnx.host import Bare, Host, Keeping
 from normjax.selu import as_real
 
@@ -199,9 +199,8 @@ class Labelled(Keeping):
     space: int = 2
 
     def _shapes(self) -> tuple[Shape, ...]:
-        names = self.layout.replace("...", " ".join(["..."] * self.space)).split()
-        lengths = (self.features, self.label_features)
-        return tuple(tuple(length if name == "c" else None for name in names) for length in lengths)
+        layout = self.layout.replace("...", " ".join(["..."] * self.space))
+        return whole_shape(self.features, layout), whole_shape(self.label_features, layout)
 
 
 @nnx.dataclass(eq=False)
@@ -237,7 +236,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
     def __post_init__(self, rngs: nnx.Rngs | nnx.RngStream | None):
         super().__post_init__()
         stream = rngs[self.rng_collection] if isinstance(rngs, nnx.Rngs) else rngs
-        self.rngs = nnx.data(None) if stream is None else stream.fork()
+        self.rngs = nnx.data(None) if stream is None else stream.fork()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(
         self,
@@ -268,7 +267,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
             )
         if self._passes(flag):
             return x
-        keys = self.rngs if rngs is None else rngs
+        keys = self.rngs if rngs is None else rngs  # pyright: ignore[reportAttributeAccessIssue]
         if keys is None:
             raise ValueError(
                 "AlphaDropout is not deterministic but has no `rngs`: pass them to the constructor or the call"
