@@ -64,13 +64,19 @@ def matching_scale(kernel: ArrayLike, weight: Weight = weight_norm, **options: A
     what it did.
 
     Args:
-      kernel: the initial kernel.
+      kernel: the initial kernel, `[... i o]` or as the layout of `weight` says. [units u]
       weight: a reparametrization, called without a scale; a constant rho that it needs is 1. Its layout and field are
         those of the scale too.
       **options: arguments of `weight`.
 
     Returns:
-      An array of the shape of the outputs, `[o]`, float32 or wider.
+      An array of the shape of the outputs, `[o]`, float32 or wider. [u over the units of what `weight` gives]
+
+    Raises:
+      FieldError: layout, field and shapes do not fit.
+      TypeError: the kernel holds integers.
+
+    Source: for weight norm Salimans & Kingma 2016, section 2 (g = ||v|| leaves w as it is).
 
     >>> matching_scale(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
     [5.0, 1.0]
@@ -94,13 +100,19 @@ def initial_bound(kernel: ArrayLike, weight: Weight, rule: str = "rms", **option
     `functools.partial(bounded_weight_norm, p=1)`, as in the code of Hoffer et al. 2018.
 
     Args:
-      kernel: the initial kernel. [units u]
+      kernel: the initial kernel, `[... i o]` or as the layout of `weight` says. [units u]
       weight: `bounded_weight_norm`, or a `functools.partial` of it.
-      rule: "rms" or "mean", see `norm_bound`.
+      rule: "rms", the root mean square of the norms of the outputs, or "mean", their mean (see `norm_bound`).
       **options: further arguments of `weight`.
 
     Returns:
       A float32 (or wider) scalar. [u]
+
+    Raises:
+      FieldError: layout, fields and shapes do not fit.
+      ValueError: no rule has this name.
+
+    Source: Hoffer et al. 2018, bounded weight normalization.
 
     >>> from normjax.weights import bounded_weight_norm
     >>> initial_bound(jnp.array([[3.0], [4.0]]), functools.partial(bounded_weight_norm, p=1)).item()
@@ -116,13 +128,17 @@ def data_dependent_start(
     """The scale and the bias of weight norm with which the outputs of a first batch have mean 0 and variance 1.
 
     Args:
-      t: what the layer gives for that batch with scale 1 and bias 0.
+      t: what the layer gives for that batch with scale 1 and bias 0, `[n ... c]` or as the layout says. [units u]
       layout: name of each axis of t.
       field: what one number of the scale and of the bias is shared by.
       mask: booleans or weights that broadcast against t.
 
     Returns:
-      g = 1 / std[t] and b = -mean[t] / std[t], each `[c]`, float32 or wider; 0 where t is constant.
+      g = 1 / std[t] [1 / u] and b = -mean[t] / std[t], each `[c]`, float32 or wider; 0 where t is constant.
+
+    Raises:
+      FieldError: layout, field and shape do not fit.
+      TypeError: t holds integers.
 
     Source: Salimans & Kingma 2016, section 3, equation 6.
 
@@ -137,6 +153,9 @@ def data_dependent_start(
 
 def takes_bound(weight: Weight) -> bool:
     """Whether a reparametrization still needs its constant `rho`, as `bounded_weight_norm` does.
+
+    Args:
+      weight: a function of `normjax.weights`, any other, or a `functools.partial` of one.
 
     >>> from normjax.weights import bounded_weight_norm
     >>> takes_bound(bounded_weight_norm), takes_bound(weight_norm)
@@ -153,7 +172,17 @@ def _chosen(weight: Weight, *names: str) -> dict[str, Any]:
 
 
 def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str, Field, tuple[int, ...]]:
-    """Flax's axes by number as a layout, the field of all other axes, and the feature axes, ascending.
+    """Flax's axes by number, read as a layout and a field.
+
+    Args:
+      ndim: number of axes of the array.
+      feature_axes: axes that are averaged apart; negative ones count from the end; None averages all together.
+
+    Returns:
+      A layout that names the axes by number, the field of all other axes, and the feature axes, ascending.
+
+    Raises:
+      ValueError: the array has no such axis.
 
     >>> by_number(3, (-1, 0))
     ('a0 a1 a2', Field.parse('a1'), (0, 2))

@@ -24,13 +24,12 @@ from normjax._expect.expectation import expect
 from normjax._leaves import inverse_power
 from normjax._normalize.evaluate import affine, equation
 from normjax.field import Field
+from normjax.gain import RELU_GAIN
 from normjax.running import unbiased as without_bias
 from normjax.selu import as_real
 from normjax.theory import Normalizer, Stats
 
 RELU_MEAN = 1 / math.sqrt(2 * math.pi)  # of relu(z), z ~ N(0, 1)
-# One over its standard deviation, 1.7128585504; NFNets' table of constants has 1.7139588594, 0.06 per cent too large.
-RELU_GAIN = math.sqrt(2 * math.pi / (math.pi - 1))
 
 
 def scaled_relu(x: ArrayLike, dtype: Any = None) -> jax.Array:
