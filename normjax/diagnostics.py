@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax import moments, running
 from normjax.field import FieldError
 from normjax.information import (
     UNITS,
@@ -36,7 +36,6 @@ from normjax.information import (
     mutual_information_matrix,
     real_of,
 )
-from normjax.running import unbiased as unbias
 from normjax.selection import by_path
 from normjax.similarity import (
     all_but,
@@ -112,7 +111,7 @@ def activation_size(
     """
     vectors = vectors_of(x, layout, mask, "activation_size", True, bound_names(axis_name))
     stats = Stats(None, vectors.var, None, vectors.weight)
-    stats = unbias(stats) if unbiased else stats
+    stats = running.unbiased(stats) if unbiased else stats
     return mean_where(vectors.kept(stats.var), vectors.kept(stats.var_weight) > 0)
 
 
@@ -144,7 +143,7 @@ def unit_moments(
         return vectors.kept(moments.expect(vectors.y**power, field, layout, mask=mask))
 
     stats = Stats(None, vectors.var, None, vectors.weight)
-    var = vectors.kept((unbias(stats) if unbiased else stats).var)
+    var = vectors.kept((running.unbiased(stats) if unbiased else stats).var)
     return UnitMoments(vectors.kept(vectors.mean), _root(var), mean(3), mean(4))
 
 

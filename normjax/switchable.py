@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax import moments, running
 from normjax.field import Field, FieldError, bind
 from normjax.layer import NOTHING, Applied, mergeable
-from normjax.running import BatchRecord, Running, as_stats, observe, stores, unbias, update
+from normjax.running import BatchRecord, Running, as_stats, observe, require_unbiased, stores, update
 from normjax.theory import Normalizer, Stats, equation, normalize, row
 
 ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
@@ -238,7 +238,9 @@ def _parts(x, rows: list[Normalizer], layout: str, given: list[Stats | None], ma
                 stats = pool(parts[below], n, layout)
             else:
                 stats = measure(x, n, layout, mask=mask).stats
-                stats = unbias(stats, n) if unbiased else stats
+                if unbiased:
+                    require_unbiased(n)
+                    stats = running.unbiased(stats)
         parts.append(stats)
     return parts
 
