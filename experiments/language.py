@@ -73,7 +73,7 @@ class Config:
     cell: str
     dialect: str
     normalizer: Normalizer | None
-    place: str  # of the normalizer in the cell, see normjax/recurrent.py
+    place: str  # of the normalizer in the cell, see normjax/recurrent/
     affine: bool
     l1: float  # alpha of each normalized array at each step
     lr: float
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = cli.parse(Options, argv, prog="python -m experiments.language", description=DESCRIPTION)
     cli.pick(options.cell, CELLS, "cell")
     cli.pick(options.level, text.LEVELS, "level")
-    cli.pick(options.dialect, recurrent.DIALECTS, "dialect")
+    cli.pick(options.dialect, recurrent.REN2017_DIALECTS, "dialect")
     if options.show:
         print(list_rows(options))
         return

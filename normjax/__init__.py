@@ -35,12 +35,12 @@ from normjax import (
     units,
     weights,
 )
-from normjax.explain import explain
+from normjax._expect.expectation import expect
+from normjax._explain import explain
+from normjax._normalize.evaluate import Normalized, normalize
 from normjax.field import Field, FieldError, Span
-from normjax.moments import expect
-from normjax.order import top
 from normjax.penalty import l1_penalty
-from normjax.theory import TABLE, Normalized, Normalizer, Stats, normalize
+from normjax.theory import TABLE, Normalizer, Stats, top
 
 if TYPE_CHECKING:
     from normjax import capture, linen, nnx, projection, train

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import Field, FieldError, axes
+from normjax._expect.arrays import align_statistic, require_float
+from normjax._expect.binding import axes
+from normjax._normalize.evaluate import Normalized, equation, normalize
+from normjax.field import Field, FieldError
 from normjax.gaussian import gaussian_moment
 from normjax.running import merge
-from normjax.theory import Normalized, Normalizer, Stats, equation, normalize, statistic_beside
+from normjax.theory import Normalizer, Stats
 
 BATCH = "n ..."
 
@@ -170,13 +172,13 @@ def virtual_batch(
     >>> y.stats.mean.tolist(), y.stats.var.tolist()                 # of 0, 0 and 3
     ([[1.0]], [[2.0]])
     """
-    x = moments.as_floating(x, "virtual_batch")
+    x = require_float(x, "virtual_batch")
     n = Normalizer(field, field, eps=eps)
     spans = n.fields[0].spans
     if any(span.window or (span.blocks and span.mixes_examples) for span in spans):
         raise FieldError(f'a reference batch is averaged whole and without windows; found field "{n.mean}"')
     known = normalize(reference, n, layout, scale=scale, bias=bias, mask=reference_mask)
-    statistic_beside(known.stats.mean, x, "reference mean", known.stats.mean.dtype)
+    align_statistic(known.stats.mean, x, "reference mean", known.stats.mean.dtype)
     where = axes(layout, x.ndim)
     alone = Field(tuple(span for span in spans if not span.mixes_examples and where.get(span.axis or "")))
     lone = equation(x, Normalizer(alone, alone), layout, mask=mask).stats

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import require_float
+from normjax._normalize.evaluate import Normalized, equation, normalize
 from normjax.batch import BATCH
 from normjax.field import Field
 from normjax.gaussian import bounds_constant, gaussian_largest
-from normjax.order import top
 from normjax.running import Running, as_stats, observe, update
-from normjax.theory import Normalized, Normalizer, Stats, equation, normalize
+from normjax.theory import Normalizer, Stats, top
 
 
 def top_batch(
@@ -103,7 +103,7 @@ def mean_range(
     >>> mean_range(jnp.array([[0.0], [4.0], [1.0], [3.0]]), "n c", parts=2).var.tolist()
     [[3.0]]
     """
-    x = moments.as_floating(x, "mean_range")
+    x = require_float(x, "mean_range")
     if jnp.iscomplexobj(x):
         raise TypeError(f"a range orders real numbers, found {x.dtype}")
     field = Field.parse(field)
@@ -192,7 +192,7 @@ def moving_top(
     >>> moving_top(jnp.array([[-1.0], [1.0]]), 5.0, Normalizer("n", "n", order=1), beta=0.5).var.tolist()
     [[3.0]]
     """
-    batch = equation(moments.as_floating(x, "moving_top"), row, layout, mask=mask).stats
+    batch = equation(require_float(x, "moving_top"), row, layout, mask=mask).stats
     previous = lax.stop_gradient(jnp.asarray(previous, batch.var.dtype))
     return batch._replace(var=beta * previous + (1 - beta) * batch.var)
 

@@ -25,7 +25,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core.scope import union_filters
 
-from normjax.moments import choose
+from normjax._leaves import one_of
 
 Layers = None | str | type | Sequence[str | type] | Callable[[str, Any], bool]
 Loss = Callable[[Any], Any]
@@ -263,7 +263,7 @@ def _refuse(model: Any, kind: type, layers: Layers, at: str) -> None:
         raise TypeError(f"{library}_capture takes a model of flax.{library}, found {type(model).__name__}")
     if not (layers is None or callable(layers) or isinstance(layers, str | Sequence)):
         raise TypeError(f"layers are a name, a pattern, a type, several of these or a function; found {layers!r}")
-    choose("at", at, PLACES)
+    one_of("at", at, PLACES)
 
 
 def _capture(run: Callable[[Any, _Seen], tuple[Any, Calls, set[str]]], layers: Layers, loss: Loss | None) -> Captured:

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments, running
+from normjax import running
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
+from normjax._normalize.evaluate import affine, equation, normalize
 from normjax.field import FieldError
-from normjax.theory import Normalizer, Stats, affine, equation, normalize, row
+from normjax.theory import Normalizer, Stats, row
 
 # The row that AdaLN modulates: each token by itself, with the eps of DiT.
 TOKEN = Normalizer("c", "c", eps=1e-6)
@@ -83,9 +85,9 @@ def modulate(
     scale, bias, _ = modulation
     if normalizer is not None:
         return normalize(x, normalizer, layout, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps).y
-    x = moments.as_floating(x, "modulate")
-    work = x.astype(moments.wide(x.dtype))
-    return affine(moments.silence(work, moments.weigh(mask, work)), layout, scale, bias).astype(x.dtype)
+    x = require_float(x, "modulate")
+    work = x.astype(statistics_dtype(x.dtype))
+    return affine(zero_masked(work, as_weights(mask, work)), layout, scale, bias).astype(x.dtype)
 
 
 def gated(x: ArrayLike, branch: ArrayLike, gate: ArrayLike, layout: str = "n ... c") -> jax.Array:
@@ -109,10 +111,10 @@ def gated(x: ArrayLike, branch: ArrayLike, gate: ArrayLike, layout: str = "n ...
     >>> gated(jnp.ones((2, 1)), jnp.full((2, 1), 3.0), jnp.array([[0.0], [2.0]])).tolist()
     [[1.0], [7.0]]
     """
-    x, branch = moments.as_floating(x, "gated"), moments.as_floating(branch, "gated")
+    x, branch = require_float(x, "gated"), require_float(branch, "gated")
     if x.shape != branch.shape:
         raise FieldError(f"a branch has the shape of what it is added to: found {branch.shape} and {x.shape}")
-    return affine(branch.astype(moments.wide(x.dtype)), layout, gate, x).astype(x.dtype)
+    return affine(branch.astype(statistics_dtype(x.dtype)), layout, gate, x).astype(x.dtype)
 
 
 def style(
@@ -149,8 +151,8 @@ def style(
     (Array([[[1.]]], dtype=float32), Array([[[3.]]], dtype=float32))
     """
     n = row(normalizer)
-    y = moments.as_floating(y, "style")
-    stats = normalize(y.astype(moments.wide(y.dtype)), n, layout, mask=mask).stats
+    y = require_float(y, "style")
+    stats = normalize(y.astype(statistics_dtype(y.dtype)), n, layout, mask=mask).stats
     if unbiased:
         running.require_unbiased(n)
         stats = running.unbiased(stats)
@@ -227,12 +229,12 @@ def adain(
     >>> adain(content, picture).round().tolist()
     [[[10.0], [30.0]]]
     """
-    content, n = moments.as_floating(content, "adain"), row("instance")
+    content, n = require_float(content, "adain"), row("instance")
     style_eps = eps if style_eps is None else style_eps
     modulation = style(style_from, n, layout, mask=style_mask, eps=style_eps, unbiased=unbiased)
     stats = running.unbiased(normalize(content, n, layout, mask=mask).stats) if unbiased else None
-    wide = content.astype(moments.wide(content.dtype))
-    wide = moments.silence(wide, moments.weigh(mask, wide))
+    wide = content.astype(statistics_dtype(content.dtype))
+    wide = zero_masked(wide, as_weights(mask, wide))
     y = modulate(wide, modulation, n, layout, stats=stats, mask=mask, eps=eps)
     return (wide + jnp.asarray(strength).astype(wide.dtype) * (y - wide)).astype(content.dtype)
 
@@ -300,8 +302,8 @@ def split_modulation(flat: ArrayLike, order: Sequence[str] = ("scale", "bias"), 
     """
     if not order or len(set(order)) < len(order) or not set(order) <= set(Modulation._fields):
         raise ValueError(f"the order names scale, bias and gate, each at most once; found {tuple(order)!r}")
-    flat = moments.as_floating(flat, "split_modulation")
-    flat = flat.astype(moments.wide(flat.dtype))  # in bfloat16, 1 + scale would keep 8 bits
+    flat = require_float(flat, "split_modulation")
+    flat = flat.astype(statistics_dtype(flat.dtype))  # in bfloat16, 1 + scale would keep 8 bits
     if flat.shape[-1] % len(order):
         raise FieldError(
             f"the last axis of shape {flat.shape} does not split into {len(order)} parts: {', '.join(order)}"
@@ -344,11 +346,11 @@ def project(
     >>> project(jnp.array([[1.0, 2.0]]), jnp.ones((2, 2))).scale.tolist()
     [[4.0]]
     """
-    condition, kernel = moments.as_floating(condition, "project"), jnp.asarray(kernel)
+    condition, kernel = require_float(condition, "project"), jnp.asarray(kernel)
     if condition.ndim != 2 or kernel.ndim != 2 or condition.shape[1] != kernel.shape[0]:
         found = f"shapes {condition.shape} and {kernel.shape}"
         raise FieldError(f"a condition is [n, k] and a kernel [k, parts * c]; found {found}")
-    work = jnp.promote_types(moments.wide(condition.dtype), moments.wide(kernel.dtype))
+    work = jnp.promote_types(statistics_dtype(condition.dtype), statistics_dtype(kernel.dtype))
     condition = condition.astype(work)
     flat = (condition if activation is None else activation(condition)) @ kernel.astype(work)
     if bias is not None:

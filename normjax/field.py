@@ -7,13 +7,13 @@ product of atoms over those names:
     c/32      its block, of 32 equal ones         @n       a mapped axis of examples (vmap, shard_map, pmap)
     ...:5     the same on every unnamed axis      c@model  an axis whose shards lie along a mapped axis
 
-Strings are parsed once into frozen values, `Field` and `Span`, and *bound* to a layout and a shape when an array is
-at hand. This file knows no arrays; every refusal is a `FieldError` that names what it found and what it accepts.
+Strings are parsed once into frozen values, `Field` and `Span`; `_expect/binding.py` binds them to a layout and a shape
+when an array is at hand. This file knows no arrays; every refusal is a `FieldError` that names what it found and what
+it accepts.
 """
 
 import functools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 EXAMPLES = "n"  # the axis of examples has this name in every layout
@@ -22,7 +22,6 @@ REST = "..."
 _ATOM = re.compile(
     r"(?:(?P<axis>\.\.\.|[A-Za-z_]\w*)(?::(?P<window>[1-9]\d*)|/(?P<blocks>[1-9]\d*))?)?(?:@(?P<mapped>[A-Za-z_]\w*))?"
 )
-_LAYOUT_NAME = re.compile(r"\.\.\.|[A-Za-z_]\w*")
 
 
 class FieldError(ValueError):
@@ -99,7 +98,7 @@ Span(axis='c', window=None, blocks=4, mapped=None, groups=None))
         for span in self.spans:
             for name in (span.axis, span.mapped and "@" + span.mapped):
                 if name is not None and name in seen:
-                    raise FieldError(f'field "{self}" names {name!r} twice' + _caret(str(self), name, last=True))
+                    raise FieldError(f'field "{self}" names {name!r} twice' + caret(str(self), name, last=True))
             seen |= {span.axis, span.mapped and "@" + span.mapped}
 
     @classmethod
@@ -142,6 +141,34 @@ Span(axis='c', window=None, blocks=4, mapped=None, groups=None))
         return f"Field.parse({str(self)!r})"
 
 
+class Parsed:
+    """An attribute of a dataclass: it is given a Field, its string or None, and holds a Field or None.
+
+    >>> @dataclass(frozen=True)
+    ... class Pair:
+    ...     one: Parsed = Parsed()
+    ...     two: Parsed = Parsed(None)  # with a default
+    >>> Pair("c")
+    Pair(one=Field.parse('c'), two=None)
+    """
+
+    def __init__(self, *default: Field | str | None):
+        self.default = tuple(None if value is None else Field.parse(value) for value in default)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object | None, owner: type) -> Field | None:
+        if instance is not None:
+            return instance.__dict__[self.name]
+        if not self.default:
+            raise AttributeError(self.name)  # a dataclass reads from this that there is no default
+        return self.default[0]
+
+    def __set__(self, instance: object, value: Field | str | None) -> None:
+        instance.__dict__[self.name] = None if value is None else Field.parse(value)
+
+
 @functools.cache
 def _parse(text: str) -> Field:
     if not isinstance(text, str):
@@ -159,118 +186,16 @@ def _parse(text: str) -> Field:
     return Field(tuple(spans))
 
 
-def _caret(text: str, name: str, last: bool = False) -> str:
-    """Two lines: the text, and a mark under the atom that speaks of `name`."""
+def caret(text: str, name: str, last: bool = False) -> str:
+    """Two lines for an error: the text, and a mark under its first (or last) atom that speaks of `name`.
+
+    >>> print("no axis w here:" + caret("h w:3", "w"))
+    no axis w here:
+        h w:3
+          ^^^
+    """
     atoms = [m for m in re.finditer(r"\S+", text) if name in re.split(r"[:/]|(?=@)", m.group())]
     if not atoms:
         return ""
     atom = atoms[-1 if last else 0]
     return f"\n    {text}\n" + " " * (4 + atom.start()) + "^" * len(atom.group())
-
-
-@functools.cache
-def axes(layout: str, ndim: int) -> dict[str, tuple[int, ...]]:
-    """Which axes of an array of `ndim` axes each name of the layout stands for.
-
-    Raises:
-      FieldError: the layout cannot be read, or does not fit `ndim`.
-
-    >>> axes("n ... c", 4)
-    {'n': (0,), '...': (1, 2), 'c': (3,)}
-    """
-    names = layout.split() if isinstance(layout, str) else None
-    if not names or not all(_LAYOUT_NAME.fullmatch(name) for name in names):
-        raise FieldError(f'a layout names axes, as "n ... c" does; found {layout!r}')
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise FieldError(f"layout \"{layout}\" names '{name}' twice" + _caret(layout, name, last=True))
-    rest = ndim - len(names) + 1 if REST in names else None
-    if (rest is None and ndim != len(names)) or (rest is not None and rest < 0):
-        count = len(names) if rest is None else f"at least {len(names) - 1}"
-        noun = "axis" if count in (1, "at least 1") else "axes"
-        raise FieldError(f'layout "{layout}" names {count} {noun}, but the array has {ndim}')
-    found, start = {}, 0
-    for name in names:
-        stop = start + (rest if name == REST and rest is not None else 1)
-        found[name] = tuple(range(start, stop))
-        start = stop
-    return found
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A field bound to an array: its spans by number of axis. Made by `bind`.
-
-    Attributes:
-      field: the field.
-      shape: shape of the array (of one shard or one mapped example, where axes are mapped).
-      spans: (axis number, or None for an axis that is only mapped; the span) for each axis that is averaged.
-    """
-
-    field: Field
-    shape: tuple[int, ...]
-    spans: tuple[tuple[int | None, Span], ...]
-
-    def by(self, kind: str) -> Iterator[tuple[int, Span]]:
-        """The (axis, span) pairs of one kind: "whole", "blocks" or "window"."""
-        for axis, span in self.spans:
-            if axis is not None and (span.whole if kind == "whole" else getattr(span, kind)):
-                yield axis, span
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        """Axes that are averaged from end to end, on this shard."""
-        return tuple(axis for axis, _ in self.by("whole"))
-
-    @property
-    def pooled(self) -> bool:
-        """Whether the field is made of whole axes and blocks alone: equal fields are then the same set."""
-        return not any(True for _ in self.by("window"))
-
-    @property
-    def collectives(self) -> tuple[tuple[str, tuple[tuple[int, ...], ...] | None], ...]:
-        """(mapped axis, index groups) of every span that is averaged whole over a mapped axis."""
-        return tuple(dict.fromkeys((s.mapped, s.groups) for _, s in self.spans if s.mapped and s.whole))
-
-    def reach(self) -> int:
-        """The largest number of elements of this array that the field holds around one of them."""
-        size = 1
-        for axis, span in self.spans:
-            if axis is not None:
-                length = self.shape[axis]
-                size *= min(span.window, length) if span.window else max(length // (span.blocks or 1), min(length, 1))
-        return size
-
-
-@functools.cache
-def bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
-    """Fits a field to an array.
-
-    `...` that matches no axis is dropped where another atom remains.
-
-    Raises:
-      FieldError: the field names an axis that the layout lacks, blocks do not divide, or nothing is left.
-
-    >>> [(axis, str(span)) for axis, span in bind(Field.parse("...:3 c"), "n ... c", (2, 8, 8, 4)).spans]
-    [(1, '...:3'), (2, '...:3'), (3, 'c')]
-    """
-    where = axes(layout, len(shape))
-    spans: list[tuple[int | None, Span]] = []
-    for span in field.spans:
-        if span.axis is None:
-            spans.append((None, span))
-            continue
-        if span.axis not in where and span.axis != REST:
-            raise FieldError(
-                f'field "{field}" averages over \'{span.axis}\', which layout "{layout}" does not name'
-                + _caret(str(field), span.axis)
-            )
-        for axis in where.get(span.axis, ()):
-            if span.blocks and not span.mapped and shape[axis] % span.blocks:
-                raise FieldError(
-                    f"cannot split axis '{span.axis}' of length {shape[axis]} into {span.blocks} equal groups"
-                )
-            spans.append((axis, span))
-    if field.spans and not spans:
-        raise FieldError(f'field "{field}" matches no axis of an array of shape {shape}, layout "{layout}"')
-    return Bound(field, tuple(shape), tuple(spans))

@@ -6,8 +6,8 @@
 
 Weights that are equal, or equal within a window, make it a row of the equation (`theory.py`): "rms", "response".
 
-alpha and epsilon are exponents here, as the papers call them: *epsilon is not the small number `eps`* that other families add
-to a moment, which GDN has none of (beta takes its place).
+alpha and epsilon are exponents here, as in the papers: *epsilon is not the small number `eps`* that other families add to a
+moment; in GDN beta takes its place.
 
 beta and gamma stay in their domain by what is learned in their place, r with beta = max(r, bound) ** 2 - offset ** 2. The
 published rule for the gradient below the bound keeps it only where a step would raise r. That depends on the sign of
@@ -24,8 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments
-from normjax.field import FieldError, axes
+from normjax._expect.arrays import Weights, as_weights, require_float, statistics_dtype, zero_masked
+from normjax._expect.binding import axes
+from normjax._leaves import inverse_power, one_of
+from normjax.field import FieldError
 
 GRADIENTS = ("pass", "block")
 OFFSET = 2.0**-18
@@ -76,7 +78,7 @@ def gdn(
     """
     x, work, q = _start(x, beta, gamma, layout, alpha, epsilon, mask, "gdn")
     number = _number(epsilon)
-    d = _power(q, -jnp.asarray(epsilon)) if number is None else moments.inverse_power(q, number)
+    d = _power(q, -jnp.asarray(epsilon)) if number is None else inverse_power(q, number)
     return (work * d.astype(work.dtype)).astype(x.dtype)
 
 
@@ -176,8 +178,8 @@ def inverse(
     if steps is None and (product is None or product < 1 - 1e-6):
         given = "an exponent that is an array" if product is None else f"{alpha} * {epsilon}"
         raise ValueError(f"the inverse without steps needs alpha * epsilon = 1; found {given}; give steps=")
-    y = moments.as_floating(y, "inverse")
-    work = y.astype(moments.wide(y.dtype))
+    y = require_float(y, "inverse")
+    work = y.astype(statistics_dtype(y.dtype))
     beta, gamma, axis = _parameters(beta, gamma, layout, work, alpha, epsilon)
     if steps is not None:
 
@@ -220,9 +222,9 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
     >>> [float(jax.grad(lambda r: nonnegative(r, 0.25, gradient=g))(-1.0)) for g in GRADIENTS]
     [1.0, 0.0]
     """
-    moments.choose("gradient", gradient, GRADIENTS)
-    raw = moments.as_floating(raw, "nonnegative")
-    raw = raw.astype(moments.wide(raw.dtype))
+    one_of("gradient", gradient, GRADIENTS)
+    raw = require_float(raw, "nonnegative")
+    raw = raw.astype(statistics_dtype(raw.dtype))
     bound = jnp.asarray((minimum + offset**2) ** 0.5, raw.dtype)
     below = bound + (raw - lax.stop_gradient(raw)) if gradient == "pass" else jnp.broadcast_to(bound, raw.shape)
     # A select, not a maximum: at the bound, where a gamma of 0 starts, half of a maximum's gradient would be lost.
@@ -247,7 +249,7 @@ def to_raw(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
     >>> nonnegative(to_raw(jnp.array([0.0, 0.1]))).round(6).tolist()
     [0.0, 0.10000000149011612]
     """
-    value = moments.as_floating(value, "to_raw")
+    value = require_float(value, "to_raw")
     return jnp.sqrt(jnp.maximum(value, 0) + jnp.asarray(offset**2, value.dtype))
 
 
@@ -362,7 +364,7 @@ def gdn_of_raw(
     >>> (1000 * gdn_of_raw(x, Raw(to_raw(jnp.ones(2)), to_raw(0.1 * jnp.eye(2))))).round().tolist()
     [[2176.0, -2481.0]]
     """
-    x = moments.as_floating(x, "GDN")
+    x = require_float(x, "GDN")
     dtype = jnp.dtype(dtype or x.dtype)
     x = jnp.maximum(x, 0) if rectify else x
 
@@ -372,7 +374,7 @@ def gdn_of_raw(
     a = alpha if raw.alpha is None else value("alpha", MINIMA.alpha)
     e = epsilon if raw.epsilon is None else value("epsilon", MINIMA.epsilon)
     f = igdn if inverse else gdn
-    work = x.astype(moments.wide(x.dtype))
+    work = x.astype(statistics_dtype(x.dtype))
     y = f(work, value("beta", beta_min), value("gamma", MINIMA.gamma), layout, alpha=a, epsilon=e, mask=mask)
     return y.astype(dtype)
 
@@ -425,15 +427,15 @@ def _parameters(
 
 def _start(x, beta, gamma, layout: str, alpha: ArrayLike, epsilon: ArrayLike, mask, caller: str):
     """The input, the input in the dtype of the work with its masked elements at zero, and the pool."""
-    x = moments.as_floating(x, caller)
-    work = x.astype(moments.wide(x.dtype))
-    weights = moments.weigh(mask, work)
-    work = moments.silence(work, weights)
+    x = require_float(x, caller)
+    work = x.astype(statistics_dtype(x.dtype))
+    weights = as_weights(mask, work)
+    work = zero_masked(work, weights)
     beta, gamma, axis = _parameters(beta, gamma, layout, work, alpha, epsilon)
     return x, work, _pool(work, beta, gamma, axis, alpha, weights)
 
 
-def _pool(x, beta, gamma, axis: int, alpha: ArrayLike, weights: moments.Weights | None = None) -> jax.Array:
+def _pool(x, beta, gamma, axis: int, alpha: ArrayLike, weights: Weights | None = None) -> jax.Array:
     a = _size(x, alpha)
     return _weigh(a if weights is None else a * weights.value, beta, gamma, axis)
 

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
+from normjax._expect.sharding import axis_size
 
 
 def l1_penalty(
@@ -43,17 +44,17 @@ def l1_penalty(
     >>> l1_penalty(jnp.array([[1.0, jnp.nan], [3.0, 0.0]]), mask=jnp.array([[True, False], [True, False]]))
     Array(2., dtype=float32)
     """
-    v = moments.as_floating(centered, "l1_penalty")
-    v = v.astype(moments.wide(v.dtype))
-    weights = moments.weigh(mask, v)
-    size = jnp.abs(moments.silence(v, weights))
+    v = require_float(centered, "l1_penalty")
+    v = v.astype(statistics_dtype(v.dtype))
+    weights = as_weights(mask, v)
+    size = jnp.abs(zero_masked(v, weights))
     if weights is None:
         value, count = jnp.sum(size), jnp.asarray(float(v.size), size.dtype)
     else:
         value, count = jnp.sum(size * weights.value), jnp.sum(jnp.broadcast_to(weights.value, v.shape))
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for name in names:
-        moments.axis_size(name)
+        axis_size(name)
     if names:
         value, count = lax.psum((value, count), names)
     mean = jnp.where(count > 0, value / jnp.where(count > 0, count, 1), 0)

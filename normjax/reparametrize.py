@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import Field, Span, bind
-from normjax.selection import path_name
-from normjax.theory import Normalizer, normalize
+from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._expect.binding import bind
+from normjax._expect.expectation import expect
+from normjax._leaves import inverse_power
+from normjax._normalize.evaluate import normalize
+from normjax._paths import path_name
+from normjax.field import Field, Span
+from normjax.theory import Normalizer
 from normjax.weights import INPUTS, KERNEL, norm_bound, weight_norm
 
 Weight = Callable[..., jax.Array]  # kernel, and scale where one is learned -> kernel
@@ -60,23 +64,29 @@ def matching_scale(kernel: ArrayLike, weight: Weight = weight_norm, **options: A
     what it did.
 
     Args:
-      kernel: the initial kernel.
+      kernel: the initial kernel, `[... i o]` or as the layout of `weight` says. [units u]
       weight: a reparametrization, called without a scale; a constant rho that it needs is 1. Its layout and field are
         those of the scale too.
       **options: arguments of `weight`.
 
     Returns:
-      An array of the shape of the outputs, `[o]`, float32 or wider.
+      An array of the shape of the outputs, `[o]`, float32 or wider. [u over the units of what `weight` gives]
+
+    Raises:
+      FieldError: layout, field and shapes do not fit.
+      TypeError: the kernel holds integers.
+
+    Source: for weight norm Salimans & Kingma 2016, section 2 (g = ||v|| leaves w as it is).
 
     >>> matching_scale(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
     [5.0, 1.0]
     """
-    kernel = moments.as_floating(kernel, "a reparametrization")
-    kernel = kernel.astype(moments.wide(kernel.dtype))
+    kernel = require_float(kernel, "a reparametrization")
+    kernel = kernel.astype(statistics_dtype(kernel.dtype))
     weight = functools.partial(weight, **options)
     chosen: dict[str, Any] = {"layout": KERNEL, "field": INPUTS} | _chosen(weight, "layout", "field", "mask")
     w = weight(kernel, rho=1.0) if takes_bound(weight) else weight(kernel)
-    along, square = (moments.expect(a * w, **chosen) for a in (kernel, w))
+    along, square = (expect(a * w, **chosen) for a in (kernel, w))
     there = square > 0
     scale = jnp.where(there, along / jnp.where(there, square, 1), 1)
     named = {axis for axis, _ in bind(Field.parse(chosen["field"]), chosen["layout"], kernel.shape).spans}
@@ -90,13 +100,19 @@ def initial_bound(kernel: ArrayLike, weight: Weight, rule: str = "rms", **option
     `functools.partial(bounded_weight_norm, p=1)`, as in the code of Hoffer et al. 2018.
 
     Args:
-      kernel: the initial kernel. [units u]
+      kernel: the initial kernel, `[... i o]` or as the layout of `weight` says. [units u]
       weight: `bounded_weight_norm`, or a `functools.partial` of it.
-      rule: "rms" or "mean", see `norm_bound`.
+      rule: "rms", the root mean square of the norms of the outputs, or "mean", their mean (see `norm_bound`).
       **options: further arguments of `weight`.
 
     Returns:
       A float32 (or wider) scalar. [u]
+
+    Raises:
+      FieldError: layout, fields and shapes do not fit.
+      ValueError: no rule has this name.
+
+    Source: Hoffer et al. 2018, bounded weight normalization.
 
     >>> from normjax.weights import bounded_weight_norm
     >>> initial_bound(jnp.array([[3.0], [4.0]]), functools.partial(bounded_weight_norm, p=1)).item()
@@ -112,27 +128,34 @@ def data_dependent_start(
     """The scale and the bias of weight norm with which the outputs of a first batch have mean 0 and variance 1.
 
     Args:
-      t: what the layer gives for that batch with scale 1 and bias 0.
+      t: what the layer gives for that batch with scale 1 and bias 0, `[n ... c]` or as the layout says. [units u]
       layout: name of each axis of t.
       field: what one number of the scale and of the bias is shared by.
       mask: booleans or weights that broadcast against t.
 
     Returns:
-      g = 1 / std[t] and b = -mean[t] / std[t], each `[c]`, float32 or wider; 0 where t is constant.
+      g = 1 / std[t] [1 / u] and b = -mean[t] / std[t], each `[c]`, float32 or wider; 0 where t is constant.
+
+    Raises:
+      FieldError: layout, field and shape do not fit.
+      TypeError: t holds integers.
 
     Source: Salimans & Kingma 2016, section 3, equation 6.
 
     >>> data_dependent_start(jnp.array([[1.0], [5.0]]))
     (Array([0.5], dtype=float32), Array([-1.5], dtype=float32))
     """
-    t = moments.as_floating(t, "data_dependent_start")
+    t = require_float(t, "data_dependent_start")
     stats = normalize(t, Normalizer(field, field, eps=0.0), layout, mask=mask).stats
-    scale = moments.inverse_power(stats.var, 0.5)
+    scale = inverse_power(stats.var, 0.5)
     return scale.ravel(), (-stats.mean * scale).ravel()
 
 
 def takes_bound(weight: Weight) -> bool:
     """Whether a reparametrization still needs its constant `rho`, as `bounded_weight_norm` does.
+
+    Args:
+      weight: a function of `normjax.weights`, any other, or a `functools.partial` of one.
 
     >>> from normjax.weights import bounded_weight_norm
     >>> takes_bound(bounded_weight_norm), takes_bound(weight_norm)
@@ -149,7 +172,17 @@ def _chosen(weight: Weight, *names: str) -> dict[str, Any]:
 
 
 def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str, Field, tuple[int, ...]]:
-    """Flax's axes by number as a layout, the field of all other axes, and the feature axes, ascending.
+    """Flax's axes by number, read as a layout and a field.
+
+    Args:
+      ndim: number of axes of the array.
+      feature_axes: axes that are averaged apart; negative ones count from the end; None averages all together.
+
+    Returns:
+      A layout that names the axes by number, the field of all other axes, and the feature axes, ascending.
+
+    Raises:
+      ValueError: the array has no such axis.
 
     >>> by_number(3, (-1, 0))
     ('a0 a1 a2', Field.parse('a1'), (0, 2))

@@ -7,8 +7,9 @@ response norm multiplies, so each convention has a function of its own.
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.theory import Normalized, Normalizer, normalize, parameter_beside
+from normjax._expect.arrays import align_parameter, statistics_dtype
+from normjax._normalize.evaluate import Normalized, normalize
+from normjax.theory import Normalizer
 
 
 def lrn_alexnet(n: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75) -> Normalizer:
@@ -166,6 +167,6 @@ def filter_response(
         return out
     if jnp.iscomplexobj(out.y):
         raise TypeError(f"a threshold orders real numbers, found {out.y.dtype}; tau=None goes without")
-    wide = moments.wide(out.y.dtype)
-    threshold = parameter_beside(tau, out.y, layout, "tau", wide)
+    wide = statistics_dtype(out.y.dtype)
+    threshold = align_parameter(tau, out.y, layout, "tau", wide)
     return out._replace(y=jnp.maximum(out.y.astype(wide), threshold).astype(out.y.dtype))

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
+from normjax._expect.binding import bind
+from normjax._leaves import one_of
+from normjax._normalize.evaluate import affine, equation, normalize
 from normjax.conditional import denominator
-from normjax.field import Field, FieldError, bind
-from normjax.theory import Normalizer, Stats, affine, equation, normalize, row
+from normjax.field import FieldError
+from normjax.theory import Normalizer, Stats, row
 
 CENTRES = ("mean", "last")
 SERIES = Normalizer("...", "...", eps=1e-5)  # the row "instance": time, the axes between examples and channels
@@ -83,10 +86,10 @@ def revin(
     >>> revin(jnp.array([[[2.0], [4.0]]]), centre="last", eps=0.0).y.tolist()
     [[[-2.0], [0.0]]]
     """
-    moments.choose("centre", centre, CENTRES)
+    one_of("centre", centre, CENTRES)
     n = _undoable(normalizer)
-    x = moments.as_floating(x, "revin")
-    work = x.astype(moments.wide(x.dtype))
+    x = require_float(x, "revin")
+    work = x.astype(statistics_dtype(x.dtype))
     stats = normalize(work, n, layout, mask=mask).stats
     if detach:
         stats = stats._replace(mean=_stop(stats.mean), var=_stop(stats.var))
@@ -137,9 +140,9 @@ def denormalize(
     [[[7.0]]]
     """
     n = _undoable(normalizer)
-    y = moments.as_floating(y, "denormalize")
+    y = require_float(y, "denormalize")
     dtype = jnp.dtype(dtype or y.dtype)
-    y = y.astype(moments.wide(y.dtype))
+    y = y.astype(statistics_dtype(y.dtype))
     for s in stats[:2]:
         if s is not None and (s.ndim != y.ndim or any(a not in (1, b) for a, b in zip(s.shape, y.shape, strict=True))):
             raise FieldError(
@@ -158,8 +161,7 @@ def denormalize(
 
 def _undoable(normalizer: Normalizer | str) -> Normalizer:
     n = row(normalizer)
-    fields = [f for f in n.fields if isinstance(f, Field)]
-    if n.floor is not None or n.keep_mean or not all(span.whole for field in fields for span in field.spans):
+    if n.floor is not None or n.keep_mean or not all(span.whole for field in n.fields for span in field.spans):
         raise ValueError(f"only a row of whole axes, without floor and keep_mean, can be undone; found {n}")
     return n
 
@@ -171,7 +173,7 @@ def _stop(value: jax.Array | None) -> jax.Array | None:
 def _last(x: jax.Array, n: Normalizer, layout: str, mask: ArrayLike | None) -> jax.Array:
     """The last element, or the last with weight, along the one axis that the row averages; zero where there is none."""
     field = n.mean
-    if not isinstance(field, Field):
+    if field is None:
         raise ValueError(f'"last" takes the place of a mean; found {n}, which has none')
     bound = bind(field, layout, x.shape)
     if len(bound.whole) != 1 or bound.collectives:
@@ -180,10 +182,10 @@ def _last(x: jax.Array, n: Normalizer, layout: str, mask: ArrayLike | None) -> j
             f'{x.shape}, layout "{layout}"'
         )
     (axis,) = bound.whole
-    weights = moments.weigh(mask, x)
+    weights = as_weights(mask, x)
     if weights is None:
         return lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
     valid = jnp.broadcast_to(weights.valid, x.shape)
     place = lax.broadcasted_iota(jnp.int32, x.shape, axis)
     last = jnp.max(jnp.where(valid, place, -1), axis, keepdims=True)
-    return jnp.sum(jnp.where(place == last, moments.silence(x, weights), 0), axis, keepdims=True)
+    return jnp.sum(jnp.where(place == last, zero_masked(x, weights), 0), axis, keepdims=True)

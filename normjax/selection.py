@@ -1,24 +1,26 @@
 """Which parameters of a model are meant, by path, and their norms.
 
 Paths are text, `"Dense_0/kernel"`, the same for a linen dictionary, an `nnx.State` and an nnx module. Norms are dictionaries
-by path, `{"Dense_0/kernel": norm}`, of float32 or wider.
+by path, `{"Dense_0/kernel": norm}`, of float32 or wider. `normjax.projection` shows both names too; this room needs no
+optax.
 """
 
 import difflib
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normjax import moments
-from normjax.field import Field, FieldError, axes, bind
+from normjax._expect import average
+from normjax._expect.arrays import statistics_dtype
+from normjax._expect.binding import Bound, Plan, axes, bind
+from normjax._parameters import ByPath, arrays_by_path, paths_and_shapes, safe_root
+from normjax.field import Field, FieldError
 
-Norms = dict[str, jax.Array]
 Patterns = str | Iterable[str]
 
 
@@ -44,14 +46,16 @@ class Kernels:
       layout: name of each axis of a kernel, i for inputs and o for output features; `"o i ..."` where these come first.
 
     Raises:
-      FieldError: field and layout do not fit each other.
+      FieldError: field and layout do not fit each other, or the field has a window.
+
+    Source: which scales a normalizer does not see: Lyle et al. 2024 (whole kernels), Hoffer et al. 2018 (features).
 
     >>> params = {"hidden": {"kernel": jnp.array([[3.0, 0.0], [4.0, 1.0]]), "bias": jnp.ones(2)}}
     >>> norms(params, Kernels(field="... i"))
     {'hidden/kernel': Array([5., 1.], dtype=float32)}
     """
 
-    where: Any = None
+    where: object = None
     _: KW_ONLY
     output: Patterns | None = None
     field: str | Field = "... i o"
@@ -61,17 +65,28 @@ class Kernels:
         spans = Field.parse(self.field).spans
         if any(span.window for span in spans):
             raise FieldError(f'a norm is taken over whole axes and blocks; field "{self.field}" has a window')
-        bind(Field.parse(self.field), self.layout, (0,) * len(self.layout.split()))
+        self._bound((0,) * len(self.layout.split()))
 
-    def select(self, params: Any, caller: str) -> Norms:
+    def select(self, params: object, caller: str) -> ByPath:
         """The parameters themselves, by path.
+
+        Args:
+          params: a pytree: linen's parameters, an `nnx.State`, an nnx module.
+          caller: name of the function that asks, with which errors begin.
+
+        Returns:
+          {path: array}, in the order of the tree.
 
         Raises:
           FieldError: a mask takes a parameter that the layout does not fit.
           TypeError: a mask without booleans, or weights that are not floating.
           ValueError: a pattern matches nothing, or nothing is left.
+
+        >>> params = {"hidden": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}}
+        >>> list(Kernels(output="head").select(params, "example"))
+        ['hidden/kernel']
         """
-        leaves = by_path(params)
+        leaves = arrays_by_path(params)
         patterns = (self.where,) if isinstance(self.where, str) else self.where
         if patterns is None:
             chosen = {name for name, w in leaves.items() if name.split("/")[-1] == "kernel" and self._fits(w)}
@@ -85,7 +100,7 @@ class Kernels:
             chosen = {name for name, flag in zip(leaves, flags, strict=True) if flag}
         chosen -= self._matching(self.output or (), leaves, caller)
         if not chosen:
-            raise ValueError(f"{caller}: no parameter is left to work on. {listed(leaves)}")
+            raise ValueError(f"{caller}: no parameter is left to work on. {paths_and_shapes(leaves)}")
         for name, w in leaves.items():
             if name in chosen and not jnp.issubdtype(w.dtype, jnp.floating):
                 raise TypeError(f"{caller}: the norm of {name!r} is asked for, which has dtype {w.dtype}")
@@ -93,7 +108,55 @@ class Kernels:
                 raise FieldError(f'{caller}: layout "{self.layout}" does not fit {name!r}, which has shape {w.shape}')
         return {name: w for name, w in leaves.items() if name in chosen}
 
-    def _matching(self, patterns: Patterns, leaves: Norms, caller: str) -> set[str]:
+    def squared_norm(self, w: jax.Array) -> jax.Array:
+        """The squared norm of one kernel, as it lies beside it.
+
+        Args:
+          w: a kernel that the layout fits. [units w]
+
+        Returns:
+          float32 or wider, of the rank of w: length 1 on axes that the field covers whole. [w ** 2]
+
+        >>> Kernels(field="... i").squared_norm(jnp.array([[3.0, 0.0], [4.0, 1.0]]))
+        Array([[25.,  1.]], dtype=float32)
+        """
+        plan = Plan(self._bound(w.shape))
+        return average.total(lax.square(w.astype(statistics_dtype(w.dtype))), plan)
+
+    def norm(self, w: jax.Array) -> jax.Array:
+        """The Euclidean norm of one kernel, with slope 0 where it is 0.
+
+        Args:
+          w: a kernel that the layout fits. [units w]
+
+        Returns:
+          float32 or wider, without the axes that the field covers whole: a scalar for "... i o", `[o]` for "... i". [w]
+
+        >>> Kernels(field="... i").norm(jnp.array([[3.0, 0.0], [4.0, 1.0]]))
+        Array([5., 1.], dtype=float32)
+        """
+        return jnp.squeeze(safe_root(self.squared_norm(w)), self._bound(w.shape).whole)
+
+    def align_norm(self, norm: jax.Array, w: jax.Array) -> jax.Array:
+        """A norm with the axes that `norm` left out, so that it broadcasts against the kernel.
+
+        Args:
+          norm: of the shape that `norm` gives, or a scalar for all.
+          w: the kernel.
+
+        Returns:
+          The same numbers, with the rank of w.
+
+        >>> Kernels(field="... i").align_norm(jnp.array([5.0, 1.0]), jnp.ones((3, 3, 4, 2))).shape
+        (1, 1, 1, 2)
+        """
+        return jnp.expand_dims(norm, self._bound(w.shape).whole) if norm.ndim else norm.reshape((1,) * w.ndim)
+
+    def _bound(self, shape: tuple[int, ...]) -> Bound:
+        """The field on a kernel of this shape."""
+        return bind(Field.parse(self.field), self.layout, shape)
+
+    def _matching(self, patterns: Patterns, leaves: ByPath, caller: str) -> set[str]:
         """The paths that the patterns stand for, of parameters that the layout fits."""
         found = set()
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
@@ -103,7 +166,7 @@ class Kernels:
                 what = f'only what layout "{self.layout}" does not fit' if here else "no parameter"
                 close = [] if here else difflib.get_close_matches(pattern, leaves, 1, 0.4)
                 hint = f"; did you mean {close[0]!r}? " if close else ". "
-                raise ValueError(f"{caller}: {pattern!r} matches {what}{hint}{listed(leaves)}")
+                raise ValueError(f"{caller}: {pattern!r} matches {what}{hint}{paths_and_shapes(leaves)}")
             found |= fitting
         return found
 
@@ -114,25 +177,8 @@ class Kernels:
             return False
         return True
 
-    def _whole(self, w: jax.Array) -> tuple[int, ...]:
-        """The axes that a norm covers whole."""
-        return bind(Field.parse(self.field), self.layout, w.shape).whole
 
-    def squared(self, w: jax.Array) -> jax.Array:
-        """The squared norm, of the rank of w, float32 or wider."""
-        plan = moments.Plan(bind(Field.parse(self.field), self.layout, w.shape))
-        return moments.total(lax.square(w.astype(moments.wide(w.dtype))), plan)
-
-    def norm(self, w: jax.Array) -> jax.Array:
-        """The norm, without the axes that it covers whole."""
-        return jnp.squeeze(root(self.squared(w)), self._whole(w))
-
-    def beside(self, norm: jax.Array, w: jax.Array) -> jax.Array:
-        """A norm, or one for all, so that it broadcasts against w."""
-        return jnp.expand_dims(norm, self._whole(w)) if norm.ndim else norm.reshape((1,) * w.ndim)
-
-
-def norms(params: Any, kernels: Kernels = Kernels()) -> Norms:
+def norms(params: object, kernels: Kernels = Kernels()) -> ByPath:
     """The norms of kernels, by path; a record of them is what `scale_by_weight_norm` and `norm_schedule` take.
 
     Args:
@@ -140,45 +186,20 @@ def norms(params: Any, kernels: Kernels = Kernels()) -> Norms:
       kernels: which; by default all that are called `kernel`, each as a whole.
 
     Returns:
-      Euclidean norms, float32 or wider, without the axes that the field covers whole. [units w]
+      {path: Euclidean norm}, float32 or wider, without the axes that the field covers whole: scalars for "... i o",
+      `[o]` for "... i". [units w]
 
     Raises:
-      FieldError, TypeError, ValueError: see `Kernels.select`.
+      FieldError: a mask takes a parameter that the layout does not fit.
+      TypeError: a mask without booleans, or weights that are not floating.
+      ValueError: a pattern matches nothing, or nothing is left.
+
+    Source: Hoffer et al. 2018 record them of a run with weight decay.
 
     >>> norms({"kernel": jnp.array([[3.0], [4.0]], jnp.bfloat16)})
     {'kernel': Array(5., dtype=float32)}
     """
     return {name: kernels.norm(w) for name, w in kernels.select(params, "norms").items()}
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A path as text. An nnx variable and a box of linen end theirs with `value`, which is left out.
-
-    >>> [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path({"a": [1.0, {"kernel": 2.0}]})]
-    ['a/0', 'a/1/kernel']
-    """
-    boxed = path[-1:] == (jax.tree_util.GetAttrKey("value"),)
-    return jax.tree_util.keystr(path[:-1] if boxed else path, simple=True, separator="/")
-
-
-def by_path(tree: Any) -> Norms:
-    """The arrays of a tree by path.
-
-    >>> by_path({"dense": {"bias": jnp.zeros(1)}})
-    {'dense/bias': Array([0.], dtype=float32)}
-    """
-    return {path_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def listed(leaves: Norms) -> str:
-    """The first twelve paths and shapes, for errors."""
-    shown = ", ".join(f"{name} {leaf.shape}" for name, leaf in list(leaves.items())[:12])
-    return f"The parameters are {shown}{', ...' if len(leaves) > 12 else ''}"
-
-
-def root(squared: jax.Array) -> jax.Array:
-    """The square root, with a gradient of 0 at 0."""
-    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -15,7 +15,7 @@ from jax.scipy.special import log_ndtr, ndtr
 from jax.typing import ArrayLike, DTypeLike
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from normjax import moments
+from normjax._expect.arrays import require_float, statistics_dtype
 
 ALPHA = 1.6732632423543772848170429916717
 SCALE = 1.0507009873554804934193349852946  # lambda in the paper
@@ -35,7 +35,7 @@ def as_real(x: ArrayLike, caller: str) -> jax.Array:
     >>> as_real(1.5, "selu")
     Array(1.5, dtype=float32, weak_type=True)
     """
-    x = moments.as_floating(x, caller)
+    x = require_float(x, caller)
     if jnp.iscomplexobj(x):
         raise TypeError(f"{caller} takes real floating-point arrays, found {x.dtype}")
     return x
@@ -63,7 +63,7 @@ def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype
     Array([-1.7580993,  0.       ,  2.101402 ], dtype=float32)
     """
     x = as_real(x, "selu")
-    work = x.astype(moments.wide(x.dtype))
+    work = x.astype(statistics_dtype(x.dtype))
     alpha, scale = jnp.asarray(alpha, work.dtype), jnp.asarray(scale, work.dtype)
     above = work > 0
     # The argument is clamped, or exp overflows where it is not selected and the gradient is inf * 0; by a select, since
@@ -153,7 +153,7 @@ def selu_moments(
     """
     arguments = (mean, var, omega, tau, alpha, scale)
     typed = [as_real(a, "selu_moments").dtype for a in arguments if not isinstance(a, int | float)]
-    work = functools.reduce(np.promote_types, map(moments.wide, typed)) if typed else jnp.asarray(0.0).dtype
+    work = functools.reduce(np.promote_types, map(statistics_dtype, typed)) if typed else jnp.asarray(0.0).dtype
     mean, var, omega, tau, alpha, scale = (jnp.asarray(a, work) for a in arguments)
     z, s2 = mean * omega, jnp.maximum(var * tau, 1e-12)
     s = jnp.sqrt(s2)
@@ -255,7 +255,7 @@ def alpha_dropout(
     spec = jax.sharding.PartitionSpec(*(None if axis in shared else name for axis, name in enumerate(sharding.spec)))
     out_sharding = None if sharding.mesh.empty else jax.sharding.NamedSharding(sharding.mesh, spec)
     survives = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=out_sharding)
-    work = x.astype(moments.wide(x.dtype))
+    work = x.astype(statistics_dtype(x.dtype))
     return jnp.where(jnp.broadcast_to(survives, x.shape), a * work + b, a * low + b).astype(x.dtype)
 
 

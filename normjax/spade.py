@@ -9,16 +9,17 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._expect.binding import axes
+from normjax._normalize.evaluate import affine
 from normjax.conditional import Modulation
-from normjax.field import EXAMPLES, FieldError, axes
-from normjax.theory import affine
+from normjax.field import EXAMPLES, FieldError
 
 T = TypeVar("T")
 
 
 class Convolutions(NamedTuple, Generic[T]):
-    """What SPADE learns, arrays or their shapes: kernels `[..., i, o]` with odd windows, as Flax keeps them, and biases `[o]`.
+    """What SPADE learns, arrays or their shapes: kernels `[..., i, o]` with odd windows, as in Flax, and biases `[o]`.
 
     Attributes:
       hidden_kernel: from the channels of the labels to hidden channels, which a ReLU follows.
@@ -95,8 +96,8 @@ def from_map(
     """
     if sorted(layout.split()) != ["...", "c", EXAMPLES]:
         raise FieldError(f'SPADE takes layouts of n, c and "..." for space; found "{layout}"')
-    maps = moments.as_floating(labels, "from_map")
-    maps = maps.astype(moments.wide(maps.dtype))
+    maps = require_float(labels, "from_map")
+    maps = maps.astype(statistics_dtype(maps.dtype))
     maps = nearest(maps, size, layout) if len(size) else maps
 
     def convolve(x: jax.Array, kernel: ArrayLike, bias: ArrayLike) -> jax.Array:

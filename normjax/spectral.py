@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import FieldError, axes
+from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._expect.binding import axes
+from normjax._leaves import inverse_power
+from normjax.field import FieldError
 
 
 class Spectral(NamedTuple):
@@ -18,7 +20,10 @@ class Spectral(NamedTuple):
     Attributes:
       kernel: the kernel over sigma, in its shape and dtype.
       u: the output vector after the iterations, to start from the next time; shape and dtype of the u that was given.
-      sigma: the estimate of the largest singular value, a float32 (or wider) scalar. [u]
+      sigma: the estimate of the largest singular value, a float32 (or wider) scalar. [units of the kernel]
+
+    >>> spectral_norm(jnp.diag(jnp.array([4.0, 1.0])), jnp.array([1.0, 0.0])).sigma.item()
+    4.0
     """
 
     kernel: jax.Array
@@ -45,19 +50,19 @@ def spectral_norm(
     it is.
 
     Args:
-      kernel: array of a real floating dtype. [units u]
-      u: vector of as many elements as the outputs, not 0; random at the start.
+      kernel: array of a real floating dtype, `[... i o]` or as the layout says.
+      u: array of as many elements as the outputs, `[o]` or `[1, o]`, not all 0; random at the start. [no units]
       steps: power iterations, each v = W u / |W u| and then u = v W / |v W|.
       eps: added to the squared norms of the iteration.
       layout: name of each axis of the kernel.
       outputs: names of the axes that are the columns of the matrix; the others are its rows.
 
     Returns:
-      `(kernel, u, sigma)`.
+      `(kernel, u, sigma)`: the kernel over sigma, the new u, and sigma.
 
     Raises:
       FieldError: u has another size than the outputs, or the layout does not fit.
-      TypeError: the kernel holds integers.
+      TypeError: the kernel holds integers or complex numbers.
       ValueError: steps is negative.
 
     Source: Miyato et al. 2018, algorithm 1 and equation 12 (the gradient).
@@ -67,23 +72,18 @@ def spectral_norm(
     >>> out.sigma.round(4).item(), out.kernel.round(4).tolist()
     (3.0, [[1.0, 0.0], [0.0, 0.33329999446868896]])
     """
-    kernel, given = moments.as_floating(kernel, "spectral_norm"), jnp.asarray(u)
+    kernel, given = require_float(kernel, "spectral_norm"), jnp.asarray(u)
     if jnp.iscomplexobj(kernel):
         raise TypeError(f"spectral_norm takes real arrays, found {kernel.dtype}")
     if steps < 0:
         raise ValueError(f"steps is a number of power iterations, at least 0; found {steps}")
-    where = axes(layout, kernel.ndim)
-    missing = [name for name in outputs.split() if name not in where]
-    if missing or not outputs.split():
-        raise FieldError(f'outputs are names of axes of layout "{layout}"; found "{outputs}"')
-    columns = [axis for name in outputs.split() for axis in where[name]]
-    order = [axis for axis in range(kernel.ndim) if axis not in columns] + columns
-    work = moments.wide(kernel.dtype)
-    matrix = jnp.transpose(kernel, order).astype(work)
-    matrix = matrix.reshape(-1, math.prod(kernel.shape[axis] for axis in columns))
+    matrix = _as_matrix(kernel, layout, outputs)
     if given.size != matrix.shape[1]:
-        raise FieldError(f'u of shape {given.shape} does not fit {matrix.shape[1]} outputs: kernel of shape '
-                         f'{kernel.shape}, layout "{layout}", outputs "{outputs}"')  # fmt: skip
+        raise FieldError(
+            f"u of shape {given.shape} does not fit {matrix.shape[1]} outputs: kernel of shape "
+            f'{kernel.shape}, layout "{layout}", outputs "{outputs}"'
+        )
+    work = matrix.dtype
     still, u = lax.stop_gradient(matrix), lax.stop_gradient(given.reshape(-1).astype(work))
     u = u if steps else _unit(u, eps)
     v = _unit(_times(still, u), eps)
@@ -95,6 +95,18 @@ def spectral_norm(
     return Spectral(normed.astype(kernel.dtype), u.reshape(given.shape).astype(given.dtype), sigma)
 
 
+def _as_matrix(kernel: jax.Array, layout: str, outputs: str) -> jax.Array:
+    """The kernel as a matrix [all other axes, outputs], float32 or wider."""
+    where = axes(layout, kernel.ndim)
+    missing = [name for name in outputs.split() if name not in where]
+    if missing or not outputs.split():
+        raise FieldError(f'outputs are names of axes of layout "{layout}"; found "{outputs}"')
+    columns = [axis for name in outputs.split() for axis in where[name]]
+    order = [axis for axis in range(kernel.ndim) if axis not in columns] + columns
+    matrix = jnp.transpose(kernel, order).astype(statistics_dtype(kernel.dtype))
+    return matrix.reshape(-1, math.prod(kernel.shape[axis] for axis in columns))
+
+
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:
     """A product that no accelerator rounds to fewer bits: the iteration is a statistic."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
@@ -102,4 +114,4 @@ def _times(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array, eps: float) -> jax.Array:
     """The vector at length 1; one of zeros stays, with eps = 0 too."""
-    return x * moments.inverse_power(jnp.sum(lax.square(x)) + eps, 0.5)
+    return x * inverse_power(jnp.sum(lax.square(x)) + eps, 0.5)

@@ -8,17 +8,20 @@ has no difference of squares, which the authors' code has. `blend` mixes outputs
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments, running
-from normjax.field import Field, FieldError, bind
-from normjax.layer import NOTHING, Applied, mergeable
-from normjax.running import BatchRecord, Running, as_stats, observe, require_unbiased, stores, update
-from normjax.theory import Normalizer, Stats, equation, normalize, row
+from normjax._expect import average
+from normjax._expect.arrays import Weights, require_float, statistics_dtype, zero_masked
+from normjax._expect.binding import Plan, bind
+from normjax._normalize.evaluate import equation, normalize
+from normjax.field import FieldError
+from normjax.running import require_unbiased, stores
+from normjax.running import unbiased as with_unbiased_variance
+from normjax.theory import Normalizer, Stats, row
 
 ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
 
@@ -31,6 +34,10 @@ class Mixed(NamedTuple):
       centered: v = x - mean, float32 or wider, 0 where masked.
       stats: the mixed statistics, each broadcasting against x.
       parts: the statistics of each row.
+
+    >>> out = mix(jnp.array([[1.0, 3.0], [5.0, 7.0]]), ("token", "batch"))
+    >>> out.stats.mean.shape, [part.mean.shape for part in out.parts]
+    ((2, 2), [(2, 1), (1, 2)])
     """
 
     y: jax.Array
@@ -53,7 +60,7 @@ def mix(
     eps: ArrayLike = 1e-5,
     unbiased: bool = False,
     refuse: bool = True,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Mixed:
     """Normalizes x with a weighted sum of the statistics of several rows.
 
@@ -65,17 +72,18 @@ def mix(
       var_weight: weight of each row's variance, `[rows]`.
       layout: name of each axis of x.
       stats: for each row, statistics to use instead of those of x (inference); None computes them.
-      scale: see `normjax.normalize`.
-      bias: see `normjax.normalize`.
-      mask: see `normjax.normalize`. A row that pools another's statistics weighs them by what is not masked.
+      scale: factor of y: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: added to scale * y, in the shapes of `scale`.
+      mask: boolean mask or weights that broadcast against x; at weight zero x counts in no statistic and the output is
+        the bias. A row that pools another's statistics weighs them by what is not masked.
       eps: added to the mixed variance. [units of x squared]
       unbiased: variances divide by one less than the number of elements before they are pooled or mixed, as in the
         authors' code, where PyTorch's `var` does so by default. The paper divides by the number.
-      refuse: whether a field over a single element is an error, as for `normalize`.
+      refuse: whether a field over a single element is an error, as it is for `normjax.normalize`.
       dtype: of y, by default that of x.
 
     Returns:
-      `(y, centered, stats, parts)`.
+      `(y, centered, stats, parts)`: y has the shape of x and `dtype`; the mixed statistics and each row's own.
 
     Raises:
       FieldError: a row does not fit x.
@@ -87,17 +95,15 @@ def mix(
     >>> mix(x, ("token", "batch")).stats.mean.tolist()                  # half of 2 and 6, half of 3 and 5
     [[2.5, 3.5], [4.5, 5.5]]
     """
-    rows = [_mixable(n) for n in normalizers]
-    if not rows:
-        raise ValueError("a mix needs at least one row")
-    x = moments.as_floating(x, "mix")
-    work = x.astype(moments.wide(x.dtype))
+    rows = require_mixable(normalizers)
+    x = require_float(x, "mix")
+    work = x.astype(statistics_dtype(x.dtype))
     given: list[Stats | None] = [None for _ in rows] if stats is None else list(stats)
     if len(given) != len(rows):
         raise ValueError(f"statistics are one for each of the {len(rows)} rows; found {len(given)}")
-    parts = _parts(work, rows, layout, given, mask, unbiased, normalize if refuse else equation)
+    parts = _parts(work, rows, layout, given, mask, unbiased, refuse)
     real = jnp.finfo(work.dtype).dtype
-    weights = [_weights(name, w, len(rows), real) for name, w in (("mean", mean_weight), ("var", var_weight))]
+    weights = [_one_for_each_row(name, w, len(rows), real) for name, w in (("mean", mean_weight), ("var", var_weight))]
     means = [jnp.zeros((1,) * x.ndim, work.dtype) if p.mean is None else p.mean for p in parts]
     mean = sum(
         (w.astype(work.dtype) * m for w, m in zip(weights[0], means, strict=True)), start=jnp.zeros((), work.dtype)
@@ -128,9 +134,10 @@ def blend(
       weight: of each row, `[rows]`, or of each row and channel, `[rows, c]`. Batch-instance norm has ("batch", "instance")
         with (rho, 1 - rho), rho in [0, 1].
       layout: name of each axis of x.
-      scale: see `normjax.normalize`.
-      bias: see `normjax.normalize`.
-      mask: see `normjax.normalize`.
+      scale: factor of the sum: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: added to it, in the shapes of `scale`.
+      mask: boolean mask or weights that broadcast against x; at weight zero x counts in no statistic and the output is
+        the bias.
 
     Returns:
       An array of the shape and dtype of x.
@@ -143,10 +150,10 @@ def blend(
     >>> blend(jnp.array([[1.0, 3.0], [1.0, 3.0]]), ("token", "batch"), jnp.array([0.5, 0.5])).round(3).tolist()
     [[-0.5, 0.5], [-0.5, 0.5]]
     """
-    x, weight = moments.as_floating(x, "blend"), jnp.asarray(weight)
+    x, weight = require_float(x, "blend"), jnp.asarray(weight)
     if weight.ndim not in (1, 2) or weight.shape[0] != len(normalizers):
         raise ValueError(f"weights are [rows] or [rows, c] for {len(normalizers)} rows; found shape {weight.shape}")
-    work = x.astype(moments.wide(x.dtype))
+    work = x.astype(statistics_dtype(x.dtype))
     total = jnp.zeros_like(work)
     for w, n in zip(weight, normalizers, strict=True):
         total = total + normalize(work, n, layout, scale=w, mask=mask).y
@@ -154,44 +161,25 @@ def blend(
     return equation(total, final, layout, scale=scale, bias=bias, dtype=x.dtype).y
 
 
-def apply(
-    x: ArrayLike,
-    normalizers: Sequence[Normalizer | str],
-    mean_logits: ArrayLike,
-    var_logits: ArrayLike,
-    layout: str = "n ... c",
-    running: Running = NOTHING,
-    *,
-    use_running: bool = False,
-    update_running: bool = True,
-    momentum: ArrayLike = 0.9,
-    averaging: str = "exponential",
-    **given: Any,
-) -> Applied:
-    """A switchable norm layer: `mix` with the softmax of what is learned, and running statistics of the row that needs them.
+def weights_of(logits: ArrayLike) -> jax.Array:
+    """The weights of the rows from what is learned, a softmax as the authors'.
 
-    `running` and what moves it as in `running.py`; `given` are the other arguments of `mix`. The authors' code starts the
-    running variance from 0, here it is 1, as in Flax.
+    Args:
+      logits: one for each row, `[rows]`.
 
-    >>> x = jnp.array([[1.0, 3.0], [5.0, 7.0]])
-    >>> apply(x, ("token", "batch"), jnp.zeros(2), jnp.zeros(2), running=Running(jnp.zeros(2), jnp.ones(2))).running.mean
-    Array([0.3, 0.5], dtype=float32)
+    Returns:
+      Positive numbers `[rows]` whose sum is 1, float32 or wider.
+
+    Raises:
+      TypeError: integers.
+
+    Source: Luo et al. 2019, section 3.
+
+    >>> weights_of(jnp.zeros(2))
+    Array([0.5, 0.5], dtype=float32)
     """
-    rows = [_mixable(n) for n in normalizers]
-    x, at = moments.as_floating(x, "SwitchableNorm"), storing(rows)
-    stats: list[Stats | None] = [None] * len(rows)
-    if at is not None and use_running:
-        stats[at] = as_stats(running, rows[at], layout, x.shape)
-    logits = [moments.as_floating(w, "SwitchableNorm") for w in (mean_logits, var_logits)]
-    w, v = (jax.nn.softmax(_weights("logit", w, len(rows), moments.wide(w.dtype))) for w in logits)
-    out = mix(x, rows, w, v, layout, stats=stats, **given)
-    if at is None or use_running or not update_running or all(value is None for value in running):
-        return Applied(out.y, running, None, out.centered)
-    batch = observe(out.parts[at], rows[at], layout, x.shape)
-    # Variances that were unbiased before they were pooled do not merge into that of two batches.
-    exact = not given.get("unbiased") and mergeable(rows[at], layout)
-    seen = BatchRecord(batch, jnp.asarray(momentum, jnp.float32), averaging, False, exact)
-    return Applied(out.y, update(running, batch, momentum, averaging), seen, out.centered)
+    logits = require_float(logits, "SwitchableNorm")
+    return jax.nn.softmax(logits.astype(statistics_dtype(logits.dtype)))
 
 
 def storing(normalizers: Sequence[Normalizer | str]) -> int | None:
@@ -211,23 +199,41 @@ def storing(normalizers: Sequence[Normalizer | str]) -> int | None:
     return found[0] if found else None
 
 
-def _mixable(normalizer: Normalizer | str) -> Normalizer:
-    n = row(normalizer)
-    if n.var is None or n.order != 2 or n.floor is not None or n.keep_mean:
-        raise ValueError(f"a mix takes rows that divide, of order 2, without floor and keep_mean; found {n}")
-    return n
+def require_mixable(normalizers: Sequence[Normalizer | str]) -> list[Normalizer]:
+    """The rows, where each of them has a variance that can be mixed.
+
+    Raises:
+      ValueError: there are none, or one does not divide, is of another order than 2, or has a floor or keep_mean.
+
+    >>> require_mixable(("token", "batch"))
+    [Normalizer('c', 'c'), Normalizer('n ...', 'n ...')]
+    """
+    rows = [row(n) for n in normalizers]
+    if not rows:
+        raise ValueError("a mix needs at least one row")
+    for n in rows:
+        if n.var is None or n.order != 2 or n.floor is not None or n.keep_mean:
+            raise ValueError(f"a mix takes rows that divide, of order 2, without floor and keep_mean; found {n}")
+    return rows
 
 
-def _weights(name: str, weight: ArrayLike | None, count: int, dtype: Any) -> jax.Array:
+def _one_for_each_row(name: str, weight: ArrayLike | None, count: int, dtype: DTypeLike) -> jax.Array:
+    """The weights `[rows]` of means or variances, in this dtype; None gives equal ones."""
     weight = jnp.full(count, 1 / count, dtype) if weight is None else jnp.asarray(weight)
     if weight.shape != (count,):
         raise ValueError(f"{name} weights are one for each of the {count} rows; found shape {weight.shape}")
-    return weight.astype(
-        jnp.promote_types(weight.dtype, dtype) if jnp.issubdtype(dtype, jnp.complexfloating) else dtype
-    )
+    return weight.astype(dtype)
 
 
-def _parts(x, rows: list[Normalizer], layout: str, given: list[Stats | None], mask, unbiased, measure) -> list[Stats]:
+def _parts(
+    x: jax.Array,
+    rows: Sequence[Normalizer],
+    layout: str,
+    given: Sequence[Stats | None],
+    mask: ArrayLike | None,
+    unbiased: bool,
+    refuse: bool,
+) -> list[Stats]:
     """The statistics of each row; those of a row that averages over more than an earlier one from the earlier one's."""
     parts: list[Stats] = []
     for k, n in enumerate(rows):
@@ -237,10 +243,10 @@ def _parts(x, rows: list[Normalizer], layout: str, given: list[Stats | None], ma
             if below is not None:
                 stats = pool(parts[below], n, layout)
             else:
-                stats = measure(x, n, layout, mask=mask).stats
+                stats = (normalize if refuse else equation)(x, n, layout, mask=mask).stats
                 if unbiased:
                     require_unbiased(n)
-                    stats = running.unbiased(stats)
+                    stats = with_unbiased_variance(stats)
         parts.append(stats)
     return parts
 
@@ -248,7 +254,7 @@ def _parts(x, rows: list[Normalizer], layout: str, given: list[Stats | None], ma
 def _nested(small: Normalizer, large: Normalizer) -> bool:
     """Whether the large row's statistics follow from the small one's: whole axes, and more of them."""
     a, b = small.var, large.var
-    if not isinstance(a, Field) or not isinstance(b, Field) or small.mean != a or large.mean != b:
+    if a is None or b is None or small.mean != a or large.mean != b:
         return False
     return a != b and all(span.whole and span in b.spans for span in a.spans) and not any(s.window for s in b.spans)
 
@@ -275,13 +281,13 @@ def pool(stats: Stats, normalizer: Normalizer | str, layout: str = "n ... c") ->
     """
     n = row(normalizer)
     field = n.var
-    if not isinstance(field, Field) or stats.mean is None or stats.var is None or stats.mean_weight is None:
+    if field is None or stats.mean is None or stats.var is None or stats.mean_weight is None:
         raise FieldError(f"pooling needs means, variances and their weights, and a row that divides; found {n}")
     mean, var = stats.mean, stats.var
-    plan = moments.Plan(bind(field, layout, mean.shape))
+    plan = Plan(bind(field, layout, mean.shape))
     weight = jnp.broadcast_to(jnp.asarray(stats.mean_weight).astype(var.dtype), mean.shape)
-    weights = moments.Weights(weight, weight > 0)
-    centre, total = moments.average(mean, plan, weights)
-    spread = var + jnp.square(jnp.abs(moments.silence(mean - centre, weights)))
-    both = moments.average(spread, plan, weights)[0]
+    weights = Weights(weight, weight > 0)
+    centre, total = average.average(mean, plan, weights)
+    spread = var + jnp.square(jnp.abs(zero_masked(mean - centre, weights)))
+    both = average.average(spread, plan, weights)[0]
     return Stats(centre, both, total, total)

@@ -7,9 +7,12 @@ import jax
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import Field, FieldError, axes
-from normjax.theory import TABLE, Normalized, Normalizer, Stats, equation, normalize
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype
+from normjax._expect.binding import axes
+from normjax._leaves import one_of
+from normjax._normalize.evaluate import Normalized, equation, normalize
+from normjax.field import Field, FieldError
+from normjax.theory import TABLE, Normalizer, Stats
 
 
 def l2(features: int, field: Field | str = "c", *, eps: float = 1e-10) -> Normalizer:
@@ -64,7 +67,7 @@ def partial_rms(
     >>> partial_rms(jnp.array([[2.0, 6.0]]), fraction=0.5, eps=0.0).y.tolist()
     [[1.0, 3.0]]
     """
-    x = moments.as_floating(x, "partial_rms")
+    x = require_float(x, "partial_rms")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is more than 0 and at most 1; found {fraction!r}")
     n = dataclasses.replace(TABLE["rms"], eps=eps)
@@ -72,7 +75,7 @@ def partial_rms(
     if axis is None:
         raise FieldError(f"partial_rms takes the first channels, axis 'c', which layout \"{layout}\" does not name")
     first = max(1, math.ceil(fraction * x.shape[axis] - 1e-9))
-    weights = moments.weigh(mask, x.astype(moments.wide(x.dtype)))
+    weights = as_weights(mask, x.astype(statistics_dtype(x.dtype)))
     value = None if weights is None else weights.value
     if value is not None and value.shape[axis] != 1:
         value = lax.slice_in_dim(value, 0, first, axis=axis)
@@ -119,10 +122,10 @@ def qk(
     >>> round(float(jnp.vdot(q, k)), 4)
     -0.8
     """
-    moments.choose("kind", kind, QK_KINDS)
+    one_of("kind", kind, QK_KINDS)
     out = []
     for name, x, scale in (("query", query, query_scale), ("key", key, key_scale)):
-        x = moments.as_floating(x, f"qk, for the {name},")
+        x = require_float(x, f"qk, for the {name},")
         where = axes(layout, x.ndim).get("c")
         if where is None:
             raise FieldError(f"qk normalizes over the axis of a head, 'c', which layout \"{layout}\" does not name")

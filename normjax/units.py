@@ -19,14 +19,17 @@ import jax.numpy as jnp
 from jax.scipy.special import erf
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments, running
+from normjax import running
+from normjax._expect.arrays import Weights, align_parameter, align_statistic, as_weights, statistics_dtype, zero_masked
+from normjax._expect.expectation import expect
+from normjax._leaves import inverse_power
+from normjax._normalize.evaluate import affine, equation
 from normjax.field import Field
+from normjax.gain import RELU_GAIN
 from normjax.selu import as_real
-from normjax.theory import Normalizer, Stats, affine, equation, parameter_beside, statistic_beside
+from normjax.theory import Normalizer, Stats
 
 RELU_MEAN = 1 / math.sqrt(2 * math.pi)  # of relu(z), z ~ N(0, 1)
-# One over its standard deviation, 1.7128585504; NFNets' table of constants has 1.7139588594, 0.06 per cent too large.
-RELU_GAIN = math.sqrt(2 * math.pi / (math.pi - 1))
 
 
 def scaled_relu(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
@@ -48,7 +51,7 @@ def scaled_relu(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
     Array([-0.6833317,  1.0295268], dtype=float32)
     """
     x = as_real(x, "scaled_relu")
-    work = x.astype(moments.wide(x.dtype))
+    work = x.astype(statistics_dtype(x.dtype))
     return (RELU_GAIN * (jax.nn.relu(work) - RELU_MEAN)).astype(dtype or x.dtype)
 
 
@@ -73,7 +76,7 @@ def tlu(x: ArrayLike, tau: ArrayLike = 0.0, layout: str = "n ... c") -> jax.Arra
     [[-1.0, 0.5], [2.0, 2.0]]
     """
     x = as_real(x, "tlu")
-    return jnp.maximum(x, parameter_beside(tau, x, layout, "tau", x.dtype))
+    return jnp.maximum(x, align_parameter(tau, x, layout, "tau", x.dtype))
 
 
 def dyt(
@@ -108,8 +111,8 @@ def dyt(
     [[-1.0, 1.0, 3.0]]
     """
     x = as_real(x, "dyt")
-    work = x.astype(moments.wide(x.dtype))
-    y = jnp.tanh(parameter_beside(alpha, work, layout, "alpha", work.dtype) * work)
+    work = x.astype(statistics_dtype(x.dtype))
+    y = jnp.tanh(align_parameter(alpha, work, layout, "alpha", work.dtype) * work)
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
 
 
@@ -147,9 +150,9 @@ def derf(
     [[-1.0, 1.0, 3.0]]
     """
     x = as_real(x, "derf")
-    work = x.astype(moments.wide(x.dtype))
+    work = x.astype(statistics_dtype(x.dtype))
     named = (("alpha", alpha), ("shift", shift))
-    slope, start = (parameter_beside(p, work, layout, name, work.dtype) for name, p in named)
+    slope, start = (align_parameter(p, work, layout, name, work.dtype) for name, p in named)
     y = erf(slope * work + start)
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
 
@@ -240,12 +243,12 @@ def evonorm_b0(
         return EvoNormed(affine(work, layout, scale, bias).astype(dtype or x.dtype), Stats())
     if stats is None or stats.var is None:
         stats = equation(x, evonorm_row(batch, eps), layout, mask=mask).stats
-    var = statistic_beside(stats.var, x, "var", work.dtype)
+    var = align_statistic(stats.var, x, "var", work.dtype)
     own = equation(x, evonorm_row(instance, eps), layout, mask=mask).stats
     own = (running.unbiased(own) if unbiased else own).var
-    v = parameter_beside(v, work, layout, "v", work.dtype)
+    v = align_parameter(v, work, layout, "v", work.dtype)
     d = jnp.maximum(_root(var + eps), v * work + _root(own + eps))
-    y = moments.silence(work * moments.inverse_power(d, 1.0), weights)
+    y = zero_masked(work * inverse_power(d, 1.0), weights)
     return EvoNormed(affine(y, layout, scale, bias).astype(dtype or x.dtype), stats)
 
 
@@ -298,7 +301,7 @@ def evonorm_s0(
     if unbiased:
         var = running.unbiased(divided.stats).var
         divided = equation(x, row, layout, mask=mask, dtype=work.dtype, stats=Stats(divided.stats.mean, var))
-    y = divided.y * jax.nn.sigmoid(parameter_beside(v, work, layout, "v", work.dtype) * work)
+    y = divided.y * jax.nn.sigmoid(align_parameter(v, work, layout, "v", work.dtype) * work)
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
 
 
@@ -348,17 +351,17 @@ def grn(
     stats = equation(x, Normalizer(None, space), layout, mask=mask).stats
     count = jnp.asarray(stats.var_weight, work.dtype)
     g = _root(stats.var * count)  # eps is beside the sum's root, so the mean's root would not do
-    mean = moments.expect(g, channels, layout, mask=None if mask is None else count > 0)
-    share = g * moments.inverse_power(mean + eps, 1.0)
+    mean = expect(g, channels, layout, mask=None if mask is None else count > 0)
+    share = g * inverse_power(mean + eps, 1.0)
     return (affine(work * share, layout, scale, bias) + work).astype(dtype or x.dtype)
 
 
-def _prepared(x: ArrayLike, caller: str, mask: ArrayLike | None) -> tuple[jax.Array, jax.Array, moments.Weights | None]:
+def _prepared(x: ArrayLike, caller: str, mask: ArrayLike | None) -> tuple[jax.Array, jax.Array, Weights | None]:
     """The input, and the same in float32 or wider with zeros where masked, and its weights."""
     x = as_real(x, caller)
-    work = x.astype(moments.wide(x.dtype))
-    weights = moments.weigh(mask, work)
-    return x, moments.silence(work, weights), weights
+    work = x.astype(statistics_dtype(x.dtype))
+    weights = as_weights(mask, work)
+    return x, zero_masked(work, weights), weights
 
 
 def _root(q: jax.Array) -> jax.Array:

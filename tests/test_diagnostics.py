@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from normjax import FieldError, Normalizer, diagnostics, normalize
+from tests.kernels import quickly
 
 
 def data(shape=(6, 3, 2, 5), seed=0):
@@ -69,7 +70,7 @@ def test_measure_equals_its_definition_in_both_layouts_and_behind_masks(measure)
     first = np.moveaxis(x, -1, 1)
     keep = np.arange(6).reshape(6, 1, 1, 1) < 4
 
-    @jax.jit
+    @quickly
     def found(x, first, masked):
         return (
             measure(x),
@@ -93,7 +94,7 @@ def test_measure_equals_its_definition_in_both_layouts_and_behind_masks(measure)
 def test_correlation_matrix_equals_numpys_and_leaves_constant_units_out():
     x = data()
     x[..., 3] = 0.1  # no float
-    matrix_and_mean = jax.jit(lambda x: (diagnostics.correlation_matrix(x), diagnostics.correlation(x)))
+    matrix_and_mean = quickly(lambda x: (diagnostics.correlation_matrix(x), diagnostics.correlation(x)))
     c, mean = map(np.asarray, matrix_and_mean(jnp.asarray(x, jnp.float32)))
     others = [0, 1, 2, 4]
     np.testing.assert_allclose(c[np.ix_(others, others)], np.corrcoef(rows(x)[:, others], rowvar=False), atol=1e-5)
@@ -107,14 +108,14 @@ def test_correlation_under_weights_counts_samples_as_repeated():
     x = data((4, 3))
     times = np.array([[1], [2], [3], [1]])
     repeated = np.repeat(x, times[:, 0], axis=0)
-    found = jax.jit(lambda x, mask: diagnostics.correlation_matrix(x, mask=mask))(*map(jnp.float32, (x, times)))
+    found = quickly(lambda x, mask: diagnostics.correlation_matrix(x, mask=mask))(*map(jnp.float32, (x, times)))
     np.testing.assert_allclose(found, np.corrcoef(repeated, rowvar=False), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_normalized_measures_do_not_depend_on_the_size_of_the_numbers():
     measures = (diagnostics.correlation, diagnostics.cosine_similarity, diagnostics.stable_rank)
-    found = jax.jit(lambda x: jnp.stack([jnp.stack([m(x * s) for m in measures]) for s in (1e-30, 1.0, 1e30)]))
+    found = quickly(lambda x: jnp.stack([jnp.stack([m(x * s) for m in measures]) for s in (1e-30, 1.0, 1e30)]))
     for scaled in (values := found(jnp.asarray(data(), jnp.float32))):
         np.testing.assert_allclose(scaled, values[1], rtol=1e-4)
 
@@ -122,10 +123,10 @@ def test_normalized_measures_do_not_depend_on_the_size_of_the_numbers():
 @pytest.mark.slow
 def test_unit_moments_equal_scipys():
     x = data((50, 4))
-    found = jax.jit(lambda x: diagnostics.unit_moments(x, "c n"))(jnp.asarray(x.T, jnp.float32))
+    found = quickly(lambda x: diagnostics.unit_moments(x, "c n"))(jnp.asarray(x.T, jnp.float32))
     expected = [x.mean(0), x.std(0, ddof=1), scipy.stats.skew(x), scipy.stats.kurtosis(x, fisher=False)]
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-4)
-    biased = jax.jit(lambda x: diagnostics.unit_moments(x, unbiased=False))(jnp.asarray(x, jnp.float32))
+    biased = quickly(lambda x: diagnostics.unit_moments(x, unbiased=False))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(biased.std, x.std(0), rtol=1e-5)
 
 
@@ -142,10 +143,10 @@ def test_stable_rank_is_one_of_copies_and_the_number_of_orthogonal_examples(shap
 def test_measures_of_nothing_are_nan_and_their_gradients_zero():
     nothing = jnp.zeros((3, 2))
     measures = (diagnostics.correlation, diagnostics.cosine_similarity, diagnostics.stable_rank)
-    for value, slope in jax.jit(lambda x: [jax.value_and_grad(measure)(x) for measure in measures])(nothing):
+    for value, slope in quickly(lambda x: [jax.value_and_grad(measure)(x) for measure in measures])(nothing):
         assert np.isnan(value)
         assert not np.asarray(slope).any()
-    others = jax.jit(
+    others = quickly(
         lambda x, mask: (
             diagnostics.dead_units(x),
             diagnostics.activation_size(x),
@@ -205,7 +206,7 @@ def test_derivatives_are_those_of_finite_differences_under_every_transformation(
         return value, first, [jnp.vdot(reverse_twice, t), forward_twice], scanned, mapped
 
     with jax.enable_x64(True):
-        value, first, second, scanned, mapped = jax.jit(along)(jnp.asarray(x), jnp.asarray(t))
+        value, first, second, scanned, mapped = quickly(along)(jnp.asarray(x), jnp.asarray(t))
         assert value.dtype == np.float64
         np.testing.assert_allclose(value, reference(x), rtol=1e-10)
         np.testing.assert_allclose(first, [slope] * 3, rtol=1e-5)
@@ -218,7 +219,7 @@ def test_derivatives_are_those_of_finite_differences_under_every_transformation(
 def test_measures_of_bfloat16_are_float32_of_the_rounded_numbers():
     x = jnp.asarray(data(), jnp.bfloat16)
     exact = np.asarray(x, np.float64)
-    found = jax.jit(lambda x: {name: measure(x) for name, (measure, _) in SCALARS.items()})(x)
+    found = quickly(lambda x: {name: measure(x) for name, (measure, _) in SCALARS.items()})(x)
     for name, (_, reference) in SCALARS.items():
         assert found[name].dtype == np.float32
         assert float(found[name]) == pytest.approx(reference(exact), rel=1e-4)
@@ -227,7 +228,7 @@ def test_measures_of_bfloat16_are_float32_of_the_rounded_numbers():
 @pytest.mark.slow
 def test_second_derivative_of_the_stable_rank_is_finite_where_eigenvalues_coincide():
     x = jnp.eye(4, 6)  # all eigenvalues of the Gram matrix are 1
-    assert np.isfinite(jax.jit(jax.hessian(diagnostics.stable_rank))(x)).all()
+    assert np.isfinite(quickly(jax.hessian(diagnostics.stable_rank))(x)).all()
 
 
 MAPPED = {
@@ -243,21 +244,23 @@ MAPPED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 3, 5), (8, 5)], ids=["few examples", "few elements"])
-def test_measure_of_mapped_parts_and_of_shards_is_that_of_the_whole(shape):
+@pytest.mark.parametrize(
+    ("shape", "names"), [((8, 3, 5), tuple(MAPPED)), ((8, 5), ("stable_rank",))], ids=["few examples", "few elements"]
+)
+def test_measure_of_mapped_parts_and_of_shards_is_that_of_the_whole(shape, names):
     x = jnp.asarray(data(shape), jnp.float32)
     mask = jnp.arange(8).reshape(8, *[1] * (len(shape) - 1)) != 5
     x = jnp.where(mask, x, jnp.nan)
 
     def all_of(x, mask, **kwargs):
-        return {name: measure(x, mask=mask, **kwargs) for name, measure in MAPPED.items()}
+        return {name: MAPPED[name](x, mask=mask, **kwargs) for name in names}
 
-    whole, part = jax.jit(all_of)(x, mask), functools.partial(all_of, axis_name="data")
+    whole, part = quickly(all_of)(x, mask), functools.partial(all_of, axis_name="data")
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = {"in_specs": (P("data"), P("data")), "out_specs": P()}
-    sharded = jax.jit(jax.shard_map(part, mesh=mesh, check_vma=False, **specs))(x, mask)
+    sharded = quickly(jax.shard_map(part, mesh=mesh, check_vma=False, **specs))(x, mask)
     split = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), (x, mask))
-    mapped = jax.jit(jax.vmap(part, axis_name="data"))(*split)
+    mapped = quickly(jax.vmap(part, axis_name="data"))(*split)
     for name, value in whole.items():
         np.testing.assert_allclose(sharded[name], value, rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(mapped[name], np.full(4, value), rtol=1e-5, err_msg=name)
@@ -307,7 +310,7 @@ def test_weight_norms_name_what_linen_and_nnx_name():
 @pytest.mark.slow
 def test_report_holds_every_number_of_every_layer():
     x, g = jnp.asarray(data(), jnp.float32), jnp.asarray(data(seed=1), jnp.float32)
-    report = jax.jit(functools.partial(diagnostics.report, layout={"conv": "n ... c"}, bins=4))
+    report = quickly(functools.partial(diagnostics.report, layout={"conv": "n ... c"}, bins=4))
     found = report({"conv": x, "bare": x[:, 0, 0]}, {"conv": g})
     for name, layer in (("conv", x), ("bare", x[:, 0, 0])):
         layer = np.asarray(layer)

@@ -15,7 +15,7 @@ import pytest
 
 from normjax import TABLE, Normalizer, Stats, normalize
 from normjax import linen as ours
-from normjax.field import axes
+from normjax._expect.binding import axes
 from tests import reference
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,7 +10,8 @@ import pytest
 import scipy.stats
 
 from normjax import FieldError
-from normjax.information import information, joint_histogram, mutual_information, mutual_information_matrix
+from normjax.diagnostics import information, joint_histogram, mutual_information, mutual_information_matrix
+from tests.kernels import quickly
 from tests.test_diagnostics import data, rows
 
 
@@ -21,7 +22,7 @@ def test_joint_histogram_equals_numpys():
     kept = weight < 0.5
     constant = np.full(400, 3.0)
 
-    @jax.jit
+    @quickly
     def found(a, b, weight, constant):
         histogram = joint_histogram
         return {
@@ -54,15 +55,15 @@ def test_joint_histogram_equals_numpys():
 def test_information_is_the_sum_of_entropies_less_the_joint_one():
     counts = np.random.default_rng(0).poisson(1.5, (3, 6, 5)).astype(np.float32)
     counts[0, 2] = 0
-    found = jax.jit(information)(counts)
-    corrected = jax.jit(functools.partial(information, miller_madow=True))(counts)
+    found = quickly(information)(counts)
+    corrected = quickly(functools.partial(information, miller_madow=True))(counts)
     for c, plain, less in zip(counts, found, corrected, strict=True):
         entropy = scipy.stats.entropy
         expected = entropy(c.sum(0)) + entropy(c.sum(1)) - entropy(c.ravel())
         assert float(plain) == pytest.approx(expected, rel=1e-4)
         excess = (c > 0).sum() - (c.sum(0) > 0).sum() - (c.sum(1) > 0).sum() + 1
         assert float(less) == pytest.approx(expected - excess / (2 * c.sum()), rel=1e-4)
-    slope = jax.jit(jax.grad(information))(jnp.array([[3.0, 0.0], [1.0, 2.0]]))
+    slope = quickly(jax.grad(information))(jnp.array([[3.0, 0.0], [1.0, 2.0]]))
     assert np.isfinite(slope).all()
 
 
@@ -70,7 +71,7 @@ def test_information_is_the_sum_of_entropies_less_the_joint_one():
 def test_mutual_information_of_a_gaussian_pair_is_the_analytic_one_within_the_estimators_error():
     samples, bins = 20_000, 24
     normal = np.random.default_rng(0).normal(size=(2, samples))
-    measure = jax.jit(
+    measure = quickly(
         lambda x: [mutual_information(x, bins=bins, miller_madow=corrected) for corrected in (False, True)]
     )
     for rho in (0.0, 0.5, 0.9):
@@ -90,7 +91,7 @@ def test_mutual_information_of_a_gaussian_pair_is_the_analytic_one_within_the_es
 def test_mutual_information_matrix_holds_every_pair_and_entropies_on_the_diagonal():
     x = data((60, 2, 3))
     x[..., 1] = 4
-    matrix = np.asarray(jax.jit(functools.partial(mutual_information_matrix, bins=5))(jnp.asarray(x, jnp.float32)))
+    matrix = np.asarray(quickly(functools.partial(mutual_information_matrix, bins=5))(jnp.asarray(x, jnp.float32)))
     flat = rows(x)
     for i in range(3):
         assert matrix[i, i] == pytest.approx(scipy.stats.entropy(np.histogram(flat[:, i], 5)[0]), abs=1e-5)
@@ -98,7 +99,7 @@ def test_mutual_information_matrix_holds_every_pair_and_entropies_on_the_diagona
             joint = np.histogram2d(flat[:, i], flat[:, j], 5)[0]
             entropies = scipy.stats.entropy(joint.sum(0)) + scipy.stats.entropy(joint.sum(1))
             assert matrix[i, j] == pytest.approx(entropies - scipy.stats.entropy(joint.ravel()), abs=1e-5)
-    mean = jax.jit(functools.partial(mutual_information, layout="c n t", bins=5))
+    mean = quickly(functools.partial(mutual_information, layout="c n t", bins=5))
     found = mean(jnp.asarray(np.moveaxis(x, -1, 0), jnp.float32))
     assert float(found) == pytest.approx(matrix[0, 2], rel=1e-5)  # the only pair without the constant
 

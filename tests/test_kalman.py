@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from normjax import FieldError, Normalizer, normalize
-from normjax.kalman import kalman_normalize, logit, update
+from normjax.kalman import kalman_normalize, logit, mix_beliefs
 from normjax.propagate import Belief, Filtered, predict
 from tests.beliefs import BATCH, MASK, PRIOR, X, belief_of, blocks_of, close, conv, draw, expected, quick
 
@@ -21,13 +21,13 @@ ROWS = {"batch": (BATCH, 1, 1), "blocks": (blocks_of(2), 2, 1), "group": (Normal
 # --- normalization with a prior -------------------------------------------------------------------
 
 
-def test_update_is_the_moments_of_both_samples_together():
+def test_mixture_has_the_moments_of_both_samples_together():
     a, b = draw(0, 30, 3), draw(1, 10, 3, scale=2, shift=1)
     both = np.concatenate([a, b])
     prior, batch = (Belief(*(jnp.asarray(s, jnp.float32) for s in (x.mean(0), x.var(0)))) for x in (a, b))
-    close(update(prior, batch, 0.25), Belief(both.mean(0), both.var(0)))
-    close(update(prior, batch, 0.0), prior)
-    close(update(prior, batch, 1.0), batch)
+    close(mix_beliefs(prior, batch, 0.25), Belief(both.mean(0), both.var(0)))
+    close(mix_beliefs(prior, batch, 0.0), prior)
+    close(mix_beliefs(prior, batch, 1.0), batch)
 
 
 CASES = [("batch", "n ... c", True), ("blocks", "n c ...", True), ("group", "n c ...", True), ("group", "n ... c", False),

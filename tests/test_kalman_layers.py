@@ -10,9 +10,9 @@ from flax import linen as nn
 from flax import nnx
 
 from normjax import FieldError, Normalizer, normalize
-from normjax.linen.kalman import KalmanNorm
+from normjax.linen import KalmanNorm
+from normjax.nnx import KalmanNorm as NNXKalmanNorm
 from normjax.nnx.host import Moments
-from normjax.nnx.kalman import KalmanNorm as NNXKalmanNorm
 from normjax.propagate import Belief, predict
 from tests.beliefs import EPS, PRIOR, X, belief_of, blocks_of, close, draw, expected, quick
 
@@ -34,8 +34,8 @@ class Stack(nn.Module):
 class NNXStack(nnx.Module):
     def __init__(self, rngs):
         self.conv: Any = nnx.Conv(2, 3, (3, 3), rngs=rngs)
-        self.first: Any = NNXKalmanNorm(blocks_of(2), 2, rngs=rngs)
-        self.last: Any = NNXKalmanNorm(blocks_of(2), 3, gain=0.2, learn_gain=True, learn_transition=True, rngs=rngs)
+        self.first: Any = NNXKalmanNorm(2, blocks_of(2), rngs=rngs)
+        self.last: Any = NNXKalmanNorm(3, blocks_of(2), gain=0.2, learn_gain=True, learn_transition=True, rngs=rngs)
 
     def __call__(self, x):
         h, state = self.first(x)
@@ -93,7 +93,7 @@ def test_running_average_keeps_nine_tenths_of_what_is_named_and_inference_is_pla
     _, kept = expected(X, PRIOR, 1.0 if source == "batch" else q, count=2)
     mean, var = kept[:, 0] if source == "first_block" else kept.mean(1)
     close(changed["batch_stats"], {"mean": 0.1 * mean, "var": 0.9 + 0.1 * var})
-    other = NNXKalmanNorm(n, 6, gain=q, stored=source, rngs=nnx.Rngs(0))
+    other = NNXKalmanNorm(6, n, gain=q, stored=source, rngs=nnx.Rngs(0))
     capture: Any = nnx.capture(other, Moments)
     same, sown = capture(X, prior)
     close(same, out)
@@ -146,7 +146,7 @@ def test_layer_with_a_mapped_axis_starts_outside_of_it_and_stores_the_statistics
 
 @pytest.mark.slow
 def test_frozen_statistics_stay_and_a_masked_batch_stores_nothing():
-    layer = NNXKalmanNorm("batch", 6, rngs=nnx.Rngs(0))
+    layer = NNXKalmanNorm(6, "batch", rngs=nnx.Rngs(0))
     layer(X, belief_of(), mask=jnp.zeros((1, 1, 1, 1), bool))
     nnx.view(layer, update_running_average=False)(X)
     close((layer.mean[...], layer.var[...]), (np.zeros(6), np.ones(6)))
@@ -156,19 +156,19 @@ NEEDED = "No `use_running_average` argument was provided to KalmanNorm. Pass it 
 REFUSED = [
     (lambda: KalmanNorm(stored="last").init(jax.random.key(0), X, None, False), ValueError,
      "stored is one of 'filtered', 'batch', 'first_block'; found 'last'"),
-    (lambda: NNXKalmanNorm("batch", 6, stored="last", rngs=nnx.Rngs(0)), ValueError,
+    (lambda: NNXKalmanNorm(6, "batch", stored="last", rngs=nnx.Rngs(0)), ValueError,
      "stored is one of 'filtered', 'batch', 'first_block'; found 'last'"),
-    (lambda: NNXKalmanNorm("batch", 6, gain=2.0, rngs=nnx.Rngs(0)), ValueError,
+    (lambda: NNXKalmanNorm(6, "batch", gain=2.0, rngs=nnx.Rngs(0)), ValueError,
      "gain lies between 0 and 1; found 2.0"),
-    (lambda: NNXKalmanNorm("rms", 6, rngs=nnx.Rngs(0)), ValueError,
+    (lambda: NNXKalmanNorm(6, "rms", rngs=nnx.Rngs(0)), ValueError,
      "Kalman normalization needs a mean and a variance: A = B, order 2, gain 1, power 1/2, without windows, floor or "
      "keep_mean; found Normalizer(None, 'c')"),
-    (lambda: NNXKalmanNorm("batch", 6, use_running_average=None, rngs=nnx.Rngs(0))(X), ValueError,
+    (lambda: NNXKalmanNorm(6, "batch", use_running_average=None, rngs=nnx.Rngs(0))(X), ValueError,
      NEEDED + "or set it on the whole model: nnx.view(model, use_running_average=True) or False."),
-    (lambda: NNXKalmanNorm(Normalizer("n", "n"), 6, rngs=nnx.Rngs(0)), FieldError,
+    (lambda: NNXKalmanNorm(6, Normalizer("n", "n"), rngs=nnx.Rngs(0)), FieldError,
      "Normalizer('n', 'n') stores statistics along other axes than the channels: give the whole shape of an input as "
      "`features`, found 6"),
-    (lambda: NNXKalmanNorm("batch", 4, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))(X), FieldError,
+    (lambda: NNXKalmanNorm(4, "batch", use_scale=False, use_bias=False, rngs=nnx.Rngs(0))(X), FieldError,
      'the stored mean has shape (4,), but field "n ..." on an array of shape (4, 3, 2, 6), layout "n ... c", needs (6,)'),
 ]  # fmt: skip
 

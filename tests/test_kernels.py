@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from normjax import Normalizer, Stats, kernels, linen, normalize
-from normjax.kernels import rows
+from normjax.kernels import pallas
 
 P = jax.sharding.PartitionSpec
 TARGETS = ("interpret", "interpret tpu")
@@ -64,10 +64,10 @@ QUICK = {
 
 @pytest.fixture
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(rows, "PROGRAMS", 2)
-    monkeypatch.setattr(rows, "SMALL", 64)
-    monkeypatch.setattr(rows, "LARGE", 64)
-    monkeypatch.setattr(rows, "TPU_BLOCK", 16 * 128)
+    monkeypatch.setattr(pallas, "PROGRAMS", 2)
+    monkeypatch.setattr(pallas, "SMALL", 64)
+    monkeypatch.setattr(pallas, "LARGE", 64)
+    monkeypatch.setattr(pallas, "TPU_BLOCK", 16 * 128)
 
 
 @pytest.fixture
@@ -294,13 +294,13 @@ def test_second_derivatives_over_reverse_mode_are_the_twins(mode):
                                             ((2,), (True, False, True))])  # fmt: skip
 def test_cotangent_of_a_statistic_that_nothing_uses_is_not_read(used, read, monkeypatch):
     seen = []
-    kernel = rows.backward
+    kernel = pallas.backward
 
     def spy(*args):
         seen.append(tuple(c is not None for c in args[-3:]))
         return kernel(*args)
 
-    monkeypatch.setattr(rows, "backward", spy)
+    monkeypatch.setattr(pallas, "backward", spy)
 
     def loss(x):
         out = kernels.normalize(x, (1,), 0.1)
@@ -441,18 +441,18 @@ def test_platform_without_kernels_is_refused_and_the_message_says_what_to_do(wra
 def test_blocks_cover_the_array_and_keep_the_rules_of_the_target(target, backward):
     for height in (1, 2, 15, 64, 1000, 8192, 100_003):
         for length in (1, 3, 64, 70, 768, 1030, 4096, kernels.LONGEST):
-            cut = rows.tiling(target, height, length, backward)
+            cut = pallas.tiling(target, height, length, backward)
             tall = cut.height * cut.steps
             assert (cut.programs - 1) * tall < height <= cut.programs * tall
             if target == "tpu":
                 assert cut.width == length
                 assert cut.height == height or cut.height % 16 == 0
-                assert cut.height * -(-length // 128) * 128 <= max(rows.TPU_BLOCK, 16 * kernels.LONGEST)
+                assert cut.height * -(-length // 128) * 128 <= max(pallas.TPU_BLOCK, 16 * kernels.LONGEST)
             else:
                 assert cut.width < 2 * length
                 assert all(n and n & (n - 1) == 0 for n in (cut.height, cut.width, cut.warps))
-                assert cut.height == 1 or cut.height * cut.width <= rows.LARGE
-                assert not backward or cut.programs <= rows.PROGRAMS
+                assert cut.height == 1 or cut.height * cut.width <= pallas.LARGE
+                assert not backward or cut.programs <= pallas.PROGRAMS
 
 
 X = (8, 128, 768)

@@ -11,13 +11,14 @@ import pytest
 from normjax import Normalizer, normalize
 from normjax.projection import (
     Kernels,
-    effective_learning_rate,
+    effective_learning_rates,
     equilibrium_norm,
     norm_schedule,
     norms,
     project,
     scale_by_weight_norm,
 )
+from tests.kernels import quickly
 
 WHOLE = Kernels(output="head")
 EACH = Kernels(output="head", field="... i")
@@ -38,7 +39,7 @@ def forward(params, x, row):
     return x @ params["head"]["kernel"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(quickly, static_argnums=(0, 1, 2, 3))
 def train(tx, row, steps, kernels, params, x, target):
     """Outputs, norms and squared gradients before each step."""
 
@@ -171,21 +172,21 @@ def test_equilibrium_norm_is_where_decayed_steps_stay():
 def test_effective_learning_rate_is_relative_to_the_reference():
     kernel = np.random.default_rng(2).normal(size=(4, 6)).astype(np.float32)
     for rule, factor in (("sgd", 0.25), ("sign", 0.5)):
-        found = effective_learning_rate({"kernel": 2 * kernel}, 0.1, rule=rule, reference=norms({"kernel": kernel}))
+        found = effective_learning_rates({"kernel": 2 * kernel}, 0.1, rule=rule, reference=norms({"kernel": kernel}))
         np.testing.assert_allclose(found["kernel"], 0.1 * factor, rtol=1e-6)
-    each = effective_learning_rate({"kernel": kernel}, 0.1, Kernels(field="... i"))["kernel"]
+    each = effective_learning_rates({"kernel": kernel}, 0.1, Kernels(field="... i"))["kernel"]
     np.testing.assert_allclose(each, 0.1 / np.sum(kernel**2, 0), rtol=1e-6)
 
 
-# Random labels drawn anew (Lyle et al. 2024), as a reproduction on a CPU has them: an MLP 64-256-256-10 on 2,048 inputs.
+# Random labels drawn anew (Lyle et al. 2024), as a reproduction on a CPU has them: an MLP 64-256-256-10, here on 512 inputs.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def on_random_labels(tx, normalized, tasks, seed=0, steps=600, batch=128):
+@functools.partial(quickly, static_argnums=(0, 1, 2))
+def on_random_labels(tx, normalized, tasks, seed=0, steps=240, batch=64):
     """Training accuracy after each task; the norm of each hidden kernel over its first; which units are dead at last."""
     layer = Normalizer("c", "c")
     keys = jax.random.split(jax.random.key(seed), 5)
-    x = jax.random.normal(keys[0], (2048, 64))
+    x = jax.random.normal(keys[0], (512, 64))
     sizes = {"hidden_0": (64, 256), "hidden_1": (256, 256), "head": (256, 10)}
     params = {
         name: {"kernel": jax.random.normal(key, size) * (2 / size[0]) ** 0.5, "bias": jnp.zeros(size[1])}
@@ -207,8 +208,8 @@ def on_random_labels(tx, normalized, tasks, seed=0, steps=600, batch=128):
         return (optax.apply_updates(params, updates), state), None
 
     def task(carry, key):
-        labels = jax.random.randint(key, (2048,), 0, 10)
-        order = jax.random.randint(jax.random.fold_in(key, 1), (steps, batch), 0, 2048)
+        labels = jax.random.randint(key, (512,), 0, 10)
+        order = jax.random.randint(jax.random.fold_in(key, 1), (steps, batch), 0, 512)
         carry, _ = jax.lax.scan(lambda carry, index: step(carry, index, labels), carry, order)
         out, units = apply(carry[0], x)
         return carry, (jnp.mean(jnp.argmax(out, 1) == labels), norms(carry[0]), jnp.mean(jnp.all(units == 0, 0)))
@@ -226,7 +227,7 @@ def test_norms_grow_on_ever_new_random_labels_unless_projected():
     for accuracy in (free[0], held[0]):
         assert (accuracy > 0.99).all()
     assert (np.diff([1, *free[1]["hidden_1/kernel"]]) > 0).all()
-    assert free[1]["hidden_1/kernel"][-1] > 1.5  # 5.5 after 30 tasks
+    assert free[1]["hidden_1/kernel"][-1] > 1.5  # 1.6
     for name in HIDDEN:
         np.testing.assert_allclose(held[1][f"{name}/kernel"], 1, rtol=1e-5)
 
@@ -234,8 +235,8 @@ def test_norms_grow_on_ever_new_random_labels_unless_projected():
 @pytest.mark.slow
 def test_without_a_normalizer_ever_new_random_labels_kill_the_units():
     with jax.numpy_dtype_promotion("standard"):
-        accuracy, _, dead = on_random_labels(optax.adam(1e-3), False, 15)
+        accuracy, _, dead = on_random_labels(optax.adam(3e-3), False, 15)
     assert accuracy[0] > 0.99
-    assert accuracy[4] > 0.9  # 0.98 as measured before
-    assert accuracy[14] < 0.25  # 0.12, where 0.10 is chance
-    assert dead[14] > 0.8  # all of them after 30 tasks
+    assert accuracy[4] > 0.9  # 1.00
+    assert accuracy[14] < 0.25  # 0.14, where 0.10 is chance
+    assert dead[14] > 0.8  # 0.96

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from normjax.projection import (
     Kernels,
     bounded_norm,
-    effective_learning_rate,
+    effective_learning_rates,
     norm_schedule,
     norms,
     project,
@@ -253,20 +253,6 @@ def test_the_scale_of_weight_norm_is_no_normalizer_s_unless_it_is_named():
     assert list(start(project_affine("dense/*"), params).norms) == ["dense"]
 
 
-def test_pull_is_the_gradient_of_its_penalty():
-    random = np.random.default_rng(4)
-    params = {"norm": {"scale": random.normal(size=5), "bias": random.normal(size=5)}, "dense": {"bias": np.ones(5)}}
-    params = jax.tree.map(lambda p: p.astype(np.float32), params)
-    tx = pull_affine(0.3)
-
-    def penalty(params):
-        norm = params["norm"]
-        return 0.15 * (jnp.sum(jnp.square(norm["scale"] - 1)) + jnp.sum(jnp.square(norm["bias"])))
-
-    found, _ = update(tx, jax.tree.map(jnp.zeros_like, params), start(tx, params), params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, jax.grad(penalty)(params))
-
-
 # Trees and devices.
 
 
@@ -402,10 +388,10 @@ MISTAKES = {
         lambda: scale_by_weight_norm({}, ALL, learning_rate=0.1),
         "scale_by_weight_norm: correction='exact' needs learning_rate and weight_decay; 'paper' goes without",
     ),
-    "rule": (lambda: effective_learning_rate(TREE, 0.1, rule="adam"), "rule is one of 'sgd', 'sign'; found 'adam'"),
+    "rule": (lambda: effective_learning_rates(TREE, 0.1, rule="adam"), "rule is one of 'sgd', 'sign'; found 'adam'"),
     "reference": (
-        lambda: effective_learning_rate(TREE, 0.1, Kernels("b"), reference={"a/kernel": 1.0}),
-        "effective_learning_rate: norms of 'b/c/kernel' are not among those given: a/kernel",
+        lambda: effective_learning_rates(TREE, 0.1, Kernels("b"), reference={"a/kernel": 1.0}),
+        "effective_learning_rates: norms of 'b/c/kernel' are not among those given: a/kernel",
     ),
     "affine": (
         lambda: project_affine().init(TREE),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -547,6 +548,15 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: ren2017("dn**", "lstm"), ValueError, r"row.*'dn\*\*'"),
     (lambda: ren2017("dn*", "gru"), ValueError, "cell.*'gru'"),
 ]
+
+
+def test_nnx_constructors_name_every_option_that_the_cells_have():
+    ours = {field.name for field in dataclasses.fields(our_linen.cells.LSTMCell)}
+    assert ours <= our_nnx.CellOptions.__optional_keys__
+    flax = set()
+    for name in ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell"):
+        flax |= set(inspect.signature(getattr(nnx, name).__init__).parameters)
+    assert our_nnx.CellOptions.__optional_keys__ - ours == flax - {"self", "in_features", "hidden_features", "rngs"}
 
 
 @pytest.mark.parametrize(("call", "kind", "text"), REFUSED, ids=[text for *_, text in REFUSED])

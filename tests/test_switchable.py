@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from normjax import FieldError, Normalizer, Stats, normalize
+from normjax.linen import SwitchableNorm
 from normjax.running import Running, merge_into
-from normjax.switchable import ROWS, apply, blend, mix, pool
+from normjax.switchable import ROWS, blend, mix, pool, require_mixable, storing, weights_of
 from tests.test_conditional import IMAGE, SPACE, assert_as_torch, close, draw, first, last, single
 from tests.test_gdn import assert_same_derivatives, quick
 
@@ -35,7 +36,11 @@ def test_switchable_norm_is_the_direct_mixture_of_means_and_variances_in_both_la
 
     @quick
     def ours(x, w, v, *logits):
-        same = mix(x, ROWS, w, v).y, last(mix(first(x), ROWS, w, v, "n c ...").y), apply(x, ROWS, *logits).y
+        same = (
+            mix(x, ROWS, w, v).y,
+            last(mix(first(x), ROWS, w, v, "n c ...").y),
+            mix(x, ROWS, weights_of(logits[0]), weights_of(logits[1])).y,
+        )
         return same, mix(x, ROWS).stats.var, mix(x + 3000, ROWS).stats.var
 
     same, near, far = ours(x, *single((w, v, *LOGITS)))
@@ -73,7 +78,8 @@ def test_switchable_norm_has_outputs_and_gradients_of_the_published_code_written
         return (x - mean) / (var + 1e-5).sqrt() * scale + bias
 
     def ours(x, mean_weight, var_weight, scale, bias):
-        return apply(x, ROWS, mean_weight, var_weight, scale=scale, bias=bias, unbiased=True).y
+        weights = weights_of(mean_weight), weights_of(var_weight)
+        return mix(x, ROWS, *weights, scale=scale, bias=bias, unbiased=True).y
 
     assert_as_torch(ours, theirs, (IMAGE, *LOGITS, *draw(3, 2, 6)))
 
@@ -124,6 +130,15 @@ def test_a_mixture_over_a_mapped_axis_is_that_of_the_whole_batch(way):
     close(got, want)
 
 
+def layer_on(x, running, average=False, rows=ROWS, logits=LOGITS, **options):
+    """The output of a layer without scale and bias, and what it leaves."""
+    layer = SwitchableNorm(rows, use_scale=False, use_bias=False, **options)
+    params = dict(zip(("mean_weight", "var_weight"), single(logits), strict=True))
+    stored = {name: value for name, value in running._asdict().items() if value is not None}
+    variables = {"params": params, "batch_stats": stored}
+    return layer.apply(variables, x, average, mutable=["batch_stats", "moments"])
+
+
 def test_running_statistics_of_a_mixture_move_and_serve_as_those_of_batch_norm():
     x = jnp.asarray(IMAGE, jnp.float32)
     running = Running(jnp.zeros(6), jnp.ones(6))
@@ -131,18 +146,18 @@ def test_running_statistics_of_a_mixture_move_and_serve_as_those_of_batch_norm()
     stored = Running(*single((mean, var)))
 
     @quick
-    def ours(x, *logits):
-        out = apply(x, ROWS, *logits, running=running, momentum=0.9)
-        one = apply(x[:1], ROWS, *logits, running=stored, use_running=True)
-        kept = apply(x, ROWS, *logits, running=running, update_running=False)
-        return out, one, kept, apply(x, ROWS, *logits, running=running, momentum=0.0, unbiased=True).running.var
+    def ours(x):
+        out = layer_on(x, running)
+        one = layer_on(x[:1], stored, True)
+        kept = layer_on(x, running, update_running_average=False)
+        return out, one, kept, layer_on(x, running, momentum=0.0, unbiased=True)[1]["batch_stats"]["var"]
 
-    out, one, kept, unbiased = ours(x, *single(LOGITS))
-    close(out.running.mean, 0.1 * mean)
-    close(out.running.var, 0.9 + 0.1 * var)
-    close(one.y, out.y[:1])
-    assert one.seen is None
-    assert kept.running.var.tolist() == [1.0] * 6
+    (y, left), (one, nothing), kept, unbiased = ours(x)
+    close(left["batch_stats"]["mean"], 0.1 * mean)
+    close(left["batch_stats"]["var"], 0.9 + 0.1 * var)
+    close(one, y[:1])
+    assert "moments" not in nothing
+    assert kept[1]["batch_stats"]["var"].tolist() == [1.0] * 6
     within = IMAGE.var(SPACE, ddof=1)  # the authors' are unbiased in an instance, and biased over them
     close(unbiased, within.mean(0) + IMAGE.mean(SPACE).var(0))
 
@@ -150,19 +165,20 @@ def test_running_statistics_of_a_mixture_move_and_serve_as_those_of_batch_norm()
 def test_what_a_mixture_saw_of_micro_batches_is_stored_as_that_of_the_whole_batch():
     running = Running(jnp.zeros(6), jnp.ones(6))
 
+    def seen_of(x, **options):
+        return layer_on(x, running, **options)[1]["moments"]["batch"][0]
+
     @quick
     def ours(x):
-        seen = [apply(part, ROWS, *single(LOGITS), running=running).seen for part in (x[:2], x[2:])]
-        together = merge_into(running, jax.tree.map(lambda *parts: jnp.stack(parts), *seen))
-        return together, apply(x, ROWS, *single(LOGITS), running=running).running
+        together = merge_into(running, jax.tree.map(lambda *s: jnp.stack(s), seen_of(x[:2]), seen_of(x[2:])))
+        return together._asdict(), layer_on(x, running)[1]["batch_stats"]
 
     together, whole = ours(single(IMAGE))
-    jax.tree.map(close, together, whole)
+    jax.tree.map(close, {name: together[name] for name in whole}, whole)
     halves = ("instance", Normalizer("n/3 ...", "n/3 ..."))
     for rows, settings, merges in ((ROWS, {}, True), (ROWS, {"unbiased": True}, False), (halves, {}, False)):
-        logits = [jnp.zeros(len(rows))] * 2
-        f = functools.partial(apply, normalizers=rows, mean_logits=logits[0], var_logits=logits[1], running=running)
-        assert jax.eval_shape(functools.partial(f, **settings), single(IMAGE)).seen.mergeable == merges
+        f = functools.partial(seen_of, rows=rows, logits=[np.zeros(len(rows))] * 2, **settings)
+        assert jax.eval_shape(f, single(IMAGE)).mergeable == merges
 
 
 @pytest.mark.slow
@@ -192,7 +208,9 @@ def plain_mix(x, w, v):
 def test_switchable_norm_has_every_derivative_of_its_plain_form():
     with jax.numpy_rank_promotion("allow"):
         args = (RNG.normal(size=(2, 3, 2)), *LOGITS)
-        assert_same_derivatives(lambda x, w, v: apply(x, ROWS, w, v).y, plain_mix, args, rtol=1e-7)
+        assert_same_derivatives(
+            lambda x, w, v: mix(x, ROWS, weights_of(w), weights_of(v)).y, plain_mix, args, rtol=1e-7
+        )
 
 
 D = jnp.ones((2, 3))
@@ -215,7 +233,7 @@ ERRORS = {
         "gain=1.2533141373155001, power=1.0, order=1)",
     ),
     "two that store": (
-        lambda: apply(D, ("batch", "ghost"), jnp.ones(2), jnp.ones(2)),
+        lambda: storing(require_mixable(("batch", "ghost"))),
         ValueError,
         "one row of a mix may store statistics; found Normalizer('n ...', 'n ...'), Normalizer('n/8 ...', 'n/8 ...')",
     ),

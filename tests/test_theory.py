@@ -1,7 +1,10 @@
 """The equation: every row against its obvious form, its invariances, its derivatives, its precision."""
 
+import copy
 import functools
 import math
+import pickle
+from dataclasses import FrozenInstanceError, replace
 from typing import Any, cast
 
 import jax
@@ -13,7 +16,7 @@ from jax.test_util import check_grads
 
 import normjax
 from normjax import TABLE, Normalizer, explain, linen, nnx, normalize, top
-from normjax.theory import equation
+from normjax._normalize.evaluate import equation
 from tests import reference
 from tests.rows import CHANNELS, DIFFERENTIABLE, ROWS, example, slow_but, with_eps
 
@@ -275,6 +278,31 @@ def test_zero_size_arrays_pass_through():
 def test_repr_evaluates_back(name):
     assert eval(repr(ROWS[name]), {"Normalizer": Normalizer, "top": top}) == ROWS[name]
     hash(ROWS[name])
+
+
+def test_the_table_pickles_and_copies_and_refuses_writes():
+    for twin in (pickle.loads(pickle.dumps(TABLE)), copy.deepcopy(TABLE), copy.copy(TABLE)):
+        assert twin == TABLE
+        assert list(twin) == list(TABLE)
+    table: Any = TABLE
+    with pytest.raises(TypeError):
+        table["batch"] = TABLE["layer"]
+    with pytest.raises(TypeError):
+        del table["batch"]
+    assert eval(repr(TABLE), {"Frozen": dict, "Normalizer": Normalizer}) == TABLE
+
+
+def test_fields_are_parsed_and_stay_fields_when_copied():
+    n = Normalizer("n ...", None, floor="c")
+    assert isinstance(n.mean, normjax.Field)
+    assert n.var is None
+    for twin in (pickle.loads(pickle.dumps(n)), copy.deepcopy(n), replace(n, mean=normjax.Field.parse("n ..."))):
+        assert twin == n
+        assert hash(twin) == hash(n)
+    with pytest.raises(FrozenInstanceError):
+        setattr(n, "mean", "c")  # noqa: B010 (what a checker refuses)
+    with pytest.raises(TypeError, match="var"):
+        cast(Any, Normalizer)("c")
 
 
 @rows

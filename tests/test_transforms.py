@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec
 
-from normjax import TABLE, Field, Normalizer, derivative, normalize, top
+from normjax import TABLE, Field, Normalizer, normalize, top
+from normjax._normalize import derivative
 from tests import reference
 from tests.rows import ROWS, example
 

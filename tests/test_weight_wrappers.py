@@ -1,6 +1,7 @@
 """WeightNorm and SpectralNorm around a layer: Flax's numbers on Flax's variables."""
 
 import functools
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -33,6 +34,27 @@ def linen_wrapper(library, row):
             return library.WeightNorm(Inner(), **row)(nn.Dense(6)(x))
 
     return Model()
+
+
+# What our calls read, or ignore on purpose (`promote_dtype`, `rngs` after construction). What Flax adds must be read too.
+READ: dict[Any, str] = {
+    nn.WeightNorm: "layer_instance epsilon dtype param_dtype use_scale scale_init feature_axes variable_filter parent name",
+    nn.SpectralNorm: "layer_instance n_steps epsilon dtype param_dtype error_on_non_matrix collection_name parent name",
+    nnx.WeightNorm: "self layer_instance feature_axes use_scale scale_init epsilon dtype param_dtype variable_filter "
+    "promote_dtype rngs",
+    nnx.SpectralNorm: "self layer_instance n_steps epsilon dtype param_dtype error_on_non_matrix update_stats rngs",
+}
+
+
+@pytest.mark.parametrize("library", [nn, nnx], ids=["linen", "nnx"])
+def test_wrappers_are_flax_s_own_with_every_argument_read(library):
+    ours = {nn: linen_weights, nnx: nnx_weights}[library]
+    for name in ("WeightNorm", "SpectralNorm"):
+        flax, mine = getattr(library, name), getattr(ours, name)
+        assert issubclass(mine, flax)
+        for wrapper in (flax, mine):
+            made = wrapper if library is nn else wrapper.__init__
+            assert " ".join(inspect.signature(made).parameters) == READ[flax]
 
 
 WRAPPED: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from normjax import window
+from normjax._expect import window
 
 CASES = [
     (length, width, padding)

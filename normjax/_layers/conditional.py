@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import conditional
+from normjax._expect.arrays import require_float
 from normjax._layers import norm
 from normjax._layers.describe import (
     Initializer,
@@ -21,7 +22,6 @@ from normjax._layers.describe import (
 )
 from normjax._layers.statistics import RunningLayer
 from normjax.conditional import Modulation
-from normjax.moments import as_floating
 from normjax.theory import Normalizer
 
 
@@ -165,7 +165,7 @@ class ConditionalNorm(Modulated):
         Raises:
           TypeError: integer input.
         """
-        x = as_floating(x, "ConditionalNorm")
+        x = require_float(x, "ConditionalNorm")
         modulation = conditional.by_class(labels, **self._learned(x.shape))
         return self._modulated(x, modulation, use_running_average, mask)
 
@@ -221,7 +221,7 @@ class FiLM(Modulated):
         self, x: ArrayLike, condition: ArrayLike, use_running_average: bool | None, mask: ArrayLike | None
     ) -> tuple[jax.Array, jax.Array]:
         """The modulated array, and the gate if the map gives one."""
-        x, condition = as_floating(x, type(self).__name__), as_floating(condition, type(self).__name__)
+        x, condition = require_float(x, type(self).__name__), require_float(condition, type(self).__name__)
         learned = self._learned(x.shape, condition.shape)
         modulation = conditional.project(
             condition, order=self.order, around=self.around, activation=self.activation, **learned

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax.field import FieldError, axes
+from normjax._expect.binding import axes
+from normjax.field import FieldError
 
 Shape = tuple[int | None, ...]  # lengths are None where they are not known yet
 Initializer = Callable[..., jax.Array]  # of a random key, a shape and a dtype

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
+from normjax._normalize.evaluate import equation
 from normjax.field import Field, FieldError, Span
-from normjax.layer import NOTHING, Applied, apply
-from normjax.running import Running
+from normjax.running import NOTHING, BatchRecord, Running, as_stats, mergeable, record
 from normjax.theory import Normalizer
 
 Axes = int | Sequence[int]
@@ -212,9 +212,17 @@ def widened(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
     x = jnp.asarray(x)
     with jax.numpy_dtype_promotion("standard"):
         work = jnp.promote_types(x.dtype if dtype is None else dtype, jnp.float32)
-    if jnp.issubdtype(x.dtype, jnp.inexact) and moments.wide(x.dtype) == work:
+    if jnp.issubdtype(x.dtype, jnp.inexact) and statistics_dtype(x.dtype) == work:
         return x
     return x.astype(work)
+
+
+class Applied(NamedTuple):
+    """The output of a preset, the statistics to store, and the record of the batch; None where nothing is to be stored."""
+
+    y: jax.Array
+    running: Running
+    record: BatchRecord | None
 
 
 def normalize_as_read(
@@ -240,5 +248,11 @@ def normalize_as_read(
     [[[4.0], [6.0]]]
     """
     n, layout = reading.normalizer, reading.layout
+    stats = as_stats(running, n, layout, x.shape) if use_running else None
     given = {"mask": mask, **{k: align_features(p, reading, x.shape) for k, p in (("scale", scale), ("bias", bias))}}
-    return apply(x, n, layout, running, refuse=False, use_running=use_running, momentum=momentum, dtype=dtype, **given)
+    out = equation(x, n, layout, stats=stats, dtype=dtype, **given)
+    if use_running or running.var is None:
+        return Applied(out.y, running, None)
+    return Applied(
+        out.y, *record(running, out.stats, n, layout, x.shape, momentum=momentum, exact=mergeable(n, layout))
+    )

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import gdn
+from normjax._expect.arrays import require_float
 from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones
-from normjax.moments import as_floating
 
 
 @description
@@ -86,7 +86,7 @@ class GDN(Layer):
           FieldError: the layout names no channels.
           TypeError: integer input.
         """
-        x = as_floating(x, "GDN")
+        x = require_float(x, "GDN")
         learned = self._learned(x.shape)
         return gdn.gdn_of_raw(
             x,

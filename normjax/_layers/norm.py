@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._layers.describe import Initializer, Parameter, Shape, description, ones, promoted, scale_and_bias, zeros
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
-from normjax.order import top
-from normjax.theory import Normalized, Normalizer, Stats, affine, equation, normalize, row
+from normjax._normalize.evaluate import Normalized, affine, equation, normalize
+from normjax.theory import Normalizer, Stats, row, top
 
 
 class Evaluating(Protocol):
@@ -99,7 +99,7 @@ class Rowed(RunningLayer):
           FieldError: the normalizer does not fit the input.
           TypeError: integer input.
         """
-        x = moments.as_floating(x, "Norm")
+        x = require_float(x, "Norm")
         learned = self._learned(x.shape, scale=scale, bias=bias)
         sigma, moves = learned.pop("sigma", None), self._moves(update_running_average)
         eps = None if sigma is None else jnp.square(sigma)
@@ -112,10 +112,10 @@ class Rowed(RunningLayer):
         def renormed(correct: Correct) -> Taken[jax.Array]:
             n, measured = self._measure(x, mask, moves)
             work = promoted(x, self.dtype)
-            work = work.astype(moments.wide(work.dtype))
+            work = work.astype(statistics_dtype(work.dtype))
             out = normalize(work, n, self.layout, stats=measured, mask=mask, eps=eps)
             r, d = correct(out.stats, n)
-            y = moments.silence(r * out.y + d, moments.weigh(mask, work))  # zero where masked
+            y = zero_masked(r * out.y + d, as_weights(mask, work))  # zero where masked
             y = affine(y, self.layout, **learned).astype(self.dtype or x.dtype)
             return Taken(y, out.stats, n, out.centered)
 
@@ -170,8 +170,8 @@ class Norm(Rowed):
       mean_init: first value of a running mean.
       var_init: first value of a running variance, or other moment.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
-      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; here or at the call, where they
-        may be arrays. None is plain.
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call,
+        where they may be arrays. None is plain.
       l1: weight alpha of the L1 penalty alpha * mean |v|, which linen sows as `l1` into the collection `losses` when it is
         mutable, never while initializing, and nnx captures as `Penalty`. 0 leaves none.
       l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.

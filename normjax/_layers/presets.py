@@ -6,11 +6,11 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch, batch_extremes, response
+from normjax._expect.arrays import require_float
 from normjax._layers.describe import Layer, Shape, description
 from normjax._layers.norm import Rowed, evaluated
 from normjax._layers.statistics import Limits
 from normjax.field import Field, Span
-from normjax.moments import as_floating
 from normjax.running import Slot
 from normjax.theory import TABLE, Normalizer, Stats, row
 
@@ -136,11 +136,6 @@ class LocalResponseNorm(Layer):
     size: int = 5
     alpha: float = 1e-4
     beta: float = 0.75
-
-    def _keeps(self, shape: Shape) -> dict[str, Slot]:
-        found = super()._keeps(shape)
-        return {**found, "top": found["var"]._replace(fill=0.0)}
-
     k: float = 1.0
     layout: str = "n ... c"
     dtype: DTypeLike | None = None
@@ -152,7 +147,7 @@ class LocalResponseNorm(Layer):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x; see `normjax.normalize` for the mask."""
-        return evaluated(self, as_floating(x, "a layer"), self.normalizer, mask=mask).y
+        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask).y
 
 
 @description
@@ -186,7 +181,7 @@ class LocalContrastNorm(Layer):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x; see `normjax.normalize` for the mask."""
-        return evaluated(self, as_floating(x, "a layer"), self.normalizer, mask=mask).y
+        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask).y
 
 
 @description
@@ -502,6 +497,10 @@ class GhostTopKBatchNorm(TopKBatchNorm):
     """
 
     beta: float = 0.75
+
+    def _keeps(self, shape: Shape) -> dict[str, Slot]:
+        found = super()._keeps(shape)
+        return {**found, "top": found["var"]._replace(fill=0.0)}
 
     def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
         n = self._here(self._row())

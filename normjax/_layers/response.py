@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import response
+from normjax._expect.arrays import require_float
 from normjax._layers.describe import (
     Initializer,
     Layer,
@@ -17,7 +18,6 @@ from normjax._layers.describe import (
     scale_and_bias,
     zeros,
 )
-from normjax.moments import as_floating
 
 
 @description
@@ -89,6 +89,6 @@ class FilterResponseNorm(Layer):
         Raises:
           TypeError: integer input.
         """
-        x = promoted(as_floating(x, "FilterResponseNorm"), self.dtype)
+        x = promoted(require_float(x, "FilterResponseNorm"), self.dtype)
         learned = {"eps": self.epsilon, **self._learned(x.shape, scale=scale, bias=bias)}
         return response.filter_response(x, self.layout, mask=mask, **learned).y.astype(self.dtype or x.dtype)

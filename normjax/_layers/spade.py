@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import spade
+from normjax._expect.arrays import require_float
+from normjax._expect.binding import axes
 from normjax._layers.conditional import Modulated
 from normjax._layers.describe import Initializer, Parameter, Shape, channel_shape, description, zeros
-from normjax.field import axes
-from normjax.moments import as_floating
 from normjax.theory import Normalizer
 
 
@@ -69,7 +69,7 @@ class SPADE(Modulated):
         Raises:
           TypeError: integer input.
         """
-        x, labels = as_floating(x, "SPADE"), as_floating(labels, "SPADE")
+        x, labels = require_float(x, "SPADE"), require_float(labels, "SPADE")
         learned = spade.Convolutions(**self._learned(x.shape, labels.shape))
         size = tuple(x.shape[axis] for axis in axes(self.layout, x.ndim).get("...", ()))
         return self._modulated(x, spade.from_map(labels, learned, self.layout, size), use_running_average, mask)

@@ -63,8 +63,8 @@ class RunningLayer(Layer):
       mean_init: first value of a running mean.
       var_init: first value of a running variance, or other moment.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
-      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.renorm`; here or at the call, where they
-        may be arrays. None is plain.
+      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call,
+        where they may be arrays. None is plain.
       l1: weight alpha of the L1 penalty alpha * mean |v|; 0 leaves none.
       l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
     """
@@ -106,7 +106,7 @@ class RunningLayer(Layer):
         """Whether the stored statistics normalize; asked only where some are stored."""
         raise NotImplementedError
 
-    def _stored(self, name: str, slot: Slot) -> jax.Array | None:
+    def _stored(self, name: str, slot: Slot) -> jax.Array:
         """A stored value, which starts as the slot says."""
         raise NotImplementedError
 
@@ -187,6 +187,7 @@ class RunningLayer(Layer):
 
     def _remember(self, out: Taken, running: Running, shape: tuple[int, ...]) -> None:
         """Stores the statistics of a training batch, and leaves its record."""
+        as_stats(running, out.row, self.layout, shape)  # refuses statistics of another number of channels
         stored, seen = record(
             running, out.stats, out.row, self.layout, shape, momentum=self.momentum, averaging=self.averaging,
             unbiased=self._stores_unbiased(), exact=out.mergeable and mergeable(out.row, self.layout),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import tokens
+from normjax._expect.arrays import require_float
 from normjax._layers.describe import (
     Initializer,
     Layer,
@@ -17,8 +18,7 @@ from normjax._layers.describe import (
     scale_and_bias,
     zeros,
 )
-from normjax.moments import as_floating
-from normjax.theory import normalize
+from normjax._normalize.evaluate import normalize
 
 
 @description
@@ -64,7 +64,7 @@ class ScaleNorm(Layer):
           FieldError: x has another number of channels than the layer was made for.
           TypeError: integer input.
         """
-        x = promoted(as_floating(x, "ScaleNorm"), self.dtype)
+        x = promoted(require_float(x, "ScaleNorm"), self.dtype)
         self._fits(x.shape)
         (channels,) = channel_shape(self.layout, x.shape)
         row = tokens.l2(channels, eps=self.epsilon)
@@ -129,7 +129,7 @@ class PartialRMSNorm(Layer):
         Raises:
           TypeError: integer input.
         """
-        x = promoted(as_floating(x, "PartialRMSNorm"), self.dtype)
+        x = promoted(require_float(x, "PartialRMSNorm"), self.dtype)
         learned = self._learned(x.shape, scale=scale, bias=bias)
         out = tokens.partial_rms(x, self.layout, fraction=self.fraction, eps=self.epsilon, mask=mask, **learned)
         return out.y.astype(self.dtype or x.dtype)
@@ -190,6 +190,6 @@ class QKNorm(Layer):
           TypeError: integer input.
           ValueError: no kind has this name.
         """
-        query, key = (promoted(as_floating(a, "QKNorm"), self.dtype) for a in (query, key))
+        query, key = (promoted(require_float(a, "QKNorm"), self.dtype) for a in (query, key))
         q, k = tokens.qk(query, key, self.layout, kind=self.kind, eps=self.epsilon, **self._learned(query.shape))
         return q.astype(self.dtype or q.dtype), k.astype(self.dtype or k.dtype)

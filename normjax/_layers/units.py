@@ -19,10 +19,11 @@ from normjax._layers.describe import (
     zeros,
 )
 from normjax._layers.statistics import Limits, RunningLayer, Taken
+from normjax._normalize.evaluate import equation
 from normjax.field import Field, FieldError
 from normjax.running import Slot
 from normjax.selu import as_real
-from normjax.theory import Normalizer, Stats, equation
+from normjax.theory import Normalizer, Stats
 
 
 def _here(layer: Layer, field: Field | str) -> Field:

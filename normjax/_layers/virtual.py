@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch
+from normjax._expect.arrays import require_float
 from normjax._layers.describe import (
     Initializer,
     Layer,
@@ -17,7 +18,6 @@ from normjax._layers.describe import (
     zeros,
 )
 from normjax.field import Field
-from normjax.moments import as_floating
 
 
 @description
@@ -80,7 +80,7 @@ class VirtualBatchNorm(Layer):
         Raises:
           TypeError: integer input.
         """
-        x, reference = (promoted(as_floating(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
+        x, reference = (promoted(require_float(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
         field = Field.parse(self.field)
         out, known = batch.virtual_batch(
             x,

@@ -2,8 +2,8 @@
 
 Public measurements on a GPU have XLA's forward pass of layer norm at the speed of memory, and forward plus gradient at
 about half of what a fused kernel reaches, since XLA's backward pass reads x several times. Here the gradient is one kernel
-that reads x and its cotangent once (`rows.py`). It is not measured here: what was tested is that the numbers are right, with
-the kernels interpreted on a CPU, and that they lower for CUDA and TPU.
+that reads x and its cotangent once (`pallas.py`). It is not measured here: what was tested is that the numbers are
+right, with the kernels interpreted on a CPU, and that they lower for CUDA and TPU.
 
     import normjax
     from normjax import kernels
@@ -22,11 +22,12 @@ another read and write.
 import contextlib
 import math
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from normjax.kernels import block, rule
 from normjax.kernels.block import How
@@ -86,9 +87,9 @@ def fits(
     axes: tuple[int, ...],
     scale_shape: tuple[int, ...] | None,
     bias_shape: tuple[int, ...] | None,
-    dtype: Any,
+    dtype: DTypeLike,
     eps_shape: tuple[int, ...] = (),
-    spec: Any = (),
+    spec: Iterable[object] = (),
 ) -> bool:
     """Whether the kernels take this case; order 2 and whole `axes`, without a mask, are the caller's to know.
 
@@ -96,7 +97,7 @@ def fits(
       x_shape: of the array.
       axes: the axes of the statistics, from 0. They fit if they are the last of the array.
       scale_shape: scalar or of the rank of x, or None. It fits if it varies along `axes` alone.
-      bias_shape: the same.
+      bias_shape: scalar or of the rank of x, or None. It fits if it varies along `axes` alone.
       dtype: of x: float32, bfloat16 or float16 fits.
       eps_shape: a scalar fits.
       spec: `jax.typeof(x).sharding.spec`. It fits if nothing is sharded: the compiler cannot partition a kernel.
@@ -125,7 +126,7 @@ def normalize(
     centre: bool = True,
     gain: float = 1.0,
     power: float = 0.5,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Normalizes rows by the kernels that `use` chose; a case that `fits`.
 
@@ -137,7 +138,7 @@ def normalize(
       axes: the axes of the statistics: the last of x.
       eps: a scalar. [u ** 2]
       scale: scalar or of the rank of x, of length 1 or that of x along `axes`, of length 1 elsewhere; or None.
-      bias: the same.
+      bias: scalar or of the rank of x, of length 1 or that of x along `axes`, of length 1 elsewhere; or None.
       centre: whether the mean is subtracted.
       gain: factor of the variance.
       power: exponent of the denominator.
@@ -173,7 +174,7 @@ def twin(
     centre: bool = True,
     gain: float = 1.0,
     power: float = 0.5,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """`normalize` in plain JAX, which differentiates it.
 
@@ -185,11 +186,19 @@ def twin(
     return _as_rows(block.forward, how, x, axes, eps, scale, bias)
 
 
-def _as_rows(evaluate: Any, how: How, x: jax.Array, axes: tuple[int, ...], eps: Any, scale: Any, bias: Any) -> tuple:
+def _as_rows(
+    evaluate: Callable[..., tuple],
+    how: How,
+    x: jax.Array,
+    axes: tuple[int, ...],
+    eps: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+) -> tuple:
     """Sees x as `[rows, length]`, scale and bias as `[1, length]`."""
     first, length = x.ndim - len(axes), _length(x.shape, axes)
 
-    def row(p: Any) -> jax.Array | None:
+    def row(p: ArrayLike | None) -> jax.Array | None:
         if p is None:
             return None
         p = jnp.asarray(p).astype(jnp.float32)

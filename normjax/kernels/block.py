@@ -10,12 +10,12 @@ E[u] and gmean only where rows are centred. E[v] is in there: it is what roundin
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from normjax.moments import inverse_power
+from normjax._leaves import inverse_power
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class How:
     centre: bool
     gain: float
     power: float
-    dtype: Any
+    dtype: DTypeLike
     biased: bool = False
     run: str = "pallas"
 

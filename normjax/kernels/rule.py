@@ -8,7 +8,7 @@ ours: a tangent goes through `_refuse`, which can be transposed and batched but 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,18 @@ NO_KERNEL = (
 def normalize(
     how: How, x: jax.Array, eps: jax.Array, scale: jax.Array | None, bias: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """`block.forward` by the kernels, differentiable in reverse mode; shapes as there."""
+    """`block.forward` by the kernels, differentiable in reverse mode.
+
+    Args:
+      how: what is static.
+      x: the rows, `[rows, length]`, of a floating dtype of 32 bits or fewer.
+      eps: `[1, 1]` float32.
+      scale: `[1, length]` float32, or None.
+      bias: `[1, length]` float32, or None.
+
+    Returns:
+      `(y, mean, var)`: y like x in `how.dtype`; mean (None where rows are not centred) and var `[rows, 1]` float32.
+    """
     return _fused(how, *jax.tree.map(_reverse_only, (x, eps, scale, bias)))
 
 
@@ -76,10 +87,10 @@ _forward = _twice_differentiable("forward")
 _backward = _twice_differentiable("backward")
 
 
-def _run(how: How, name: str, *operands: Any) -> tuple:
-    from normjax.kernels import rows  # here: Pallas is slow to import, and most programs never need it
+def _run(how: How, name: str, *operands: jax.Array | None) -> tuple:
+    from normjax.kernels import pallas  # here: Pallas is slow to import, and most programs never need it
 
-    kernel = getattr(rows, name)
+    kernel = getattr(pallas, name)
     if how.run != "pallas":
         return kernel("tpu" if how.run == "interpret tpu" else "gpu", True, how, *operands)
     gpu, tpu = (functools.partial(kernel, target, False, how) for target in ("gpu", "tpu"))
@@ -94,7 +105,7 @@ def _run(how: How, name: str, *operands: Any) -> tuple:
 _refuse = Primitive("refuse")
 
 
-def _raise(*_: Any, why: str) -> Any:
+def _raise(*_: object, why: str) -> NoReturn:
     raise TypeError(FORWARD_MODE) if why == "forward mode" else RuntimeError(NO_KERNEL)
 
 

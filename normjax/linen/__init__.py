@@ -7,10 +7,8 @@
 
 from normjax.linen import layers
 from normjax.linen.flax_names import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from normjax.linen.kalman import KalmanNorm
 from normjax.linen.layers import *  # noqa: F403
 from normjax.linen.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
-from normjax.linen.switchable import SwitchableNorm
 from normjax.linen.weights import Conv, Dense, SpectralNorm, WeightNorm
 
 __all__ = [
@@ -21,14 +19,12 @@ __all__ = [
     "GRUCell",
     "GroupNorm",
     "InstanceNorm",
-    "KalmanNorm",
     "LSTMCell",
     "LayerNorm",
     "OptimizedLSTMCell",
     "RMSNorm",
     "SimpleCell",
     "SpectralNorm",
-    "SwitchableNorm",
     "WeightNorm",
 ]
 __all__ += layers.__all__

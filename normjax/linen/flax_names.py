@@ -17,6 +17,7 @@ from flax.linen import dtypes
 from jax.typing import ArrayLike
 
 from normjax._layers.flax_names import (
+    Applied,
     Reading,
     group_count,
     normalize_as_read,
@@ -26,8 +27,7 @@ from normjax._layers.flax_names import (
     read_layer_norm,
     widened,
 )
-from normjax.layer import NOTHING, Applied
-from normjax.running import Running
+from normjax.running import NOTHING, Running
 
 
 class BatchNorm(nn.BatchNorm):
@@ -71,9 +71,9 @@ class BatchNorm(nn.BatchNorm):
             stored.append(self.variable("batch_stats", name, make))
         mean, var = stored
         out = _normalized(self, x, reading, mask, Running(mean.value, var.value), average, self.momentum)
-        if out.seen is not None and not self.is_initializing():
+        if out.record is not None and not self.is_initializing():
             mean.value, var.value = out.running.mean, out.running.var
-            self.sow("moments", "batch", out.seen)
+            self.sow("moments", "batch", out.record)
         return out.y
 
 

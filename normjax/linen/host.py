@@ -128,7 +128,8 @@ class Keeping(RunningLayer, Host, kw_only=True):
     @nn.nowrap
     def _stored(self, name: str, slot: Slot) -> jax.Array:
         make = slot.make if self.stats_names is None else nn.with_partitioning(slot.make, tuple(self.stats_names))
-        return self.variable("batch_stats", name, make).value  # pyright: ignore[reportArgumentType]
+        found: Any = self.variable("batch_stats", name, make)
+        return found.value
 
     @nn.nowrap
     def _store(self, name: str, value: jax.Array) -> None:

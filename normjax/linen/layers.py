@@ -4,7 +4,21 @@ import jax
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from normjax._layers import conditional, gdn, norm, presets, response, reversible, selu, spade, tokens, units, virtual
+from normjax._layers import (
+    conditional,
+    gdn,
+    kalman,
+    norm,
+    presets,
+    response,
+    reversible,
+    selu,
+    spade,
+    switchable,
+    tokens,
+    units,
+    virtual,
+)
 from normjax.linen.host import Early, Host, Keeping
 from normjax.selu import as_real
 
@@ -29,6 +43,7 @@ __all__ = [
     "FilterResponseNorm",
     "GhostBatchNorm",
     "GhostTopKBatchNorm",
+    "KalmanNorm",
     "L1BatchNorm",
     "LinfBatchNorm",
     "LocalContextNorm",
@@ -42,6 +57,7 @@ __all__ = [
     "RangeBatchNorm",
     "RevIN",
     "ScaleNorm",
+    "SwitchableNorm",
     "TopKBatchNorm",
     "VarianceNorm",
     "VirtualBatchNorm",
@@ -170,3 +186,9 @@ class AlphaDropout(selu.AlphaDropout, Host):
         if self._passes(bool(nn.merge_param("deterministic", self.deterministic, deterministic))):
             return x
         return self._dropped(x, self.make_rng(self.rng_collection) if rng is None else rng)
+
+
+class SwitchableNorm(switchable.SwitchableNorm, Keeping): ...
+
+
+class KalmanNorm(kalman.KalmanNorm, Keeping): ...

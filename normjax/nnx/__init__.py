@@ -8,10 +8,8 @@
 from normjax.nnx import layers
 from normjax.nnx.flax_names import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.nnx.host import Moments, Penalty
-from normjax.nnx.kalman import KalmanNorm
 from normjax.nnx.layers import *  # noqa: F403
 from normjax.nnx.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
-from normjax.nnx.switchable import SwitchableNorm
 from normjax.nnx.weights import Conv, Linear, SpectralNorm, WeightNorm
 
 __all__ = [
@@ -21,7 +19,6 @@ __all__ = [
     "GRUCell",
     "GroupNorm",
     "InstanceNorm",
-    "KalmanNorm",
     "LSTMCell",
     "LayerNorm",
     "Linear",
@@ -31,7 +28,6 @@ __all__ = [
     "RMSNorm",
     "SimpleCell",
     "SpectralNorm",
-    "SwitchableNorm",
     "WeightNorm",
 ]
 __all__ += layers.__all__

@@ -14,6 +14,7 @@ from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 
 from normjax._layers.flax_names import (
+    Applied,
     Reading,
     align_features,
     normalize_as_read,
@@ -23,9 +24,8 @@ from normjax._layers.flax_names import (
     read_layer_norm,
     widened,
 )
-from normjax.layer import NOTHING, Applied
 from normjax.nnx.host import Moments
-from normjax.running import Running
+from normjax.running import NOTHING, Running
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -61,11 +61,11 @@ class BatchNorm(nnx.BatchNorm):
         align_features(self.mean[...], reading, np.shape(x))  # refuses another number of features
         running = Running(self.mean[...].reshape(reading.sizes), self.var[...].reshape(reading.sizes))
         out = _normalized(self, x, reading, mask, running, average, self.momentum)
-        if out.seen is not None:
+        if out.record is not None:
             _store(self.mean, out.running.mean)
             _store(self.var, out.running.var)
             if hasattr(self, "__captures__"):
-                self.sow(Moments, "batch", out.seen)
+                self.sow(Moments, "batch", out.record)
         return out.y
 
 

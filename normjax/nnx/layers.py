@@ -6,8 +6,22 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from normjax._layers import conditional, gdn, norm, presets, response, reversible, selu, spade, tokens, units, virtual
-from normjax._layers.describe import Shape
+from normjax._layers import (
+    conditional,
+    gdn,
+    kalman,
+    norm,
+    presets,
+    response,
+    reversible,
+    selu,
+    spade,
+    switchable,
+    tokens,
+    units,
+    virtual,
+)
+from normjax._layers.describe import Shape, whole_shape
 from normjax.nnx.host import Bare, Host, Keeping
 from normjax.selu import as_real
 
@@ -32,6 +46,7 @@ __all__ = [
     "FilterResponseNorm",
     "GhostBatchNorm",
     "GhostTopKBatchNorm",
+    "KalmanNorm",
     "L1BatchNorm",
     "LinfBatchNorm",
     "LocalContextNorm",
@@ -45,6 +60,7 @@ __all__ = [
     "RangeBatchNorm",
     "RevIN",
     "ScaleNorm",
+    "SwitchableNorm",
     "TopKBatchNorm",
     "VarianceNorm",
     "VirtualBatchNorm",
@@ -183,9 +199,8 @@ class Labelled(Keeping):
     space: int = 2
 
     def _shapes(self) -> tuple[Shape, ...]:
-        names = self.layout.replace("...", " ".join(["..."] * self.space)).split()
-        lengths = (self.features, self.label_features)
-        return tuple(tuple(length if name == "c" else None for name in names) for length in lengths)
+        layout = self.layout.replace("...", " ".join(["..."] * self.space))
+        return whole_shape(self.features, layout), whole_shape(self.label_features, layout)
 
 
 @nnx.dataclass(eq=False)
@@ -221,7 +236,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
     def __post_init__(self, rngs: nnx.Rngs | nnx.RngStream | None):
         super().__post_init__()
         stream = rngs[self.rng_collection] if isinstance(rngs, nnx.Rngs) else rngs
-        self.rngs = nnx.data(None) if stream is None else stream.fork()
+        self.rngs = nnx.data(None) if stream is None else stream.fork()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(
         self,
@@ -252,7 +267,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
             )
         if self._passes(flag):
             return x
-        keys = self.rngs if rngs is None else rngs
+        keys = self.rngs if rngs is None else rngs  # pyright: ignore[reportAttributeAccessIssue]
         if keys is None:
             raise ValueError(
                 "AlphaDropout is not deterministic but has no `rngs`: pass them to the constructor or the call"
@@ -269,3 +284,11 @@ class AlphaDropout(selu.AlphaDropout, Bare):
         """
         if deterministic is not None:
             self.deterministic = deterministic
+
+
+@nnx.dataclass(eq=False)
+class SwitchableNorm(switchable.SwitchableNorm, Keeping): ...
+
+
+@nnx.dataclass(eq=False)
+class KalmanNorm(kalman.KalmanNorm, Keeping): ...

@@ -1,36 +1,34 @@
-"""Flax nnx modules with normalized kernels: parameters and state around `normjax/weights.py` and `spectral.py`.
+"""Flax nnx modules with normalized kernels: Flax's own, with parameters and state around `_layers/weights.py`.
 
-`Linear` and `Conv` are Flax's with one more step: the kernel passes through a reparametrization on its way to the product.
-`WeightNorm` and `SpectralNorm` wrap any layer, with the arguments, attributes and shapes of Flax's own. What differs there
-is what is right here: the scales are `nnx.Param`s, so an optimizer sees them; the layer's own parameters are never
-overwritten, in training or in evaluation, so a model may be called inside of any transformation that closes over it; only
-parameters are normalized, and norms are float32 or wider.
+`WeightNorm` and `SpectralNorm` have the arguments, attributes and shapes of Flax's. What differs is what is right here: the
+scales are `nnx.Param`s, so an optimizer sees them; the layer's own parameters are never overwritten, in training or in
+evaluation, so a model may be called inside of any transformation that closes over it; only parameters are normalized, and
+norms are float32 or wider.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes, initializers
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments
-from normjax._layers.flax_names import Axes
-from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
-from normjax.spectral import spectral_norm
+from normjax._layers import weights
+from normjax._layers.weights import Initializer
+from normjax.reparametrize import Weight
 from normjax.weights import weight_norm
 
-Dtype = Any
-Initializer = Any
 Metadata = Mapping[str, Any]
+Path = tuple[Any, ...]
 _NO_METADATA: Metadata = MappingProxyType({})
 _ONES = initializers.ones_init()
 
 
-def _with_params(module: Any, change: Callable[[tuple[Any, ...], Any], jax.Array | None]) -> Any:
+def _with_params(module: nnx.Module, change: Callable[[Path, nnx.Variable], jax.Array | None]) -> Any:
     """A twin of the module with other parameters: `change(path, variable)`, None to keep one.
 
     The twin shares all other variables, so that statistics, random counts and captures land where they belong.
@@ -43,62 +41,39 @@ def _with_params(module: Any, change: Callable[[tuple[Any, ...], Any], jax.Array
     return nnx.merge(structure, nnx.from_flat_state(new), rest)
 
 
-def _mask(module: Any) -> dict[str, Any]:
-    """Flax's mask of a convolution, as an argument of a reparametrization."""
-    mask = getattr(module, "mask", None)
-    return {} if mask is None else {"mask": mask}
+class Host(weights.Reparametrized, nnx.Module):
+    """Flax's side of `Linear` and `Conv`: the scale, the bound, and the twin that has the kernel of the product."""
+
+    kernel: nnx.Param[jax.Array]
+    param_dtype: DTypeLike
+
+    def _make(
+        self,
+        weight: Weight,
+        use_scale: bool,
+        scale_init: Initializer | None,
+        bound: str,
+        metadata: Metadata,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Adds what is learned and stored beside Flax's."""
+        self.weight, self.use_scale, self.scale_init, self.bound = weight, use_scale, scale_init, bound
+        kernel = self.kernel[...]
+        self.rho = nnx.BatchStat(self._first_bound(kernel)) if self._needs_bound() else nnx.data(None)
+        self.scale = nnx.data(None)
+        if use_scale:
+            key = None if scale_init is None else rngs.params()
+            self.scale = nnx.Param(self._first_scale(key, kernel, self.param_dtype), **metadata)
+
+    def _product(self) -> Any:
+        """The twin whose kernel enters the product."""
+        scale, rho = (None if variable is None else variable[...] for variable in (self.scale, self.rho))
+        kernel = self._entering(self.kernel[...], scale, rho)
+        return _with_params(self, lambda path, variable: kernel if path == ("kernel",) else None)
 
 
-def _state(
-    module: Any, weight: Weight, use_scale: bool, scale_init: Initializer | None, bound: str, metadata: Metadata,
-    rngs: nnx.Rngs,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The variables that `Linear` and `Conv` add to Flax's: scale and rho."""
-    kernel, options = module.kernel[...], _mask(module)
-    rho = nnx.BatchStat(initial_bound(kernel, weight, bound, **options)) if takes_bound(weight) else nnx.data(None)
-    if not use_scale:
-        return nnx.data(None), rho
-    if scale_init is None:
-        scale = matching_scale(kernel, weight, **options).astype(module.param_dtype)
-    else:
-        scale = scale_init(rngs.params(), kernel.shape[-1:], module.param_dtype)
-    return nnx.Param(scale, **metadata), rho
-
-
-def _reparametrized(module: Any) -> Any:
-    """The twin of a `Linear` or `Conv` that has the kernel of the product."""
-    options = _mask(module)
-    if module.rho is not None:
-        options["rho"] = module.rho[...]
-    scale = () if module.scale is None else (module.scale[...],)
-    kernel = module.weight(module.kernel[...], *scale, **options)
-    return _with_params(module, lambda path, variable: kernel if path == ("kernel",) else None)
-
-
-class Linear(nnx.Linear):
-    """`flax.nnx.Linear` whose kernel is a function of a free kernel, by default weight norm.
-
-    Args:
-      in_features: size of the last axis of the input.
-      out_features: size of the last axis of the output.
-      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, or `weight(kernel)` where
-        `use_scale` is False; `functools.partial` sets its options.
-      use_scale: whether a factor of each output is learned, the `nnx.Param` `scale`, `[o]`.
-      scale_init: its initializer; None starts from the norms of the kernel, so that weight norm changes nothing at first.
-      bound: how `bounded_weight_norm` finds its constant in the initial kernel, "rms" or "mean" (see `norm_bound`); it
-        is stored as the `nnx.BatchStat` `rho`, and never changes.
-      scale_metadata: metadata of the scale.
-      rngs: random keys for the initializers.
-      **flax: the other arguments of `flax.nnx.Linear`.
-
-    Source: as the functions of `normjax.weights`.
-
-    >>> layer = Linear(3, 4, rngs=nnx.Rngs(0))
-    >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(layer)))
-    {'bias': (4,), 'kernel': (3, 4), 'scale': (4,)}
-    >>> layer(jnp.ones((2, 3))).shape
-    (2, 4)
-    """
+class Linear(weights.Dense, Host, nnx.Linear):  # noqa: D101
+    __doc__ = weights.Dense.__doc__
 
     def __init__(
         self,
@@ -113,28 +88,16 @@ class Linear(nnx.Linear):
         rngs: nnx.Rngs,
         **flax: Any,
     ):
-        super().__init__(in_features, out_features, rngs=rngs, **flax)
-        self.weight = weight
-        self.use_scale = use_scale
-        self.scale_init = scale_init
-        self.bound = bound
-        self.scale, self.rho = _state(self, weight, use_scale, scale_init, bound, scale_metadata, rngs)
+        nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **flax)
+        self._make(weight, use_scale, scale_init, bound, scale_metadata, rngs)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Multiplies by the reparametrized kernel."""
-        return nnx.Linear.__call__(_reparametrized(self), inputs, out_sharding)
+        """Multiplies inputs, `[... i]`, by the reparametrized kernel."""
+        return nnx.Linear.__call__(self._product(), inputs, out_sharding)
 
 
-class Conv(nnx.Conv):
-    """`flax.nnx.Conv` whose kernel is a function of a free kernel; added arguments as for `Linear`.
-
-    The argument `mask` of Flax leaves masked weights out of the statistics too.
-
-    >>> from normjax.weights import scaled_weight_standardization
-    >>> layer = Conv(3, 8, (3, 3), weight=scaled_weight_standardization, rngs=nnx.Rngs(0))
-    >>> jax.eval_shape(layer, jnp.ones((2, 5, 5, 3))).shape, layer.scale.shape
-    ((2, 5, 5, 8), (8,))
-    """
+class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
+    __doc__ = weights.Conv.__doc__
 
     def __init__(
         self,
@@ -151,25 +114,21 @@ class Conv(nnx.Conv):
         rngs: nnx.Rngs,
         **flax: Any,
     ):
-        super().__init__(in_features, out_features, kernel_size, strides, rngs=rngs, **flax)
-        self.weight = weight
-        self.use_scale = use_scale
-        self.scale_init = scale_init
-        self.bound = bound
-        self.scale, self.rho = _state(self, weight, use_scale, scale_init, bound, scale_metadata, rngs)
+        nnx.Conv.__init__(self, in_features, out_features, kernel_size, strides, rngs=rngs, **flax)
+        self._make(weight, use_scale, scale_init, bound, scale_metadata, rngs)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Convolves with the reparametrized kernel."""
-        return nnx.Conv.__call__(_reparametrized(self), inputs, out_sharding)
+        """Convolves inputs, `[n ... i]`, with the reparametrized kernel."""
+        return nnx.Conv.__call__(self._product(), inputs, out_sharding)
 
 
-def _result(dtype: Dtype | None, *arrays: Any) -> Any:
-    """The dtype of a normalized parameter, as Flax has it."""
+def _as_flax(array: jax.Array, dtype: DTypeLike | None, *arrays: jax.Array) -> jax.Array:
+    """The array in the dtype that Flax gives to a parameter normalized by these arrays."""
     with jax.numpy_dtype_promotion("standard"):
-        return dtypes.canonicalize_dtype(*arrays, dtype=dtype)
+        return array.astype(dtypes.canonicalize_dtype(*arrays, dtype=dtype))
 
 
-class WeightNorm(nnx.Module):
+class WeightNorm(nnx.WeightNorm):
     """Weight norm around a layer: arguments and numbers of `flax.nnx.WeightNorm`.
 
     Args:
@@ -191,55 +150,34 @@ class WeightNorm(nnx.Module):
     ((2, 4), (4,))
     """
 
-    def __init__(
-        self,
-        layer_instance: nnx.Module,
-        *,
-        feature_axes: Axes | None = -1,
-        use_scale: bool = True,
-        scale_init: Initializer = _ONES,
-        epsilon: float = 1e-12,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        variable_filter: Any = nnx.PathContains("kernel"),  # noqa: B008, Flax's own default
-        promote_dtype: Any = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.layer_instance = layer_instance
-        self.feature_axes = feature_axes
-        self.use_scale = use_scale
-        self.scale_init = scale_init
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
-        self.promote_dtype = promote_dtype
-        scales = {}
-        for path, variable in nnx.to_flat_state(nnx.state(layer_instance, nnx.Param)):
-            if use_scale and self.variable_filter(path, variable):
-                features = by_number(variable.ndim, feature_axes)[2]
-                shape = tuple(variable.shape[axis] for axis in features)
-                scales[path] = nnx.Param(scale_init(rngs.params(), shape, param_dtype))
-        self.scales = nnx.data(scales if use_scale else None)
+    if not TYPE_CHECKING:  # to a reader the constructor is Flax's; its scales are bare arrays, which nothing trains
+
+        @functools.wraps(nnx.WeightNorm.__init__)
+        def __init__(self, *args, use_scale=True, scale_init=_ONES, param_dtype=jnp.float32, rngs, **flax):
+            given = {"scale_init": scale_init, "param_dtype": param_dtype, "rngs": rngs, **flax}
+            super().__init__(*args, use_scale=False, **given)
+            self.use_scale, scales = use_scale, {}
+            for path, variable in nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param)):
+                if use_scale and self.variable_filter(path, variable):
+                    shape = weights.scale_shape(variable.shape, self.feature_axes)
+                    scales[path] = nnx.Param(scale_init(rngs.params(), shape, param_dtype))
+            self.scales = nnx.data(scales if use_scale else None)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized."""
 
-        def change(path: tuple[Any, ...], variable: Any) -> jax.Array | None:
+        def change(path: Path, variable: nnx.Variable) -> jax.Array | None:
             if not self.variable_filter(path, variable):
                 return None
+            scales = () if self.scales is None else (self.scales[path][...],)
             value: jax.Array = variable[...]
-            scale = None if self.scales is None else self.scales[path][...]
-            layout, field, _ = by_number(value.ndim, self.feature_axes)
-            dtype = _result(self.dtype, value, *(() if scale is None else (scale,)))
-            wide = value.astype(moments.wide(value.dtype))
-            return weight_norm(wide, scale, eps=self.epsilon, layout=layout, field=field).astype(dtype)
+            new = weights.weight_normed(value, scales[0] if scales else None, self.feature_axes, self.epsilon)
+            return _as_flax(new, self.dtype, value, *scales)
 
-        twin: Any = _with_params(self.layer_instance, change)
-        return twin(x, *args, **kwargs)
+        return _with_params(self.layer_instance, change)(x, *args, **kwargs)
 
 
-class SpectralNorm(nnx.Module):
+class SpectralNorm(nnx.SpectralNorm):
     """Spectral norm around a layer: arguments, variables and numbers of `flax.nnx.SpectralNorm`.
 
     Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change.
@@ -264,51 +202,19 @@ class SpectralNorm(nnx.Module):
     ((2, 4), (1, 4))
     """
 
-    def __init__(
-        self,
-        layer_instance: nnx.Module,
-        *,
-        n_steps: int = 1,
-        epsilon: float = 1e-12,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        error_on_non_matrix: bool = False,
-        update_stats: bool = True,
-        rngs: nnx.Rngs,
-    ):
-        self.layer_instance = layer_instance
-        self.n_steps = n_steps
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.error_on_non_matrix = error_on_non_matrix
-        self.use_running_average = not update_stats
-        stats = {}
-        for path, variable in nnx.to_flat_state(nnx.state(layer_instance, nnx.Param)):
-            if variable.ndim <= 1 or n_steps < 1:
-                continue
-            if variable.ndim > 2 and error_on_non_matrix:
-                raise ValueError(f"Layer instance parameter is {variable.ndim}D but error_on_non_matrix is True")
-            key = rngs.params()
-            stats[(*path, "u")] = nnx.BatchStat(initializers.normal()(key, (1, variable.shape[-1]), param_dtype))
-            stats[(*path, "sigma")] = nnx.BatchStat(_ONES(key, (), param_dtype))
-        self.batch_stats = nnx.data(stats)
-
     def __call__(self, x: ArrayLike, update_stats: bool | None = None, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized; `update_stats` stores the new u and sigma."""
         update = not self.use_running_average if update_stats is None else update_stats
 
-        def change(path: tuple[Any, ...], variable: Any) -> jax.Array | None:
+        def change(path: Path, variable: nnx.Variable) -> jax.Array | None:
             if (*path, "u") not in self.batch_stats:
                 return None
             value: jax.Array = variable[...]
             u, sigma = (self.batch_stats[(*path, name)] for name in ("u", "sigma"))
-            dtype = _result(self.dtype, value, u[...], sigma[...])
-            wide = value.astype(moments.wide(value.dtype))
-            out = spectral_norm(wide, u[...], steps=self.n_steps, eps=self.epsilon, layout="... o")
+            out = weights.spectral_normed(value, u[...], self.n_steps, self.epsilon)
+            new = _as_flax(out.kernel, self.dtype, value, u[...], sigma[...])
             if update:
                 u[...], sigma[...] = out.u, out.sigma.astype(sigma.dtype)
-            return out.kernel.astype(dtype)
+            return new
 
-        twin: Any = _with_params(self.layer_instance, change)
-        return twin(x, **kwargs)
+        return _with_params(self.layer_instance, change)(x, **kwargs)

@@ -7,17 +7,25 @@ that nobody chose. `project` holds it, `norm_schedule` chooses it, weight decay 
 without weight decay what weight decay does to it.
 
 `Kernels` says which weights, and what one norm of them is taken over (`normjax.selection`). A transformation comes last in
-`optax.chain`, unless it says otherwise.
+`optax.chain`, unless it says otherwise. `effective_learning_rates` gives them by path; the formula, of numbers, is
+`normjax.diagnostics.effective_learning_rate`.
 """
 
 from normjax.projection.affine import project_affine, pull_affine
 from normjax.projection.hold import ProjectState, bounded_norm, norm_schedule, project
-from normjax.projection.rates import effective_learning_rate, equilibrium_norm, scale_by_weight_norm
+from normjax.projection.rates import effective_learning_rates, equilibrium_norm, scale_by_weight_norm
 from normjax.selection import Kernels, norms
 
-# fmt: off
 __all__ = [
-    "Kernels", "ProjectState", "bounded_norm", "effective_learning_rate", "equilibrium_norm", "norm_schedule", "norms",
-    "project", "project_affine", "pull_affine", "scale_by_weight_norm",
+    "Kernels",
+    "ProjectState",
+    "bounded_norm",
+    "effective_learning_rates",
+    "equilibrium_norm",
+    "norm_schedule",
+    "norms",
+    "project",
+    "project_affine",
+    "pull_affine",
+    "scale_by_weight_norm",
 ]
-# fmt: on

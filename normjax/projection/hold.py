@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,40 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax.projection.update import (
-    ProjectState,
-    Record,
+from normjax._parameters import ByPath, safe_root
+from normjax.projection._update import (
+    RecordedNorms,
     Schedule,
-    added,
+    after_update,
+    as_transformation,
     first_step,
-    is_placeholder,
+    is_empty,
     next_step,
-    not_zero,
-    now,
-    pair,
-    towards,
-    transformation,
-    want_output,
+    no_norms,
+    require_nonzero,
+    require_output,
+    update_to_norm,
+    updates_by_path,
+    value_at,
 )
-from normjax.selection import Kernels, root
+from normjax.selection import Kernels
+
+
+class ProjectState(NamedTuple):
+    """The state of the transformations that hold a norm.
+
+    Attributes:
+      step: how many updates were made, an int32 scalar.
+      norms: {path: the norm that weights return to}, float32 or wider; empty where a record gives it.
+
+    Source: Lyle et al. 2024, the initial norms.
+
+    >>> project(Kernels(output=())).init({"kernel": jnp.array([[3.0], [4.0]])})
+    ProjectState(step=Array(0, dtype=int32), norms={'kernel': Array(5., dtype=float32)})
+    """
+
+    step: jax.Array
+    norms: ByPath
 
 
 def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -> optax.GradientTransformationExtraArgs:
@@ -47,9 +65,11 @@ def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -
       An optax transformation with a ProjectState.
 
     Raises:
-      FieldError, TypeError, ValueError: see `Kernels.select`.
-      ValueError: an output layer that is not named, an unknown rho, weights that start at norm 0 (seen only outside of
-        transformations; inside they are left free), or no parameters at update.
+      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
+      TypeError: no `Kernels`, a mask without booleans, or weights that are not floating.
+      ValueError: an output layer that is not named, a pattern that matches nothing, an unknown rho, an `every` below 1,
+        weights that start at norm 0 (seen only outside of transformations; inside they are left free), or no parameters
+        at update.
 
     Source: Lyle et al. 2024 (Normalize-and-Project). The whole kernel is layer norm's symmetry, each feature batch norm's.
 
@@ -71,11 +91,19 @@ def bounded_norm(kernels: Kernels, *, rho: str | float = "rms") -> optax.Gradien
     norms; an earlier one bounds the whole kernel's norm alone, which is `project` with the field "... i o".
 
     Args:
-      kernels: which, as for `project`; the field is "... i".
-      rho: as for `project`.
+      kernels: which; `Kernels(output="Dense_2")` leaves the output layer free, `Kernels(output=())` takes it too. Their
+        field is "... i" here, whatever it was.
+      rho: "rms" or "mean" of a kernel's initial norms, for all its features; "initial", each feature's own; or a number.
+        [units w]
+
+    Returns:
+      An optax transformation with a ProjectState.
 
     Raises:
-      FieldError, TypeError, ValueError: see `project`.
+      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
+      TypeError: no `Kernels`, a mask without booleans, or weights that are not floating.
+      ValueError: an output layer that is not named, a pattern that matches nothing, an unknown rho, weights that start at
+        norm 0, or no parameters at update.
 
     Source: Hoffer et al. 2018, bounded weight normalization.
 
@@ -85,7 +113,7 @@ def bounded_norm(kernels: Kernels, *, rho: str | float = "rms") -> optax.Gradien
     >>> optax.apply_updates(params, updates)["kernel"].tolist()      # 5 = sqrt((1 + 49) / 2)
     [[5.0, 0.0], [0.0, 5.0]]
     """
-    want_output(kernels, "bounded_norm")
+    require_output(kernels, "bounded_norm")
     return _project(dataclasses.replace(kernels, field="... i"), rho, 1, "bounded_norm")
 
 
@@ -99,7 +127,7 @@ def norm_schedule(
 
     Args:
       schedule: factor of the norm; 10 ** (epoch // 20 / 2) is a learning rate over 10 every 20 epochs.
-      kernels: which; the published form takes the field "... i".
+      kernels: which, and what one norm is taken over; the published form takes the field "... i".
       recorded: norms by path, as `norms` gives them, of these kernels and perhaps of others; or stacked along a first axis
         of time, as `lax.scan` does: record k is of before update k * record_every, and the last one stays. [units w]
       record_every: updates from one record to the next.
@@ -108,7 +136,10 @@ def norm_schedule(
       An optax transformation with a ProjectState.
 
     Raises:
-      FieldError, TypeError, ValueError: see `project`; a kernel without a record, or a record of another shape.
+      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
+      TypeError: no `Kernels`, a mask without booleans, or weights that are not floating.
+      ValueError: an output layer that is not named, a pattern that matches nothing, weights that start at norm 0, a kernel
+        without a record, a record of another shape, or no parameters at update.
 
     Source: Hoffer et al. 2018; their code rescales to the record of a run with weight decay.
 
@@ -119,7 +150,7 @@ def norm_schedule(
     >>> round(float(norms(optax.apply_updates(params, updates))["kernel"]), 3)  # 5 * sqrt(10)
     15.811
     """
-    record = None if recorded is None else Record(recorded, record_every)
+    record = None if recorded is None else RecordedNorms(recorded, record_every)
     return _project(kernels, "initial", 1, "norm_schedule", schedule, record)
 
 
@@ -129,44 +160,52 @@ def _project(
     every: int,
     caller: str,
     schedule: Schedule | None = None,
-    record: Record | None = None,
+    record: RecordedNorms | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    number = float(rho) if isinstance(rho, int | float | np.floating) and not isinstance(rho, bool) else None
-    if rho not in ("initial", "rms", "mean") and (number is None or not 0 < number < math.inf):
-        raise ValueError(f"{caller}: rho is 'initial', 'rms', 'mean' or a number above 0; found {rho!r}")
+    """The transformation behind all three: kernels return to a target, to a record, or to a schedule times either."""
+    number = _number(rho, caller)
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"{caller}: every is an integer of at least 1; found {every!r}")
-    want_output(kernels, caller)
+    require_output(kernels, caller)
 
     def target(norm: jax.Array) -> jax.Array:
         if number is not None:
             return jnp.full((), number, norm.dtype)
-        return norm if rho == "initial" else jnp.mean(norm) if rho == "mean" else root(jnp.mean(lax.square(norm)))
+        return norm if rho == "initial" else jnp.mean(norm) if rho == "mean" else safe_root(jnp.mean(lax.square(norm)))
 
-    def init(params: Any) -> ProjectState:
-        if is_placeholder(params):
-            return ProjectState(first_step(), first_step())
+    def init(params: optax.Params) -> ProjectState:
+        if is_empty(params):
+            return ProjectState(first_step(), no_norms())
         chosen = kernels.select(params, caller)
         if record is not None:
             for name, w in chosen.items():
                 record.at(0, name, kernels, w, caller)  # what does not fit is refused here already
             return ProjectState(first_step(), {})
-        return ProjectState(
-            first_step(), not_zero({name: target(kernels.norm(w)) for name, w in chosen.items()}, caller)
-        )
+        targets = {name: target(kernels.norm(w)) for name, w in chosen.items()}
+        return ProjectState(first_step(), require_nonzero(targets, caller))
 
-    def update(updates: Any, state: ProjectState, params: Any = None) -> tuple[Any, ProjectState]:
-        ps, us, back = pair(updates, params, state.norms, caller)
+    def update(
+        updates: optax.Updates, state: ProjectState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ProjectState]:
+        ps, us, back = updates_by_path(updates, params, state.norms, caller)
         step, changed = next_step(state.step), {}
         for name in state.norms or kernels.select(params, caller):
             p, u = ps[name], us[name]
-            squared = kernels.squared(added(p, u))
+            squared = kernels.squared_norm(after_update(p, u))
             norm = record.at(step, name, kernels, p, caller) if record else state.norms[name]
-            norm = kernels.beside(norm, p).astype(squared.dtype)
+            norm = kernels.align_norm(norm, p).astype(squared.dtype)
             if schedule is not None:
-                norm = norm * now(schedule, step, squared.dtype)
-            new = towards(p, u, squared, norm)
+                norm = norm * value_at(schedule, step, squared.dtype)
+            new = update_to_norm(p, u, squared, norm)
             changed[name] = new if every == 1 else jnp.where(step % every == 0, new, u)
         return back(changed), ProjectState(step, state.norms)
 
-    return transformation(init, update)
+    return as_transformation(init, update)
+
+
+def _number(rho: str | float, caller: str) -> float | None:
+    """The number that rho is, None for a word; ValueError for anything else."""
+    number = float(rho) if isinstance(rho, int | float | np.floating) and not isinstance(rho, bool) else None
+    if rho not in ("initial", "rms", "mean") and (number is None or not 0 < number < math.inf):
+        raise ValueError(f"{caller}: rho is 'initial', 'rms', 'mean' or a number above 0; found {rho!r}")
+    return number

@@ -1,27 +1,29 @@
 """The norm of a kernel as a learning rate."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.projection.update import (
-    RULES,
-    Record,
+from normjax import diagnostics
+from normjax._expect.arrays import statistics_dtype
+from normjax._leaves import one_of
+from normjax._parameters import ByPath
+from normjax.projection._update import (
+    NORM_POWERS,
+    RecordedNorms,
     Schedule,
+    as_transformation,
     first_step,
-    is_placeholder,
+    is_empty,
     next_step,
-    now,
-    pair,
-    transformation,
-    want_output,
+    require_output,
+    updates_by_path,
+    value_at,
 )
-from normjax.selection import Kernels, Norms
+from normjax.selection import Kernels
 
 
 def scale_by_weight_norm(
@@ -45,19 +47,23 @@ def scale_by_weight_norm(
     (1 - eta lambda) (w - eta / (1 - eta lambda) g). With momentum both are approximate.
 
     Args:
-      recorded: as for `norm_schedule`.
+      recorded: norms by path, as `norms` gives them, of these kernels and perhaps of others; or stacked along a first axis
+        of time, as `lax.scan` does: record k is of before update k * record_every, and the last one stays. [units w]
       kernels: which, and what the norms are taken over; the paper's field is "... i".
       learning_rate: eta, or its schedule, for the factor.
       weight_decay: lambda, for the factor.
       correction: "exact", or "paper" for no factor.
       rule: "sgd", as above, or "sign" for steps that do not scale with the gradient: the first power.
-      record_every: as for `norm_schedule`; the paper records epochs.
+      record_every: updates from one record to the next; the paper records epochs.
 
     Returns:
       An optax transformation with an `optax.ScaleByScheduleState`.
 
     Raises:
-      FieldError, TypeError, ValueError: see `norm_schedule`; an unknown name, or numbers that the factor lacks.
+      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
+      TypeError: no `Kernels`, a mask without booleans, or weights that are not floating.
+      ValueError: an output layer that is not named, a pattern that matches nothing, a kernel without a record, a record of
+        another shape, an unknown correction or rule, numbers that the factor lacks, or no parameters at update.
 
     Source: Hoffer et al. 2018. Their code puts 0 for NaN; here for an infinite factor too.
 
@@ -66,74 +72,82 @@ def scale_by_weight_norm(
     >>> tx.update({"kernel": jnp.ones((2, 1))}, tx.init(params), params)[0]["kernel"].tolist()
     [[4.0], [4.0]]
     """
-    caller, record = "scale_by_weight_norm", Record(recorded, record_every)
-    moments.choose("correction", correction, ("exact", "paper"))
-    moments.choose("rule", rule, tuple(RULES))
-    want_output(kernels, caller)
+    caller, record = "scale_by_weight_norm", RecordedNorms(recorded, record_every)
+    one_of("correction", correction, ("exact", "paper"))
+    one_of("rule", rule, tuple(NORM_POWERS))
+    require_output(kernels, caller)
     exact = correction == "exact"
     if exact and (learning_rate is None or weight_decay is None):
         raise ValueError(f"{caller}: correction='exact' needs learning_rate and weight_decay; 'paper' goes without")
 
-    def init(params: Any) -> optax.ScaleByScheduleState:
-        if not is_placeholder(params):
+    def init(params: optax.Params) -> optax.ScaleByScheduleState:
+        if not is_empty(params):
             for name, w in kernels.select(params, caller).items():
                 record.at(0, name, kernels, w, caller)
         return optax.ScaleByScheduleState(first_step())
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        ps, us, back = pair(updates, params, (), caller)
-        changed = {}
+    def update(
+        updates: optax.Updates, state: optax.ScaleByScheduleState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+        ps, us, back = updates_by_path(updates, params, (), caller)
+        count, changed = jnp.asarray(state.count), {}
         for name in kernels.select(params, caller):
             p, u = ps[name], us[name]
             norm = kernels.norm(p)
-            past = record.at(state.count, name, kernels, p, caller).astype(norm.dtype)
-            ratio = (norm / jnp.where(past > 0, past, 1)) ** RULES[rule]
+            past = record.at(count, name, kernels, p, caller).astype(norm.dtype)
+            ratio = (norm / jnp.where(past > 0, past, 1)) ** NORM_POWERS[rule]
             if exact and weight_decay is not None:
-                ratio = ratio / (1 - now(learning_rate, state.count, norm.dtype) * weight_decay)
-            ratio = kernels.beside(jnp.where((past > 0) & jnp.isfinite(ratio), ratio, 0), p)
-            work = moments.wide(u.dtype)
+                ratio = ratio / (1 - value_at(learning_rate, count, norm.dtype) * weight_decay)
+            ratio = kernels.align_norm(jnp.where((past > 0) & jnp.isfinite(ratio), ratio, 0), p)
+            work = statistics_dtype(u.dtype)
             changed[name] = (ratio.astype(work) * u.astype(work)).astype(u.dtype)
-        return back(changed), optax.ScaleByScheduleState(next_step(state.count))
+        return back(changed), optax.ScaleByScheduleState(next_step(count))
 
-    return transformation(init, update)
+    return as_transformation(init, update)
 
 
-def effective_learning_rate(
-    params: Any,
+def effective_learning_rates(
+    params: object,
     learning_rate: ArrayLike,
     kernels: Kernels = Kernels(),  # noqa: B008, frozen
     *,
     rule: str = "sgd",
     reference: Mapping[str, ArrayLike] | float = 1.0,
-) -> Norms:
-    """The learning rate that turns each kernel as far when its norm is `reference`: eta (reference / |w|) ** 2.
+) -> ByPath:
+    """The learning rate that turns each kernel as far when its norm is `reference`: eta (reference / |w|) ** 2, by path.
+
+    The formula is `normjax.diagnostics.effective_learning_rate`, here of the norm of each kernel of a model.
 
     Args:
-      params: as for `norms`. [units w]
+      params: a pytree: linen's parameters, an `nnx.State`, an nnx module. [units w]
       learning_rate: eta.
-      kernels: which; by default all that are called `kernel`, each as a whole.
+      kernels: which, and what one norm is taken over; by default all that are called `kernel`, each as a whole.
       rule: "sgd" for steps that scale with the gradient, momentum included; "sign" for those that do not (sign, Adam): the
         first power.
       reference: one norm for all, or norms by path, such as the initial ones. [units w]
 
     Returns:
-      Rates by path, of the shapes that `norms` gives; infinite at norm 0.
+      {path: rate}, of the shapes that `norms` gives: scalars for the field "... i o", `[o]` for "... i"; infinite at norm 0.
 
     Raises:
-      FieldError, TypeError, ValueError: see `norms`; an unknown rule, or a kernel that the reference lacks.
+      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
+      TypeError: a mask without booleans, or weights that are not floating.
+      ValueError: a pattern that matches nothing, an unknown rule, or a kernel that the reference lacks.
 
-    Source: Lyle et al. 2024; Hoffer et al. 2018.
+    Source: Lyle et al. 2024, section on effective learning rates; Hoffer et al. 2018, section 3.
 
-    >>> effective_learning_rate({"kernel": jnp.array([[3.0], [4.0]])}, 0.1)
+    >>> effective_learning_rates({"kernel": jnp.array([[3.0], [4.0]])}, 0.1)
     {'kernel': Array(0.004, dtype=float32)}
     """
-    moments.choose("rule", rule, tuple(RULES))
+    caller = "effective_learning_rates"
+    one_of("rule", rule, tuple(NORM_POWERS))
     rates = {}
-    for name, w in kernels.select(params, "effective_learning_rate").items():
+    for name, w in kernels.select(params, caller).items():
         norm = kernels.norm(w)
         known = reference if isinstance(reference, Mapping) else {name: reference}
-        rho = Record(known).at(0, name, kernels, w, "effective_learning_rate").astype(norm.dtype)
-        rates[name] = jnp.asarray(learning_rate).astype(norm.dtype) * (rho / norm) ** RULES[rule]
+        rho = RecordedNorms(known).at(0, name, kernels, w, caller).astype(norm.dtype)
+        eta = jnp.asarray(learning_rate).astype(norm.dtype)
+        rates[name] = diagnostics.effective_learning_rate(eta, norm, rho, order=NORM_POWERS[rule])
     return rates
 
 

@@ -1,7 +1,7 @@
 """Beliefs: means and variances that travel through a network beside its arrays, and how a kernel changes them.
 
 `predict` takes the belief of a layer's output through an activation and a kernel to the next layer's input; `join` adds a
-skip connection. `kalman.py` mixes what comes out with what a batch shows.
+skip connection. `normjax.kalman` mixes what comes out with what a batch shows.
 
 Which state is predicted from is where paper and code of Kalman normalization part. What enters the activation is y, believed
 to be N(bias, scale ** 2); the published code feeds it a sample of the input's belief instead, which has not been normalized,

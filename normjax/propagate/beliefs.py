@@ -1,7 +1,9 @@
 """Means and variances that travel beside the arrays: what an activation and a sum do to them."""
 
+import functools
+import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ from jax import lax
 from jax.scipy.special import erfc
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.theory import affine
+from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._leaves import one_of
+from normjax._normalize.evaluate import affine
 
 
 class Belief(NamedTuple):
@@ -19,11 +22,14 @@ class Belief(NamedTuple):
 
     Attributes:
       mean: length 1 along space; along n the number of blocks (1 for a whole batch, n for statistics of each example). [u]
-      var: the same shape or one that broadcasts against it, at least 0. [u ** 2]
+      var: of the shape of `mean`, or one that broadcasts against it, at least 0. [u ** 2]
+
+    >>> Belief(mean=jnp.zeros((1, 1, 1, 3)), var=jnp.ones((1, 1, 1, 3))).var.shape      # of a batch of images, "n ... c"
+    (1, 1, 1, 3)
     """
 
-    mean: Any
-    var: Any
+    mean: jax.Array | np.ndarray
+    var: jax.Array | np.ndarray
 
 
 class Filtered(NamedTuple):
@@ -32,6 +38,10 @@ class Filtered(NamedTuple):
     Attributes:
       input: of x, the belief that normalized it: what a skip connection carries on.
       output: of y: what enters the activation.
+
+    >>> belief = Belief(jnp.zeros((1, 3)), jnp.ones((1, 3)))
+    >>> Filtered(belief, belief).output.mean.shape                                      # of something not normalized
+    (1, 3)
     """
 
     input: Belief
@@ -44,18 +54,24 @@ Activation = str | None | Callable[[jax.Array], jax.Array]
 def join(*beliefs: Belief) -> Belief:
     """The belief of a sum of independent arrays, such as a skip connection and its branch.
 
+    Args:
+      *beliefs: of the arrays, of shapes that broadcast against each other.
+
+    Returns:
+      The sums of the means and of the variances.
+
     Raises:
       TypeError: an argument is no Belief.
 
     Source: the published code of Wang et al. 2018.
 
-    >>> join(Belief(1.0, 2.0), Belief(0.5, 1.0))
-    Belief(mean=1.5, var=3.0)
+    >>> join(Belief(jnp.zeros(1), jnp.ones(1)), Belief(jnp.ones(1), jnp.ones(1)))
+    Belief(mean=Array([1.], dtype=float32), var=Array([2.], dtype=float32))
     """
     for b in beliefs:
         if not isinstance(b, Belief):
             raise TypeError(f"join takes beliefs, such as the `input` of a layer's Filtered; found {type(b).__name__}")
-    return Belief(sum(b.mean for b in beliefs), sum(b.var for b in beliefs))
+    return Belief(*(functools.reduce(operator.add, moment) for moment in zip(*beliefs, strict=True)))
 
 
 def linear(belief: Belief, a: ArrayLike, u: ArrayLike, r: ArrayLike, layout: str = "n ... c") -> Belief:
@@ -76,7 +92,8 @@ def linear(belief: Belief, a: ArrayLike, u: ArrayLike, r: ArrayLike, layout: str
     >>> linear(Belief(jnp.ones((1, 1)), jnp.ones((1, 1))), 2.0, 1.0, 0.5, "n c").var
     Array([[4.5]], dtype=float32)
     """
-    return Belief(affine(belief.mean, layout, a, u), affine(affine(belief.var, layout, a, None), layout, a, r))
+    mean, var = map(jnp.asarray, belief)
+    return Belief(affine(mean, layout, a, u), affine(affine(var, layout, a, None), layout, a, r))
 
 
 def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -> Belief:
@@ -98,27 +115,40 @@ def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -
     >>> [round(float(moment), 4) for moment in relu]
     [0.3989, 0.3408]
     """
-    mean, var = jnp.broadcast_arrays(*map(_wide, belief))
+    mean, var = jnp.broadcast_arrays(*map(as_wide, belief))
     if activation is None:
         return Belief(mean, var)
     if not callable(activation):
-        moments.choose("activation", activation, ("relu", None))
+        one_of("activation", activation, ("relu", None))
         return _rectify(mean, var)
     z, weight = np.polynomial.hermite_e.hermegauss(nodes)
     column = (-1,) + (1,) * mean.ndim
     z, weight = (a.reshape(column).astype(mean.dtype) for a in (z, weight / weight.sum()))
-    values = activation(mean[None] + _root(var)[None] * z)
+    values = activation(mean[None] + standard_deviation(var)[None] * z)
     first = jnp.sum(weight * values, 0)
     return Belief(first, jnp.sum(weight * lax.square(values - first[None]), 0))
 
 
-def _wide(s: ArrayLike) -> jax.Array:
-    s = moments.as_floating(s, "a belief")
-    return s.astype(moments.wide(s.dtype))
+def as_wide(s: ArrayLike) -> jax.Array:
+    """A mean or variance of a belief in float32 or wider.
+
+    Raises:
+      TypeError: integers.
+
+    >>> as_wide(jnp.ones(1, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    s = require_float(s, "a belief")
+    return s.astype(statistics_dtype(s.dtype))
 
 
-def _root(var: jax.Array) -> jax.Array:
-    """The square root, with slope 0 at 0."""
+def standard_deviation(var: ArrayLike) -> jax.Array:
+    """The square root of a variance, with slope 0 at 0.
+
+    >>> jax.grad(standard_deviation)(0.0)
+    Array(0., dtype=float32, weak_type=True)
+    """
+    var = jnp.asarray(var)
     return jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1)), 0)
 
 

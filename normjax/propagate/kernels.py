@@ -1,7 +1,7 @@
 """What a dense or a convolution kernel does to means and variances that travel beside the arrays."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,23 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import EXAMPLES, FieldError, axes
-from normjax.propagate.beliefs import Activation, Belief, Filtered, _root, _wide, activate
-from normjax.theory import Normalizer, equation
+from normjax._expect.arrays import require_float
+from normjax._expect.binding import axes
+from normjax._leaves import one_of
+from normjax._normalize.evaluate import equation
+from normjax.field import EXAMPLES, FieldError
+from normjax.propagate.beliefs import Activation, Belief, Filtered, activate, as_wide, standard_deviation
+from normjax.theory import Normalizer
 
+Padding = str | int | Sequence[int | tuple[int, int]]
 TRANSITIONS = ("analytic", "monte_carlo", "released")
 
 
 def _rows(belief: Belief, layout: str) -> Belief:
+    """The belief as a matrix, blocks by channels."""
+
     def flat(s: ArrayLike) -> jax.Array:
-        s = _wide(s)
+        s = as_wide(s)
         where = axes(layout, s.ndim)
         n = s.shape[where[EXAMPLES][0]] if EXAMPLES in where else 1
         if "c" not in where or s.size != n * s.shape[where["c"][0]]:
@@ -32,10 +38,12 @@ def _rows(belief: Belief, layout: str) -> Belief:
     return Belief(mean, var)
 
 
-def _laid(rows: Belief, layout: str, ndim: int) -> Belief:
+def _from_rows(rows: Belief, layout: str, ndim: int) -> Belief:
+    """The belief of such a matrix beside an array of this layout and rank."""
     where = axes(layout, ndim)
 
-    def lay(s: jax.Array) -> jax.Array:
+    def lay(s: ArrayLike) -> jax.Array:
+        s = jnp.asarray(s)
         sizes = dict(zip((where.get(EXAMPLES, (None,))[0], where["c"][0]), s.shape, strict=True))
         turned = EXAMPLES in where and where["c"] < where[EXAMPLES]
         return (s.T if turned else s).reshape([sizes.get(i, 1) for i in range(ndim)])
@@ -52,28 +60,41 @@ class _Geometry(NamedTuple):
     groups: int
 
 
-def _geometry(kernel: jax.Array, channels: int, size: Any, strides: Any, padding: Any, groups: int) -> _Geometry:
+def _geometry(
+    kernel: jax.Array,
+    channels: int,
+    size: Sequence[int] | None,
+    strides: int | Sequence[int],
+    padding: Padding,
+    groups: int,
+) -> _Geometry:
+    """The numbers of a convolution, checked against its kernel and the channels of a belief."""
     window = kernel.shape[:-2]
     if kernel.ndim < 2 or kernel.shape[-2] * groups != channels or kernel.shape[-1] % groups:
-        raise FieldError(f"a kernel has the axes (*space, inputs / groups, outputs); found shape {kernel.shape}, groups "
-                         f"{groups}, for a belief of {channels} channels")  # fmt: skip
-    strides, padding = ((value,) * len(window) if isinstance(value, int) else value for value in (strides, padding))
-    strides = tuple(strides)
+        raise FieldError(
+            f"a kernel has the axes (*space, inputs / groups, outputs); found shape {kernel.shape}, groups {groups}, for "
+            f"a belief of {channels} channels"
+        )
+    strides = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
+    padding = (padding,) * len(window) if isinstance(padding, int) else padding
     if size is None and window:
         return _Geometry(None, strides, None, groups)
     size = tuple(size or ())
     if len(size) != len(window) or len(strides) != len(window):
-        raise FieldError(f"size and strides have one number for each of the kernel's {len(window)} axes of space; found "
-                         f"{size} and {strides}")  # fmt: skip
+        raise FieldError(
+            f"size and strides have one number for each of the kernel's {len(window)} axes of space; found {size} and "
+            f"{strides}"
+        )
     if not window:
         return _Geometry(size, strides, (), groups)
     if isinstance(padding, str):
-        moments.choose("padding", padding, ("SAME", "VALID"))
+        one_of("padding", padding, ("SAME", "VALID"))
         padding = lax.padtype_to_pads(size, window, strides, padding)
     pads = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
     if len(pads) != len(window):
-        raise FieldError(f"padding has one number or pair for each of the kernel's {len(window)} axes of space; found "
-                         f"{padding}")  # fmt: skip
+        raise FieldError(
+            f"padding has one number or pair for each of the kernel's {len(window)} axes of space; found {padding}"
+        )
     if any(n + low + high < k for n, k, (low, high) in zip(size, window, pads, strict=True)):
         raise FieldError(f"a kernel of window {window} does not fit into size {size} with padding {pads}")
     return _Geometry(size, strides, pads, groups)
@@ -96,8 +117,12 @@ def _push(rows: Belief, kernel: jax.Array, how: _Geometry) -> Belief:
     """Independent inputs through a kernel: per-output sums of w * mean and w ** 2 * var, then moments over space."""
     blocks, window, outputs = len(rows.mean), kernel.shape[:-2], kernel.shape[-1]
     w = kernel.astype(rows.mean.dtype).reshape(int(np.prod(window)), -1, how.groups, outputs // how.groups)
-    sums = [jnp.einsum("bgi,tigo->btgo", s.reshape(blocks, how.groups, -1), f, precision="highest")
-            .reshape(blocks, -1, outputs) for s, f in zip(rows, (w, lax.square(w)), strict=True)]  # fmt: skip
+
+    def through(s: jax.Array | np.ndarray, f: jax.Array) -> jax.Array:
+        summed = jnp.einsum("bgi,tigo->btgo", s.reshape(blocks, how.groups, -1), f, precision="highest")
+        return summed.reshape(blocks, -1, outputs)
+
+    sums = through(rows.mean, w), through(rows.var, lax.square(w))
     taps, shares = (a.astype(w.dtype) for a in _borders(window, how))
     mean, var = (jnp.einsum("pt,bto->bpo", taps, s, precision="highest") for s in sums)  # at each kind of position
     shares = shares[None, :, None]
@@ -113,11 +138,13 @@ def _sampled(
     if how.size is None or how.pads is None:
         raise ValueError("a sample needs the size of the array in space: size=(height, width)")
     space = (1,) * len(how.size)
-    mean, deviation = (jnp.repeat(s, samples, 0).reshape(-1, *space, channels) for s in (rows.mean, _root(rows.var)))
+    mean, deviation = (
+        jnp.repeat(s, samples, 0).reshape(-1, *space, channels) for s in (rows.mean, standard_deviation(rows.var))
+    )
     noise = jax.random.normal(key, (blocks * samples, *how.size, channels), mean.dtype)
     x = mean + deviation * noise
     if activation is not None and not callable(activation):
-        moments.choose("activation", activation, ("relu", None))
+        one_of("activation", activation, ("relu", None))
     x = jax.nn.relu(x) if isinstance(activation, str) else x if activation is None else activation(x)
     w, last = kernel.astype(x.dtype), x.ndim - 1
     if space:
@@ -147,7 +174,7 @@ def predict(
     bias: ArrayLike | None = None,
     size: Sequence[int] | None = None,
     strides: int | Sequence[int] = 1,
-    padding: str | Sequence[Any] = "SAME",
+    padding: Padding = "SAME",
     groups: int = 1,
     key: jax.Array | None = None,
     samples: int = 1,
@@ -172,7 +199,7 @@ def predict(
       strides: of the convolution.
       padding: "SAME", "VALID", a number, or one number or pair for each axis of space.
       groups: feature groups.
-      key: for a sample, of shape `(blocks * samples, *size, inputs)`.
+      key: random key of a sample, which has the shape `(blocks * samples, *size, inputs)`.
       samples: for each block of examples; the published code has 1.
 
     Returns:
@@ -189,14 +216,14 @@ def predict(
     >>> predict(state, jnp.array([[1.0], [-1.0]]), activation=None)
     Belief(mean=Array([[0.]], dtype=float32), var=Array([[2.]], dtype=float32))
     """
-    moments.choose("transition", transition, TRANSITIONS)
+    one_of("transition", transition, TRANSITIONS)
     if not isinstance(state, Filtered):
         raise TypeError(f"predict takes the Filtered that a layer returned, found {type(state).__name__}")
     belief = state.output
     if transition == "released":  # a row over all channels believes one number of them: give it to each
         shape = np.broadcast_shapes(state.input.mean.shape, belief.mean.shape)
         belief = Belief(*(jnp.broadcast_to(s, shape) for s in state.input))
-    kernel, rows = moments.as_floating(kernel, "predict"), _rows(belief, layout)
+    kernel, rows = require_float(kernel, "predict"), _rows(belief, layout)
     how = _geometry(kernel, rows.mean.shape[1], size, strides, padding, groups)
     if transition == "analytic":
         out = _push(activate(rows, activation), kernel, how)
@@ -209,4 +236,4 @@ def predict(
         if bias.shape != kernel.shape[-1:]:
             raise FieldError(f"a layer's bias has shape {kernel.shape[-1:]}, that of its outputs; found {bias.shape}")
         out = Belief(out.mean + bias.astype(out.mean.dtype)[None], out.var)
-    return _laid(out, layout, jnp.ndim(belief.mean))
+    return _from_rows(out, layout, jnp.ndim(belief.mean))

@@ -10,11 +10,25 @@
 Each array that is normalized is a *site* with a scale, a bias and statistics of its own: "i f g o c" of an LSTM inside,
 "xifgo hifgo c" where W x and U h are normalized as they are published: all gates at once. The layout is "n c".
 
-`steps.py` has the cells, `site.py` the normalization of one site, `carry.py` what travels beside the states, and
+`cells.py` has the steps, `site.py` the normalization of one site, `clock.py` what travels beside the states, and
 `published.py` the published cells as arguments.
 """
 
-from normjax.recurrent.carry import (
+from normjax.recurrent.cells import (
+    BIASES,
+    GATES,
+    PLACES,
+    Activation,
+    Norm,
+    Places,
+    Weights,
+    gru_step,
+    lstm_step,
+    simple_step,
+    sites,
+)
+from normjax.recurrent.clock import (
+    Carry,
     Clock,
     advance,
     hand_over,
@@ -26,7 +40,7 @@ from normjax.recurrent.carry import (
     valid,
     with_lengths,
 )
-from normjax.recurrent.published import DIALECTS, REN2017, ba2016, cooijmans2017, ren2017, symmetric_uniform
+from normjax.recurrent.published import REN2017, REN2017_DIALECTS, ba2016, cooijmans2017, ren2017, symmetric_uniform
 from normjax.recurrent.site import (
     LAYOUT,
     Site,
@@ -37,26 +51,16 @@ from normjax.recurrent.site import (
     site_slots,
     start_sigma,
 )
-from normjax.recurrent.steps import (
-    BIASES,
-    GATES,
-    PLACES,
-    Norm,
-    Places,
-    Weights,
-    gru_step,
-    lstm_step,
-    simple_step,
-    sites,
-)
 
 __all__ = [
     "BIASES",
-    "DIALECTS",
     "GATES",
     "LAYOUT",
     "PLACES",
     "REN2017",
+    "REN2017_DIALECTS",
+    "Activation",
+    "Carry",
     "Clock",
     "Norm",
     "Places",

@@ -5,21 +5,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments
+from normjax._leaves import one_of
 from normjax.theory import Normalizer
-
-DIALECTS = ("code", "paper")
 
 
 def symmetric_uniform(scale: float = 0.1) -> Callable[..., jax.Array]:
     """An initializer of U(-scale, scale), as Ren et al. 2017 draw every kernel.
 
+    Args:
+      scale: the largest magnitude of a weight.
+
+    Returns:
+      An initializer `(key, shape, dtype) -> array`.
+
+    Source: Ren et al. 2017, its published configuration.
+
     >>> bool(jnp.all(jnp.abs(symmetric_uniform(0.1)(jax.random.key(0), (4, 4))) <= 0.1))
     True
     """
 
-    def make(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, **kwargs: Any) -> jax.Array:
+    def make(key: ArrayLike, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **kwargs: Any) -> jax.Array:
         return jax.random.uniform(key, tuple(shape), dtype, -scale, scale, **kwargs)
 
     return make
@@ -29,6 +36,9 @@ def ba2016() -> dict[str, Any]:
     """The layer-normalized cells of Ba et al. 2016, as arguments of a cell.
 
     Their published LSTM adds its bias twice: `bias_at="both"`. Their published GRU adds its own `"before"`.
+
+    Returns:
+      Keyword arguments of any cell.
 
     Source: Ba, Kiros & Hinton 2016, equations 20 to 22.
 
@@ -44,24 +54,38 @@ def cooijmans2017(max_steps: int) -> dict[str, Any]:
     Only the site c has a bias of its own (their beta_x = beta_h = 0); the forget gate's bias starts at 1, and the running
     average keeps 0.95, as in their code.
 
+    Args:
+      max_steps: number of steps with statistics of their own; later steps share the last.
+
+    Returns:
+      Keyword arguments of LSTMCell.
+
     Source: Cooijmans et al. 2017, equations 6 to 8 and section 4.
 
     >>> cooijmans2017(100)["max_steps"]
     100
     """
     return {
-        "normalizer": Normalizer("n", "n", eps=1e-5), "place": "separate_raw", "bias_at": "after", "momentum": 0.95,
-        "max_steps": max_steps, "scale_init": jax.nn.initializers.constant(0.1), "use_bias": ("c",), "forget_bias": 1.0,
-    }  # fmt: skip
+        "normalizer": Normalizer("n", "n", eps=1e-5),
+        "place": "separate_raw",
+        "bias_at": "after",
+        "momentum": 0.95,
+        "max_steps": max_steps,
+        "scale_init": jax.nn.initializers.constant(0.1),
+        "use_bias": ("c",),
+        "forget_bias": 1.0,
+    }
 
 
 REN2017 = ("base", "bn", "bn-s", "bn-l1", "bn*", "ln", "ln-s", "ln-l1", "ln*", "dn", "dn-s", "dn*")
-_ALPHA = {
-    ("bn-l1", "lstm"): 1e-2, ("bn-l1", "tanh"): 1e-1, ("bn-l1", "relu"): 1e-4, ("bn*", "lstm"): 1e-1,
-    ("bn*", "tanh"): 1e-4, ("bn*", "relu"): 1e-1, ("ln-l1", "lstm"): 1e-2, ("ln-l1", "tanh"): 1e-2,
-    ("ln-l1", "relu"): 1e-2, ("ln*", "lstm"): 1e-3, ("ln*", "tanh"): 1e-2, ("ln*", "relu"): 1e-2,
-    ("dn*", "lstm"): 1e-4, ("dn*", "tanh"): 1e-2, ("dn*", "relu"): 1e-2,
-}  # fmt: skip
+REN2017_DIALECTS = ("code", "paper")  # where the numbers come from
+_ALPHA = {  # the weight of the penalty, where there is one
+    "bn-l1": {"lstm": 1e-2, "tanh": 1e-1, "relu": 1e-4},
+    "bn*": {"lstm": 1e-1, "tanh": 1e-4, "relu": 1e-1},
+    "ln-l1": {"lstm": 1e-2, "tanh": 1e-2, "relu": 1e-2},
+    "ln*": {"lstm": 1e-3, "tanh": 1e-2, "relu": 1e-2},
+    "dn*": {"lstm": 1e-4, "tanh": 1e-2, "relu": 1e-2},
+}
 
 
 def ren2017(row: str, cell: str, dialect: str = "code", max_steps: int = 20) -> dict[str, Any]:
@@ -93,16 +117,16 @@ def ren2017(row: str, cell: str, dialect: str = "code", max_steps: int = 20) -> 
     >>> ren2017("bn", "tanh")["place"], ren2017("ln", "tanh")["place"], ren2017("ln", "lstm")["place"]
     ('separate', 'inside', 'separate')
     """
-    moments.choose("row", row, REN2017)
-    moments.choose("cell", cell, ("lstm", "tanh", "relu"))
-    moments.choose("dialect", dialect, DIALECTS)
+    one_of("row", row, REN2017)
+    one_of("cell", cell, ("lstm", "tanh", "relu"))
+    one_of("dialect", dialect, REN2017_DIALECTS)
     out: dict[str, Any] = {"kernel_init": symmetric_uniform(0.1), "recurrent_kernel_init": symmetric_uniform(0.1)}
     out |= {} if cell == "lstm" else {"activation_fn": jnp.tanh if cell == "tanh" else jax.nn.relu}
     if row == "base":
         return out | {"normalizer": None}
     code = dialect == "code"
     eps = 1.0 if row.endswith(("-s", "*")) else 1e-4
-    alpha = _ALPHA.get((row, cell), 0.0)
+    alpha = _ALPHA.get(row, {}).get(cell, 0.0)
     if row in ("ln", "ln-s") and cell != "lstm" and code:
         alpha = 1e-2
     if row.startswith("bn"):

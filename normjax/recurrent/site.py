@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from normjax._normalize.evaluate import equation, normalize
 from normjax.field import FieldError
-from normjax.layer import NOTHING
 from normjax.penalty import l1_penalty
-from normjax.recurrent.carry import Clock, valid
-from normjax.running import Running, Slot, as_stats, observe, slots, stores, update
-from normjax.theory import Normalizer, Stats, equation, normalize, row
+from normjax.recurrent.clock import Clock, valid
+from normjax.running import NOTHING, Running, Slot, as_stats, observe, slots, stores, update
+from normjax.theory import Normalizer, Stats, row
 
 LAYOUT = "n c"
 
@@ -21,8 +21,18 @@ LAYOUT = "n c"
 def site_slots(normalizer: Normalizer, features: int, max_steps: int | None) -> dict[str, Slot]:
     """What a site stores, with a first axis of steps if there is a `max_steps`.
 
+    Args:
+      normalizer: of layout "n c".
+      features: length of the site.
+      max_steps: number of steps with statistics of their own; None shares one of all steps.
+
+    Returns:
+      The stored arrays by name, "mean" and "var"; empty for rows that mix no examples.
+
     Raises:
       ValueError: `max_steps` is less than 1.
+
+    Source: Cooijmans et al. 2017, section 3.
 
     >>> from normjax import TABLE
     >>> {name: slot.shape for name, slot in site_slots(TABLE["batch"], 4, 20).items()}
@@ -36,7 +46,11 @@ def site_slots(normalizer: Normalizer, features: int, max_steps: int | None) -> 
 
 
 def needs_clock(normalizer: Normalizer | None, max_steps: int | None) -> bool:
-    """Whether a cell must know the number of its step.
+    """Whether a cell must know the number of its step: where it stores statistics of each step.
+
+    Args:
+      normalizer: of layout "n c"; None normalizes nothing.
+      max_steps: number of steps with statistics of their own; None shares one of all steps.
 
     >>> from normjax import TABLE
     >>> needs_clock(TABLE["batch"], 20), needs_clock(TABLE["token"], 20), needs_clock(TABLE["batch"], None)
@@ -47,6 +61,14 @@ def needs_clock(normalizer: Normalizer | None, max_steps: int | None) -> bool:
 
 def choose_sites(name: str, given: bool | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """The sites that an argument like `use_bias` speaks of: all, none, or those it names.
+
+    Args:
+      name: of the argument, for the error.
+      given: True for all, False for none, or names of sites.
+      known: the sites of the cell.
+
+    Returns:
+      Names of sites.
 
     Raises:
       ValueError: it names a site that the cell lacks.
@@ -63,7 +85,17 @@ def choose_sites(name: str, given: bool | Sequence[str], known: Sequence[str]) -
 
 
 def start_sigma(normalizer: Normalizer, learn: bool, given: float | None) -> float | None:
-    """The first value of a learned sigma: the given one, or the square root of the row's eps; None where none is learned.
+    """The first value of a learned sigma.
+
+    Args:
+      normalizer: the row, whose eps is sigma squared.
+      learn: whether a sigma is learned.
+      given: the first value; None takes the square root of the row's eps.
+
+    Returns:
+      The first value; None where no sigma is learned. [units of z]
+
+    Source: Ren et al. 2017, equation 3.
 
     >>> start_sigma(Normalizer("c", "c", eps=0.25), True, None), start_sigma(Normalizer("c", "c"), False, 1.0)
     (0.5, None)
@@ -76,6 +108,10 @@ def start_sigma(normalizer: Normalizer, learn: bool, given: float | None) -> flo
 def penalty_axes(normalizer: Normalizer | str | None, given: str | Sequence[str] | None = None) -> tuple[str, ...]:
     """The mapped axes that share one mean of |v|: those given, or those of the fields.
 
+    Args:
+      normalizer: a row, or its name in TABLE; None normalizes nothing.
+      given: one mapped axis or several; None takes those of the row's fields.
+
     >>> penalty_axes(Normalizer("@n", "@n @m")), penalty_axes("token", "n")
     (('n', 'm'), ('n',))
     """
@@ -86,7 +122,16 @@ def penalty_axes(normalizer: Normalizer | str | None, given: str | Sequence[str]
 
 
 class Site(NamedTuple):
-    """What `normalize_site` returns: y, the statistics to store, and the penalty (None where none was asked for)."""
+    """What `normalize_site` returns.
+
+    Attributes:
+      y: the normalized array, `[n, site]`.
+      running: the statistics to store from now on.
+      penalty: l1 * mean |v|, a scalar; None where none was asked for.
+
+    >>> normalize_site(jnp.array([[1.0, 3.0]]), Normalizer("c", "c", eps=0.0), l1=0.5).penalty
+    Array(0.5, dtype=float32)
+    """
 
     y: jax.Array
     running: Running
@@ -116,19 +161,22 @@ def normalize_site(
     Steps past the last take, and move, the last.
 
     Args:
-      z: pre-activations, `[n, site]`.
+      z: pre-activations, `[n, site]`. [units u]
       normalizer: of layout "n c".
-      running: stored statistics.
+      running: stored statistics, `[site]`, or `[max_steps, site]` of each step; none by default.
       clock: number of the step, and the lengths: examples that are over are masked.
-      max_steps: number of steps with statistics of their own; None shares them.
+      max_steps: number of steps with statistics of their own; None shares one of all steps.
       refuse: whether the checks of `normalize` are made.
       use_running: whether to normalize with what is stored.
       momentum: weight of the old value.
       scale: factor, `[site]`.
       bias: addend, `[site]`.
-      eps: replaces the row's number, for a learned sigma.
+      eps: replaces the row's number, for a learned sigma. [u ** order]
       l1: weight of the penalty l1 * mean |v| over this step's valid elements.
       l1_axis_name: mapped axes that share the mean; by default those of the fields.
+
+    Returns:
+      `(y, running, penalty)`.
 
     Raises:
       FieldError: the normalizer does not fit, or the carry has no clock.
@@ -145,29 +193,47 @@ def normalize_site(
     z = z.reshape(-1, shape[-1])
     going = valid(clock)
     mask = None if going is None else going.reshape(-1, 1)
-    stored, stats, at = any(value is not None for value in running), None, None
-    if stored and max_steps is not None:
-        if clock is None:
-            raise FieldError("statistics for each step need the number of the step: give the cell a carry of its own "
-                             "initialize_carry, which ends with a Clock")  # fmt: skip
-        steps = jnp.clip(clock.step.reshape(-1), 0, max_steps - 1)
-        at = jnp.max(steps if mask is None else jnp.where(mask[:, 0], steps, 0))
-        if mapped := penalty_axes(normalizer):  # all shards move the same row
-            at = lax.pmax(at, mapped)
-        if use_running:  # one row for each example, which may be at another step than its neighbour
-            stats = Stats(*(None if p is None else p[steps].reshape(len(z), -1) for p in running[:2]))
-    elif stored and use_running:
-        stats = as_stats(running, normalizer, LAYOUT, z.shape)
+    stored = any(value is not None for value in running)
+    steps = None if max_steps is None or not stored else _steps(clock, max_steps)
+    stats = _stored_stats(running, normalizer, z.shape, steps) if stored and use_running else None
     evaluate = normalize if refuse else equation
     out = evaluate(z, normalizer, LAYOUT, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps)
     if stored and not use_running:
         batch = observe(out.stats, normalizer, LAYOUT, z.shape)
-        if at is None:
+        if steps is None:
             running = update(running, batch, momentum)
         else:
-            moved = update(Running(*(None if p is None else p[at] for p in running)), batch, momentum)
-            pairs = zip(running, moved, strict=True)
-            running = Running(*(None if p is None else p.at[at].set(new.astype(p.dtype)) for p, new in pairs))
+            running = _update_at(_latest(steps, mask, penalty_axes(normalizer)), running, batch, momentum)
     shared = penalty_axes(normalizer, l1_axis_name)
     penalty = l1_penalty(out.centered, l1, mask=mask, axis_name=shared) if l1 else None
     return Site(out.y.reshape(shape), running, penalty)
+
+
+def _steps(clock: Clock | None, max_steps: int) -> jax.Array:
+    """The row of stored statistics that belongs to the step of each example, `[n]`."""
+    if clock is None:
+        raise FieldError(
+            "statistics for each step need the number of the step: give the cell a carry of its own initialize_carry, "
+            "which ends with a Clock"
+        )
+    return jnp.clip(clock.step.reshape(-1), 0, max_steps - 1)
+
+
+def _latest(steps: jax.Array, mask: jax.Array | None, mapped: Sequence[str]) -> jax.Array:
+    """The row that a batch moves: that of its latest valid example, over all shards, which move the same row."""
+    at = jnp.max(steps if mask is None else jnp.where(mask[:, 0], steps, 0))
+    return lax.pmax(at, tuple(mapped)) if mapped else at
+
+
+def _stored_stats(running: Running, normalizer: Normalizer, shape: tuple[int, ...], steps: jax.Array | None) -> Stats:
+    """What is stored, beside an array of this shape: of each step, the row of each example, which may be at another step."""
+    if steps is None:
+        return as_stats(running, normalizer, LAYOUT, shape)
+    return Stats(*(None if p is None else p[steps].reshape(shape[0], -1) for p in running[:2]))
+
+
+def _update_at(at: jax.Array, running: Running, batch: Stats, momentum: ArrayLike) -> Running:
+    """Moves the statistics of one step towards those of a batch."""
+    moved = update(Running(*(None if p is None else p[at] for p in running)), batch, momentum)
+    pairs = zip(running, moved, strict=True)
+    return Running(*(None if p is None else p.at[at].set(new.astype(p.dtype)) for p, new in pairs))

@@ -14,10 +14,11 @@ from normjax.running.merging import merge, merge_stacked
 from normjax.running.published import PUBLISHED_AVERAGING, PublishedAveraging, published_start, published_update
 from normjax.running.records import BatchRecord, merge_into, merge_trees, mergeable, recalibrated, record
 from normjax.running.renorm import corrections, limits_at, renormalized, require_renormalizable
-from normjax.running.state import AVERAGES, Running, Slot, as_stats, initial, observe, slots, stores
+from normjax.running.state import AVERAGES, NOTHING, Running, Slot, as_stats, initial, observe, slots, stores
 
 __all__ = [
     "AVERAGES",
+    "NOTHING",
     "PUBLISHED_AVERAGING",
     "BatchRecord",
     "PublishedAveraging",

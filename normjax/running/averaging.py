@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._expect.arrays import statistics_dtype
+from normjax._leaves import one_of
 from normjax.running.state import AVERAGES, Running
 from normjax.theory import Normalizer, Stats
 
@@ -25,8 +26,8 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
       averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
 
     Returns:
-      New statistics in the shapes of `running`, float32 or wider (complex where the batch is). Elements without weight or not finite keep the old
-      value, and their count.
+      New statistics in the shapes of `running`, float32 or wider (complex where the batch is). Elements without weight or
+      not finite keep the old value, and their count.
 
     Raises:
       ValueError: no averaging has this name, or `running` lacks the counts that it needs.
@@ -39,7 +40,7 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
     >>> update(Running(jnp.zeros(2), mean_count=jnp.zeros(2, jnp.int32)), batch, 0.5, "debiased").mean
     Array([1., 0.], dtype=float32)
     """
-    moments.choose("averaging", averaging, AVERAGES)
+    one_of("averaging", averaging, AVERAGES)
 
     def step(
         old: jax.Array | None, new: jax.Array | None, weight: jax.Array | None, count: jax.Array | None
@@ -55,7 +56,9 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
             )
         else:
             keep = (1 - _share(count + 1, momentum, averaging)).astype(new.dtype)
-        old = old.astype(np.result_type(moments.wide(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32))
+        old = old.astype(
+            np.result_type(statistics_dtype(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32)
+        )
         mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
         valid = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
         mixed = jax.lax.stop_gradient(jnp.where(_sharded_like(valid, old), _sharded_like(mixed, old), old))

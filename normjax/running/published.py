@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from normjax import moments
+from normjax._leaves import one_of
 from normjax.running import averaging, state
 from normjax.running.state import Running
 from normjax.theory import Normalizer, Stats
@@ -73,7 +73,7 @@ def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...],
     >>> published_start(TABLE["batch"], "n c", (8, 2), "lubana").mean
     Array([1., 1.], dtype=float32)
     """
-    moments.choose("dialect", dialect, tuple(PUBLISHED_AVERAGING))
+    one_of("dialect", dialect, tuple(PUBLISHED_AVERAGING))
     first = state.initial(normalizer, layout, shape)
     fill = {
         name: value
@@ -108,7 +108,7 @@ def published_update(running: Running, batch: Stats, normalizer: Normalizer, dia
     >>> published_update(Running(jnp.zeros(1), jnp.zeros(1)), batch, TABLE["batch"], "hoffer").mean.round(2).tolist()
     [3.5999999046325684]
     """
-    moments.choose("dialect", dialect, tuple(PUBLISHED_AVERAGING))
+    one_of("dialect", dialect, tuple(PUBLISHED_AVERAGING))
     way = PUBLISHED_AVERAGING[dialect]
     if not way.inverse:
         return averaging.update(running, batch, way.momentum)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax.field import EXAMPLES, Field
+from normjax.field import EXAMPLES
 from normjax.running import averaging as averages
 from normjax.running.averaging import require_unbiased, update
 from normjax.running.merging import merge_stacked
@@ -176,7 +176,6 @@ def mergeable(normalizer: Normalizer, layout: str) -> bool:
         return True
     if a is None or normalizer.order != 2:
         return normalizer.order == 2
-    assert isinstance(b, Field)
     named = EXAMPLES not in layout.split() or any(span.axis == EXAMPLES for span in b.spans)
     return a == b and named and not any(span.window or (span.blocks and span.axis == EXAMPLES) for span in b.spans)
 

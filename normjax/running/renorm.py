@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from normjax import moments
+from normjax._leaves import inverse_power
 from normjax.running.state import Running, as_stats, stores
 from normjax.theory import Normalizer, Stats
 
@@ -62,7 +62,7 @@ def corrections(
     eps, r_max, d_max = (jnp.asarray(value).astype(work) for value in (n.eps if eps is None else eps, *limits))
 
     def inverse(var):
-        return moments.inverse_power(eps + n.gain * var, n.power)
+        return inverse_power(eps + n.gain * var, n.power)
 
     before, now = inverse(stored.var), inverse(stats.var)  # 0 for a spread of 0
     weighted = (jnp.asarray(stats.var_weight) > 0) & (now > 0)
@@ -153,5 +153,5 @@ def renormalized(
     if n.mean is None or stats.mean is None:
         return stats._replace(var=var)
     q = smoothing + n.gain * var
-    sigma = q if n.power == 1 else q * moments.inverse_power(q, 1 - n.power)
+    sigma = q if n.power == 1 else q * inverse_power(q, 1 - n.power)
     return stats._replace(mean=stats.mean - d * sigma, var=var)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from normjax import moments
-from normjax.field import EXAMPLES, Field, FieldError, axes, bind
+from normjax._expect.binding import axes, bind
+from normjax._leaves import one_of
+from normjax.field import EXAMPLES, Field, FieldError
 from normjax.theory import Normalizer, Stats
 
 AVERAGES = ("exponential", "debiased", "cumulative")
@@ -40,6 +41,9 @@ class Running(NamedTuple):
     var_count: jax.Array | None = None
 
 
+NOTHING = Running()  # no stored statistics
+
+
 def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     """Which moments are stored: whether the mean is, and whether the moment is.
 
@@ -54,7 +58,7 @@ def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     >>> stores(Normalizer("n ...", "c"))
     (True, False)
     """
-    mean, var = (isinstance(f, Field) and f.mixes_examples for f in (normalizer.mean, normalizer.var))
+    mean, var = (f is not None and f.mixes_examples for f in (normalizer.mean, normalizer.var))
     return mean, var
 
 
@@ -122,11 +126,11 @@ def slots(
     >>> list(slots(TABLE["batch"], "n c", (8, 2), "debiased"))
     ['mean', 'var', 'mean_count', 'var_count']
     """
-    moments.choose("averaging", averaging, AVERAGES)
+    one_of("averaging", averaging, AVERAGES)
     by_name = {}
     moments_of = zip(("mean", "var"), (0.0, 1.0), stores(normalizer), (normalizer.mean, normalizer.var), strict=True)
     for name, fill, is_stored, field in moments_of:
-        if is_stored and isinstance(field, Field):
+        if is_stored and field is not None:
             by_name[name] = Slot(
                 fill, tuple(shape[axis] for axis in _stored_axes(field, layout, len(shape))), np.float32
             )
@@ -184,7 +188,6 @@ def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple
         if value is None or field is None:
             laid.append(None)
             continue
-        assert isinstance(field, Field)
         along = _stored_axes(field, layout, len(shape))
         want = tuple(shape[axis] for axis in along)
         value = jnp.asarray(value)
@@ -225,7 +228,6 @@ def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int,
         if field is None or value is None or weight is None:
             merged.append((None, None))
             continue
-        assert isinstance(field, Field)
         along = _stored_axes(field, layout, len(shape))
         weight = jnp.broadcast_to(jnp.asarray(weight), np.broadcast_shapes(jnp.shape(weight), value.shape))
         rest = tuple(axis for axis in range(len(shape)) if axis not in along)

@@ -1,27 +1,21 @@
 """Moments that are not means of a power: the largest |v| of a field, and the mean of the k largest (Hoffer et al. 2018).
 
-They take the same plans as `moments.py`. A maximum goes axis by axis like a sum; the k largest need all elements of a field
+They take the same plans as `average.py`. A maximum goes axis by axis like a sum; the k largest need all elements of a field
 side by side, so windows are refused.
 """
 
 import functools
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normjax import moments
+from normjax._expect.arrays import Weights
+from normjax._expect.average import by_blocks, total
+from normjax._expect.binding import Plan, pooled_and_windowed
+from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_of, with_halo
 from normjax.field import FieldError, Span
-from normjax.moments import Plan, Weights
-
-
-@dataclass(frozen=True)
-class top:
-    """The order of a moment that is the mean of the k largest |v| (Hoffer et al. 2018)."""
-
-    k: int
 
 
 def largest(a: jax.Array, plan: Plan) -> jax.Array:
@@ -30,11 +24,11 @@ def largest(a: jax.Array, plan: Plan) -> jax.Array:
     Its gradient is shared by the elements that hold the maximum, to rounding: compilers may compute `a` twice, so that no
     copy of it equals the maximum to the last bit.
     """
-    pooled, windows = moments.split(plan)
+    pooled, windows = pooled_and_windowed(plan)
     if pooled.bound.spans:
         most = lax.stop_gradient(_pooled_maximum(lax.stop_gradient(a), pooled))
         winner = (a >= most * (1 - 4 * jnp.finfo(a.dtype).eps)).astype(a.dtype)
-        mean = moments.total(a * (winner / jnp.maximum(moments.total(winner, pooled), 1)), pooled)
+        mean = total(a * (winner / jnp.maximum(total(winner, pooled), 1)), pooled)
         a = most + jnp.where(jnp.isfinite(mean), mean - lax.stop_gradient(mean), 0)
     for axis, span in windows.bound.by("window"):
         a = _window_maximum(a, axis, span, plan)
@@ -46,10 +40,10 @@ def _pooled_maximum(a: jax.Array, plan: Plan) -> jax.Array:
     if bound.whole:
         a = jnp.max(a, bound.whole, keepdims=True, initial=0)
     for name, groups in bound.collectives:
-        moments.axis_size(name)
+        axis_size(name)
         a = lax.pmax(a, name, axis_index_groups=groups and [list(g) for g in groups])
     for axis, span in bound.by("blocks"):
-        a = moments.by_blocks(jnp.max, a, axis, moments.local_blocks(bound, axis, span))
+        a = by_blocks(jnp.max, a, axis, local_blocks(bound, axis, span))
     return a
 
 
@@ -62,7 +56,7 @@ def _window_maximum(a: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Arra
     if length == 0:
         return a
     if span.mapped is not None:
-        a, padding = moments.with_halo(a, axis, before, after, span), (0, 0)
+        a, padding = with_halo(a, axis, before, after, span), (0, 0)
     else:
         before, after = min(before, length - 1), min(after, length - 1)
         padding = (before, after)
@@ -77,7 +71,7 @@ def _window_maximum(a: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Arra
             held += step
         return a
 
-    return slide(a) if span.mapped is not None else moments.partitioned(slide, a, (axis,))
+    return slide(a) if span.mapped is not None else partitioned(slide, a, (axis,))
 
 
 def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -> jax.Array:
@@ -91,22 +85,22 @@ def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -
         return largest(a, plan)
     if not bound.pooled:
         raise FieldError(f'order=top({k}) takes whole axes and blocks; field "{bound.field}" has windows')
-    size = bound.reach() * math.prod(moments.members(Span(None, mapped=m, groups=g)) for m, g in bound.collectives)
+    size = bound.reach() * math.prod(shards_of(Span(None, mapped=m, groups=g)) for m, g in bound.collectives)
     if k > size:
         raise FieldError(
             f'order=top({k}) needs {k} elements; field "{bound.field}" holds {size} of shape {bound.shape}'
         )
     named = tuple(axis for axis, _ in bound.spans if axis is not None)
-    mean = moments.partitioned(functools.partial(_mean_of_largest, k=k, plan=plan), a, named, bound.whole)
+    mean = partitioned(functools.partial(_mean_of_largest, k=k, plan=plan), a, named, bound.whole)
     if weights is None:
         return mean
-    number = moments.total(jnp.broadcast_to(weights.valid, bound.shape).astype(a.dtype), plan)
+    number = total(jnp.broadcast_to(weights.valid, bound.shape).astype(a.dtype), plan)
     return jnp.where(number > 0, mean * k / jnp.clip(number, 1, k), 0)
 
 
 def _mean_of_largest(a: jax.Array, k: int, plan: Plan) -> jax.Array:
     bound = plan.bound
-    blocks = {axis: moments.local_blocks(bound, axis, span) for axis, span in bound.by("blocks")}
+    blocks = {axis: local_blocks(bound, axis, span) for axis, span in bound.by("blocks")}
     split, inner, inside = [], [], []  # a block axis becomes two: its blocks, and the inside of a block
     for axis, length in enumerate(a.shape):
         if axis in blocks:
@@ -123,7 +117,7 @@ def _mean_of_largest(a: jax.Array, k: int, plan: Plan) -> jax.Array:
         if groups:
             raise FieldError("order=top(k) does not combine index groups of a mapped axis")
         # Each shard writes its own row and the sum gathers them: a gather whose result is the same on every shard.
-        rows = jnp.zeros((moments.axis_size(name), *best.shape), best.dtype).at[lax.axis_index(name)].set(best)
+        rows = jnp.zeros((axis_size(name), *best.shape), best.dtype).at[lax.axis_index(name)].set(best)
         rows = jnp.moveaxis(lax.psum(rows, name), 0, -2).reshape(*best.shape[:-1], -1)
         best = lax.top_k(rows, min(k, rows.shape[-1]))[0]
     mean = jnp.expand_dims(jnp.sum(best, -1) / k, inner)

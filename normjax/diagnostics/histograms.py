@@ -10,21 +10,17 @@ compare estimates of the same number of bins and samples alone.
 Counts have no derivative: gradients of everything here are zero, but for `information` of given counts.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax import moments
-from normjax.field import FieldError, axes
-
-UNITS = "c"
-Names = str | Sequence[str]
-Bounds = tuple[float, float]
+from normjax._expect.arrays import as_weights
+from normjax.diagnostics._bins import Bounds, binned, counts_with_all
+from normjax.diagnostics._shared import AxisNames, mapped_axes, mean_where, pairs_of, require_real
+from normjax.field import FieldError
 
 
 class Histogram(NamedTuple):
@@ -33,112 +29,17 @@ class Histogram(NamedTuple):
     Attributes:
       counts: number of samples (sum of weights) in each cell, float32 or wider, `[bins of a, bins of b]`.
       a_edges: edges of the bins of the first, `[bins + 1]`. [units of a]
-      b_edges: the same of the second. [units of b]
+      b_edges: edges of the bins of the second, `[bins + 1]`. [units of b]
+
+    Source: Ren et al. 2017, the figure of joint histograms.
+
+    >>> joint_histogram(jnp.array([0.0, 1.0]), jnp.array([0.0, 4.0]), bins=2).b_edges
+    Array([0., 2., 4.], dtype=float32)
     """
 
     counts: jax.Array
     a_edges: jax.Array
     b_edges: jax.Array
-
-
-def bound_names(axis_name: Names) -> tuple[str, ...]:
-    """The mapped axes as a tuple; FieldError where one is not bound.
-
-    >>> bound_names(())
-    ()
-    """
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    for name in names:
-        moments.axis_size(name)
-    return names
-
-
-def real_of(x: ArrayLike, caller: str) -> jax.Array:
-    """The argument as a real array of float32 or wider; TypeError for anything else.
-
-    >>> real_of(jnp.ones(2, jnp.bfloat16), "test").dtype
-    dtype('float32')
-    """
-    x = moments.as_floating(x, caller)
-    if jnp.iscomplexobj(x):
-        raise TypeError(f"{caller} takes real numbers, found {x.dtype}; take the real part or the absolute value first")
-    return x.astype(moments.wide(x.dtype))
-
-
-def axis_of(name: str, what: str, layout: str, ndim: int) -> int:
-    """The number of a named axis.
-
-    >>> axis_of("c", "units", "n c ...", 4)
-    1
-    """
-    where = axes(layout, ndim)
-    if name not in where:
-        raise FieldError(f"{what} lie along the axis '{name}', which layout \"{layout}\" does not name")
-    return where[name][0]
-
-
-def _over_devices(value: jax.Array, names: tuple[str, ...], reduce: Any) -> jax.Array:
-    for name in names:
-        value = reduce(value, name)
-    return value
-
-
-class _Samples(NamedTuple):
-    """Units in bins.
-
-    Attributes:
-      place: bin of each value, 0..bins - 1, `[samples, c]`.
-      weight: int32 for counts, which float32 loses at 2 ** 24; zero where masked or out of bounds, `[samples, c]`.
-      edges: `[c, bins + 1]`.
-    """
-
-    place: jax.Array
-    weight: jax.Array
-    edges: jax.Array
-
-
-def _binned(
-    x: ArrayLike, layout: str, bins: int, bounds: Any, mask: ArrayLike | None, names: tuple[str, ...], caller: str
-) -> _Samples:
-    if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
-        raise ValueError(f"bins is an integer of at least 1; found {bins!r}")
-    x = lax.stop_gradient(real_of(x, caller))
-    number = axis_of(UNITS, "units", layout, x.ndim)
-    weights = moments.weigh(mask, x)
-    if weights is None:
-        weight = jnp.ones(x.shape, jnp.int32)
-    else:
-        counted = jnp.asarray(mask).dtype == bool
-        weight = jnp.broadcast_to(weights.valid.astype(jnp.int32) if counted else weights.value, x.shape)
-    x, weight = (jnp.moveaxis(array, number, -1).reshape(-1, x.shape[number]) for array in (x, weight))
-    valid = (weight > 0) & jnp.isfinite(x)
-    if bounds is None:
-        low = _over_devices(jnp.min(x, 0, where=valid, initial=jnp.inf), names, lax.pmin)
-        high = _over_devices(jnp.max(x, 0, where=valid, initial=-jnp.inf), names, lax.pmax)
-        low, high = (jnp.where(jnp.isfinite(edge), edge, 0) for edge in (low, high))
-        flat = low == high  # a constant has a bin around it, as in NumPy
-        low, high = jnp.where(flat, low - 0.5, low), jnp.where(flat, high + 0.5, high)
-    else:
-        if len(bounds) != x.shape[-1] or any(not low < high for low, high in bounds):
-            raise ValueError(f"bounds are a pair (least, largest) for each of the two units; found {bounds!r}")
-        low, high = (jnp.asarray([bound[end] for bound in bounds], x.dtype) for end in (0, 1))
-    inside = valid & (x >= low[None]) & (x <= high[None])
-    place = jnp.floor(jnp.where(inside, x - low[None], 0) / (high - low)[None] * bins).astype(jnp.int32)
-    steps = jnp.linspace(0, 1, bins + 1, dtype=x.dtype)
-    edges = low[:, None] + (high - low)[:, None] * steps[None]
-    return _Samples(jnp.minimum(place, bins - 1), jnp.where(inside, weight, 0), edges)
-
-
-def _joint_with_all(samples: _Samples, unit: jax.Array, bins: int, names: tuple[str, ...]) -> jax.Array:
-    """The joint histograms of one unit with each, `[c, bins, bins]`."""
-    place, weight, _ = samples
-    cell = place[:, unit, None] * bins + place
-    both = weight[:, unit, None] * weight
-    if not jnp.issubdtype(weight.dtype, jnp.integer):
-        both = jnp.sqrt(both)  # equal weights of a pair count once
-    count = place.shape[1]
-    counts = jnp.zeros((count, bins * bins), both.dtype).at[jnp.arange(count)[None], cell].add(both)
-    return (lax.psum(counts, names) if names else counts).reshape(count, bins, bins)
 
 
 def joint_histogram(
@@ -148,21 +49,21 @@ def joint_histogram(
     bins: int = 32,
     bounds: tuple[Bounds, Bounds] | None = None,
     mask: ArrayLike | None = None,
-    axis_name: Names = (),
+    axis_name: AxisNames = (),
 ) -> Histogram:
     """Counts in which cells two units lie together.
 
     Args:
       a: values of the first unit, of any shape.
-      b: those of the second, of the same shape.
+      b: values of the second unit, of the shape of a.
       bins: number of equal bins of each.
-      bounds: ((least, largest) of a, the same of b); by default those found. Values beyond, infinities and NaN do
-        not count; the last bin holds its upper edge.
+      bounds: ((least, largest) of a, (least, largest) of b); by default those found. Values beyond, infinities and NaN
+        do not count; the last bin holds its upper edge.
       mask: boolean mask or weights that broadcast against a.
       axis_name: mapped axes over which the samples are spread.
 
     Returns:
-      A Histogram.
+      A Histogram: counts `[bins, bins]`, edges `[bins + 1]`.
 
     Raises:
       FieldError: the shapes differ, or mask or mapped axes do not fit.
@@ -175,18 +76,18 @@ def joint_histogram(
     >>> found.counts.tolist()
     [[1.0, 1.0], [0.0, 1.0]]
     """
-    a, b = (real_of(unit, "joint_histogram") for unit in (a, b))
+    a, b = (require_real(unit, "joint_histogram") for unit in (a, b))
     if a.shape != b.shape:
         raise FieldError(f"a joint histogram takes two arrays of one shape, found shapes {a.shape} and {b.shape}")
     weights = None
     if mask is not None:
-        moments.weigh(mask, a)
+        as_weights(mask, a)
         weights = jnp.broadcast_to(jnp.asarray(mask), a.shape)[..., None]
     dtype = jnp.promote_types(a.dtype, b.dtype)
     both = jnp.stack([a.astype(dtype), b.astype(dtype)], -1)
-    names = bound_names(axis_name)
-    samples = _binned(both, "... c", bins, bounds, weights, names, "joint_histogram")
-    counts = _joint_with_all(samples, jnp.asarray(0), bins, names)[1]
+    mapped = mapped_axes(axis_name)
+    samples = binned(both, "... c", bins, bounds, weights, mapped, "joint_histogram")
+    counts = counts_with_all(samples, jnp.asarray(0), bins, mapped)[1]
     return Histogram(counts.astype(samples.edges.dtype), samples.edges[0], samples.edges[1])
 
 
@@ -200,12 +101,15 @@ def information(counts: ArrayLike, *, miller_madow: bool = False) -> jax.Array:
     Returns:
       float32 or wider, `[...]`; 0 for an empty histogram. [nats]
 
+    Raises:
+      TypeError: the counts are not real floating-point numbers.
+
     Source: Cover & Thomas 2006, equation 2.28; the correction: Miller 1955.
 
     >>> jax.jit(information)(jnp.array([[[2.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [1.0, 1.0]]])) / jnp.log(2.0)
     Array([1., 0.], dtype=float32)
     """
-    counts = real_of(counts, "information")
+    counts = require_real(counts, "information")
     total = jnp.sum(counts, (-2, -1), keepdims=True)
     p = counts / jnp.where(total > 0, total, 1)
     rows, columns = jnp.sum(p, -1, keepdims=True), jnp.sum(p, -2, keepdims=True)
@@ -229,7 +133,7 @@ def mutual_information_matrix(
     bins: int = 32,
     miller_madow: bool = False,
     mask: ArrayLike | None = None,
-    axis_name: Names = (),
+    axis_name: AxisNames = (),
 ) -> jax.Array:
     """Mutual information of every pair of units over all samples.
 
@@ -255,11 +159,11 @@ def mutual_information_matrix(
     >>> jax.jit(lambda x: mutual_information_matrix(x, bins=2) / jnp.log(2.0))(x).round(3).tolist()
     [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    names = bound_names(axis_name)
-    samples = _binned(x, layout, bins, None, mask, names, "mutual_information_matrix")
+    mapped = mapped_axes(axis_name)
+    samples = binned(x, layout, bins, None, mask, mapped, "mutual_information_matrix")
 
     def of(unit: jax.Array) -> jax.Array:
-        counts = _joint_with_all(samples, unit, bins, names)
+        counts = counts_with_all(samples, unit, bins, mapped)
         return information(counts.astype(samples.edges.dtype), miller_madow=miller_madow)
 
     return lax.map(of, jnp.arange(samples.place.shape[1]))
@@ -272,14 +176,25 @@ def mutual_information(
     bins: int = 32,
     miller_madow: bool = False,
     mask: ArrayLike | None = None,
-    axis_name: Names = (),
+    axis_name: AxisNames = (),
 ) -> jax.Array:
     """Averages the mutual information over all pairs of different units, those that never change left out.
 
-    Args as for `mutual_information_matrix`.
+    Args:
+      x: activations, axes as named by `layout`.
+      layout: name of each axis; `c` are the units, all other axes samples.
+      bins: number of equal bins of each unit, between its least and its largest value.
+      miller_madow: subtract the first term of the estimate's bias.
+      mask: boolean mask or weights that broadcast against x.
+      axis_name: mapped axes over which the samples are spread.
 
     Returns:
       A float32 (or wider) scalar [nats]; NaN without any pair.
+
+    Raises:
+      FieldError: the layout names no axis c, or mask or mapped axes do not fit.
+      ValueError: bins is no positive integer.
+      TypeError: x does not hold real floating-point numbers.
 
     Source: Ren et al. 2017, the analysis of first-layer activations.
 
@@ -290,24 +205,4 @@ def mutual_information(
     matrix = mutual_information_matrix(x, layout, bins=bins, miller_madow=miller_madow, mask=mask, axis_name=axis_name)
     # A unit that fills one bin has entropy zero, corrected or not.
     alive = jnp.diagonal(matrix) > 0
-    return mean_where(matrix, pairs(alive))
-
-
-def pairs(alive: jax.Array) -> jax.Array:
-    """Which pairs of two different units count, `[c, c]`.
-
-    >>> pairs(jnp.array([True, False, True])).astype(int).tolist()
-    [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
-    """
-    return alive[:, None] & alive[None, :] & ~jnp.eye(alive.size, dtype=bool)
-
-
-def mean_where(value: jax.Array, where: jax.Array) -> jax.Array:
-    """The mean of the elements that count; NaN, with gradient 0, where none does.
-
-    >>> mean_where(jnp.array([1.0, 3.0, 7.0]), jnp.array([True, True, False]))
-    Array(2., dtype=float32)
-    """
-    count = jnp.sum(where)
-    mean = jnp.sum(jnp.where(where, value, 0)) / jnp.maximum(count, 1).astype(value.dtype)
-    return jnp.where(count > 0, mean, jnp.nan)
+    return mean_where(matrix, pairs_of(alive))

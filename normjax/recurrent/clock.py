@@ -14,21 +14,34 @@ from jax.typing import ArrayLike
 
 from normjax.field import FieldError
 
+# The state of a cell, or a tuple of its states, with a Clock at the end where steps are counted. Any in Flax too.
+Carry = Any
+
 
 class Clock(NamedTuple):
     """The time of each example, so that `nn.RNN` can pick the last step of each.
 
     Attributes:
-      step: int32 number of the step, from 0; it stops where the example is over.
-      length: int32 number of the step at which the example is over; None where all go on.
+      step: int32 number of the step, from 0, of the shape of the batch, `[n]`; it stops where the example is over.
+      length: int32 number of the step at which the example is over, `[n]`; None where all go on.
+
+    >>> Clock(jnp.array([0, 0]), jnp.array([3, 5])).length.tolist()
+    [3, 5]
     """
 
-    step: Any
-    length: Any = None
+    step: jax.Array
+    length: jax.Array | None = None
 
 
 def start_clock(batch: tuple[int, ...], seq_lengths: ArrayLike | None = None) -> Clock:
-    """The clock before the first step of a batch of this shape.
+    """The clock before the first step.
+
+    Args:
+      batch: shape of the axes of examples, `(n,)`.
+      seq_lengths: number of valid steps of each example, `[n]`; None where no sequence is padded.
+
+    Returns:
+      A clock at step 0.
 
     Raises:
       FieldError: `seq_lengths` has another shape than the batch.
@@ -42,8 +55,8 @@ def start_clock(batch: tuple[int, ...], seq_lengths: ArrayLike | None = None) ->
     return Clock(jnp.zeros(batch, jnp.int32), length)
 
 
-def unpack(carry: Any) -> tuple[tuple[Any, ...], Clock | None]:
-    """The states of a carry, and its clock if it has one.
+def unpack(carry: Carry) -> tuple[tuple[jax.Array, ...], Clock | None]:
+    """The states of a carry, each `[n, c]`, and its clock if it has one.
 
     >>> unpack((1, 2)), unpack(1), unpack((1, Clock(0)))
     (((1, 2), None), ((1,), None), ((1,), Clock(step=0, length=None)))
@@ -53,8 +66,8 @@ def unpack(carry: Any) -> tuple[tuple[Any, ...], Clock | None]:
     return (tuple(carry[:-1]), carry[-1]) if isinstance(carry[-1], Clock) else (tuple(carry), None)
 
 
-def pack(states: Sequence[Any], clock: Clock | None) -> Any:
-    """A carry as Flax has it, with the clock last if there is one.
+def pack(states: Sequence[jax.Array], clock: Clock | None) -> Carry:
+    """A carry as Flax has it, one state by itself and several, each `[n, c]`, as a tuple; the clock last if there is one.
 
     >>> pack((1,), None), pack((1, 2), None), pack((1,), Clock(0))
     (1, (1, 2), (1, Clock(step=0, length=None)))
@@ -64,19 +77,39 @@ def pack(states: Sequence[Any], clock: Clock | None) -> Any:
     return states[0] if len(states) == 1 else tuple(states)
 
 
-def with_lengths(carry: Any, seq_lengths: ArrayLike) -> Any:
+def with_lengths(carry: Carry, seq_lengths: ArrayLike) -> Carry:
     """The carry, counting valid steps from here; a clock that runs goes on.
+
+    Args:
+      carry: states, with or without a clock.
+      seq_lengths: number of valid steps of each example from here, `[n]`.
+
+    Returns:
+      The carry with a clock.
+
+    Raises:
+      FieldError: `seq_lengths` has another shape than the batch.
 
     >>> with_lengths((jnp.ones((1, 2)), Clock(jnp.array([3]))), jnp.array([2]))[-1]
     Clock(step=Array([3], dtype=int32), length=Array([5], dtype=int32))
     """
     states, clock = unpack(carry)
     fresh = start_clock(states[0].shape[:-1], seq_lengths)
-    return pack(states, fresh if clock is None else Clock(clock.step, clock.step + fresh.length))
+    if clock is None:
+        return pack(states, fresh)
+    return pack(states, Clock(clock.step, clock.step + jnp.asarray(seq_lengths, jnp.int32)))
 
 
-def hand_over(carry: Any, clocked: bool, bounded: bool) -> Any:
-    """The carry as the next call takes it: without a clock that the caller gave none of, or lengths that end here.
+def hand_over(carry: Carry, clocked: bool, bounded: bool) -> Carry:
+    """The carry as the next call takes it, after all steps of this one.
+
+    Args:
+      carry: states, with or without a clock.
+      clocked: whether the caller's carry had a clock; if not, it is taken off.
+      bounded: whether this call was given the lengths of its sequences, which end with it.
+
+    Returns:
+      The carry.
 
     >>> hand_over((1, Clock(3, 3)), True, True), hand_over((1, Clock(3, 3)), False, True)
     ((1, Clock(step=3, length=None)), 1)
@@ -89,7 +122,7 @@ def hand_over(carry: Any, clocked: bool, bounded: bool) -> Any:
     return pack(states, clock._replace(length=None) if bounded else clock)
 
 
-def restart(carry: Any) -> Any:
+def restart(carry: Carry) -> Carry:
     """The carry with its clock back at step 0: the states go on into the next segment, its statistics are counted anew.
 
     So do the word models of Ren et al. 2017: segments of 20 steps in training, of a single one in their test, which
@@ -112,12 +145,21 @@ def valid(clock: Clock | None) -> jax.Array | None:
 
 
 def advance(
-    step: Callable[..., Any], states: Sequence[jax.Array], clock: Clock | None, x: jax.Array
-) -> tuple[Any, jax.Array]:
-    """One step of a cell, `step(*states, x)`; an example that is over keeps its states, and its x reaches nothing.
+    step: Callable[..., jax.Array | tuple[jax.Array, ...]],
+    states: Sequence[jax.Array],
+    clock: Clock | None,
+    x: jax.Array,
+) -> tuple[Carry, jax.Array]:
+    """One step of a cell; an example that is over keeps its states, and its x reaches nothing.
+
+    Args:
+      step: the step, called as `step(*states, x)`; gives the new state, or a tuple of the new states.
+      states: each `[n, c]`.
+      clock: number of the step, and the lengths.
+      x: input, `[n, i]`.
 
     Returns:
-      The new carry and the output h, which is the last state.
+      The new carry and the output h, which is the last state, `[n, c]`.
 
     >>> advance(lambda h, x: h + x, (jnp.ones((2, 1)),), Clock(jnp.zeros(2, int), jnp.array([0, 5])), jnp.ones((2, 1)))[1]
     Array([[1.],
@@ -126,19 +168,24 @@ def advance(
     going = valid(clock)
     new = step(*states, x if going is None else jnp.where(going, x, 0))
     new = new if isinstance(new, tuple) else (new,)
-    passed: Any = 1
     if going is not None:
-        new = tuple(
-            jnp.where(going, after, before.astype(after.dtype)) for after, before in zip(new, states, strict=True)
-        )
-        passed = going[..., 0].astype(jnp.int32)
-    return pack(new, None if clock is None else clock._replace(step=clock.step + passed)), new[-1]
+        pairs = zip(new, states, strict=True)
+        new = tuple(jnp.where(going, after, before.astype(after.dtype)) for after, before in pairs)
+    if clock is not None:
+        clock = clock._replace(step=clock.step + (1 if going is None else going[..., 0].astype(jnp.int32)))
+    return pack(new, clock), new[-1]
 
 
-def mean_over_time(
-    values: jax.Array, seq_lengths: ArrayLike | None = None, axis_name: Sequence[str] = ()
-) -> jax.Array:  # fmt: skip
-    """The mean of a number of each step, `[t]`, over all valid steps of all examples, those along mapped axes too.
+def mean_over_time(values: jax.Array, seq_lengths: ArrayLike | None = None, axis_name: Sequence[str] = ()) -> jax.Array:
+    """The mean of a number of each step over all valid steps of all examples.
+
+    Args:
+      values: one number of each step, `[t]`.
+      seq_lengths: number of valid steps of each example, `[n]`; None where no sequence is padded.
+      axis_name: mapped axes whose examples count too.
+
+    Returns:
+      A scalar.
 
     >>> mean_over_time(jnp.array([1.0, 4.0]), jnp.array([1, 1, 2])).item()     # three examples, then one
     1.75

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -39,18 +40,20 @@ def _width(taps: int | tuple[float, ...]) -> int:
     return taps if isinstance(taps, int) else len(taps)
 
 
-def _abstract(x: Any, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> Any:
+def _abstract(x: ShapedArray, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> ShapedArray:
     length = x.shape[axis] + sum(padding) - _width(taps) + 1
     return x.update(shape=(*x.shape[:axis], length, *x.shape[axis + 1 :]), weak_type=False)
 
 
-def _transpose(ct: Any, x: Any, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> list:
+def _transpose(
+    ct: jax.Array, x: object, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]
+) -> list[jax.Array]:
     over = _width(taps) - 1
     turned = taps if isinstance(taps, int) else taps[::-1]
     return [slide(ct, axis, turned, (over - padding[0], over - padding[1]))]
 
 
-def _batch(args: Any, dims: Any, *, axis: int, **params: Any) -> tuple[jax.Array, int]:
+def _batch(args: tuple[jax.Array], dims: tuple[int], *, axis: int, **params: Any) -> tuple[jax.Array, int]:
     (x,), (dim,) = args, dims
     return slide_p.bind(x, axis=axis + (dim <= axis), **params), dim
 
@@ -107,7 +110,7 @@ def _shifted(x: jax.Array, axis: int, taps: tuple[float, ...], step: int) -> jax
     return functools.reduce(jnp.add, parts)
 
 
-def _lower_on_cpu(context: Any, x: Any, **params: Any) -> Any:
+def _lower_on_cpu(context: mlir.LoweringRuleContext, x: Any, **params: Any) -> Any:
     """Two steps for a program of one device; where an axis may be sharded, the form that can be partitioned."""
     alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
     return mlir.lower_fun(in_two_steps if alone else reduced, multiple_results=False)(context, x, **params)

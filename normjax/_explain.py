@@ -2,9 +2,9 @@
 
 import math
 
-from normjax.field import Bound, Field, axes, bind
-from normjax.order import top
-from normjax.theory import Normalizer, row
+from normjax._expect.binding import Bound, axes, bind
+from normjax.field import Field
+from normjax.theory import Normalizer, row, top
 
 
 def explain(normalizer: Normalizer | str, shape: tuple[int, ...], layout: str = "n ... c") -> str:
@@ -59,9 +59,8 @@ past the edge it counts zeros
     return "\n".join(lines)
 
 
-def _sentence(n: Normalizer, field: object, start: str, noun: str, shape, layout: str) -> list[str]:
+def _sentence(n: Normalizer, field: Field, start: str, noun: str, shape, layout: str) -> list[str]:
     """Two lines: which elements one average takes, and how many averages there are."""
-    assert isinstance(field, Field)
     bound = bind(field, layout, tuple(shape))
     parts, apart, past_edge = [], [], ""
     for name, numbers in _axes(bound, layout).items():

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
 from normjax.kernels import block
 from normjax.kernels.block import How
@@ -87,8 +88,16 @@ def _quotient(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def forward(target: str, interpret: bool, how: How, x: Any, eps: Any, scale: Any, bias: Any) -> tuple:
-    """`block.forward` as one kernel for a "gpu" or a "tpu"; shapes and dtypes as there.
+def forward(
+    target: str,
+    interpret: bool,
+    how: How,
+    x: jax.Array,
+    eps: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+) -> tuple:
+    """`block.forward` as one kernel for a "gpu" or a "tpu": operands and results have its shapes and dtypes.
 
     >>> how = How(centre=True, gain=1.0, power=0.5, dtype=jnp.float32)
     >>> forward("tpu", True, how, jnp.array([[1.0, 3.0]]), jnp.zeros((1, 1)), None, None)[0].tolist()
@@ -101,9 +110,18 @@ def forward(target: str, interpret: bool, how: How, x: Any, eps: Any, scale: Any
 
 
 def backward(
-    target: str, interpret: bool, how: How,
-    x: Any, mean: Any, var: Any, eps: Any, scale: Any, g: Any, gmean: Any, gvar: Any,
-) -> tuple:  # fmt: skip
+    target: str,
+    interpret: bool,
+    how: How,
+    x: jax.Array,
+    mean: jax.Array | None,
+    var: jax.Array,
+    eps: jax.Array,
+    scale: jax.Array | None,
+    g: jax.Array,
+    gmean: jax.Array | None,
+    gvar: jax.Array | None,
+) -> tuple:
     """`block.backward` as one kernel, and the sum of its partial sums."""
     cut = tiling(target, *x.shape, backward=True)
     operands = [("rows", x), ("column", mean), ("column", var), ("number", eps), ("row", scale), ("rows", g),
@@ -115,9 +133,50 @@ def backward(
     return dx, *(None if p is None else jnp.sum(p, 0) for p in partial)
 
 
+def _program(
+    target: str, cut: Tiling, evaluate: Callable[..., tuple], operands: Sequence[str | None], made: Sequence[str]
+) -> Callable[..., None]:
+    """What one program runs on the references to its blocks; kinds as for `_call`, None for an operand that is not there."""
+    tall = cut.height * cut.steps
+    ragged = cut.rows % tall != 0
+    taken = [kind for kind in operands if kind is not None]
+
+    def kernel(*refs):
+        inputs, outputs = refs[: len(taken)], refs[len(taken) :]
+        inside = lax.broadcasted_iota(jnp.int32, (1, cut.width), 1) < cut.length if cut.width > cut.length else None
+        first = pl.program_id(0) * tall
+
+        def step(i: int | jax.Array, sums: list) -> list:
+            rows = pl.ds(i * cut.height, cut.height) if cut.steps > 1 else slice(None)
+            index = first + i * cut.height + lax.broadcasted_iota(jnp.int32, (cut.height, 1), 0)
+            exists = index < cut.rows if ragged else None
+            places = {
+                "rows": (rows, exists, inside),
+                "column": (rows, exists, None),
+                "row": (slice(None), None, inside),
+                "number": (slice(None), None, None),
+            }
+            loaded = iter([_load(target, ref, *places[kind]) for ref, kind in zip(inputs, taken, strict=True)])
+            given = [None if kind is None else next(loaded) for kind in operands]
+            found = [f for f in evaluate(*given, length=cut.length, valid=inside) if f is not None]
+            for ref, kind, value in zip(outputs, made, found, strict=True):
+                if kind in _CUT:
+                    _store(target, ref, value, *places[kind])
+            parts = [value for kind, value in zip(made, found, strict=True) if kind not in _CUT]
+            return [total + part for total, part in zip(sums, parts, strict=True)]
+
+        summed = [(ref, kind) for ref, kind in zip(outputs, made, strict=True) if kind not in _CUT]
+        sums = [jnp.zeros((1, _breadth(kind, cut.width)), jnp.float32) for _, kind in summed]
+        sums = lax.fori_loop(np.int32(0), np.int32(cut.steps), step, sums) if cut.steps > 1 else step(0, sums)
+        for (ref, kind), total in zip(summed, sums, strict=True):
+            _store(target, ref, total, slice(None), None, inside if kind == "row" else None)
+
+    return kernel
+
+
 def _call(
     target: str, interpret: bool, name: str, cut: Tiling, evaluate: Callable[..., tuple],
-    operands: Sequence[tuple[str, jax.Array | None]], results: Sequence[tuple[str, Any]],
+    operands: Sequence[tuple[str, jax.Array | None]], results: Sequence[tuple[str, DTypeLike | None]],
 ) -> tuple:  # fmt: skip
     """Runs `evaluate(*operands) -> results` over the array; an operand or a dtype that is None is not there.
 
@@ -126,33 +185,7 @@ def _call(
     """
     taken = [(kind, a) for kind, a in operands if a is not None]
     made = [(kind, dtype) for kind, dtype in results if dtype is not None]
-    tall, ragged = cut.height * cut.steps, cut.rows % (cut.height * cut.steps) != 0
-
-    def kernel(*refs):
-        inputs, outputs = refs[: len(taken)], refs[len(taken) :]
-        inside = lax.broadcasted_iota(jnp.int32, (1, cut.width), 1) < cut.length if cut.width > cut.length else None
-        first = pl.program_id(0) * tall
-
-        def step(i: Any, sums: list) -> list:
-            rows = pl.ds(i * cut.height, cut.height) if cut.steps > 1 else slice(None)
-            index = first + i * cut.height + lax.broadcasted_iota(jnp.int32, (cut.height, 1), 0)
-            exists = index < cut.rows if ragged else None
-            places = {"rows": (rows, exists, inside), "column": (rows, exists, None),
-                      "row": (slice(None), None, inside), "number": (slice(None), None, None)}  # fmt: skip
-            loaded = iter([_load(target, ref, *places[kind]) for ref, (kind, _) in zip(inputs, taken, strict=True)])
-            given = [None if a is None else next(loaded) for _, a in operands]
-            found = [f for f in evaluate(*given, length=cut.length, valid=inside) if f is not None]
-            for ref, (kind, _), value in zip(outputs, made, found, strict=True):
-                if kind in _CUT:
-                    _store(target, ref, value, *places[kind])
-            parts = [value for (kind, _), value in zip(made, found, strict=True) if kind not in _CUT]
-            return [total + part for total, part in zip(sums, parts, strict=True)]
-
-        summed = [(ref, kind) for ref, (kind, _) in zip(outputs, made, strict=True) if kind not in _CUT]
-        sums = [jnp.zeros((1, _breadth(kind, cut.width)), jnp.float32) for _, kind in summed]
-        sums = lax.fori_loop(np.int32(0), np.int32(cut.steps), step, sums) if cut.steps > 1 else step(0, sums)
-        for (ref, kind), total in zip(summed, sums, strict=True):
-            _store(target, ref, total, slice(None), None, inside if kind == "row" else None)
+    tall = cut.height * cut.steps
 
     def spec(kind: str, result: bool) -> pl.BlockSpec:
         breadth = _breadth(kind, cut.width)
@@ -168,7 +201,7 @@ def _call(
         return [jnp.broadcast_to(x.reshape(-1)[0], s).astype(dtype) for s, (_, dtype) in zip(whole, made, strict=True)]
 
     run = pl.pallas_call(
-        kernel,
+        _program(target, cut, evaluate, [None if a is None else kind for kind, a in operands], [k for k, _ in made]),
         out_shape=jax.eval_shape(like, operands[0][1]),
         grid=(cut.programs,),
         in_specs=[spec(kind, result=False) for kind, _ in taken],

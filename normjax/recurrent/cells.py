@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-from normjax import moments
+from normjax._leaves import one_of
 
 PLACES = ("inside", "separate", "separate_raw")
 BIASES = ("after", "before", "both")
@@ -16,24 +17,29 @@ BIASES = ("after", "before", "both")
 GATES = {"simple": "z", "lstm": "ifgo", "gru": "rzn"}
 _TOGETHER = {"simple": ("z",), "lstm": ("ifgo",), "gru": ("rz", "n")}
 
-# (name of the site, z [n, site]) to the normalized z.
+# Normalizes the array z, [n, site], of a site with this name.
 Norm = Callable[[str, jax.Array], jax.Array]
+Activation = Callable[[jax.Array], jax.Array]
 
 
 class Weights(NamedTuple):
     """The linear maps of a cell, gates side by side in the order of `GATES`.
 
     Attributes:
-      w: of the input, `[i, gates * c]`.
-      u: of the state, `[c, gates * c]`.
-      bw: added to W x, `[gates * c]` or None.
-      bu: added to U h, `[gates * c]` or None.
+      w: kernel of the input, `[i, gates * c]`.
+      u: kernel of the state, `[c, gates * c]`.
+      bw: added to W x, `[gates * c]`; None adds nothing.
+      bu: added to U h, `[gates * c]`; None adds nothing.
+
+    >>> lstm = Weights(jnp.zeros((3, 4 * 8)), jnp.zeros((8, 4 * 8)), bu=jnp.zeros(4 * 8))     # 3 inputs, 8 states
+    >>> lstm.bw is None
+    True
     """
 
-    w: Any
-    u: Any
-    bw: Any = None
-    bu: Any = None
+    w: jax.Array
+    u: jax.Array
+    bw: jax.Array | None = None
+    bu: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,21 @@ class Places:
     """Where a cell normalizes.
 
     Attributes:
-      place: one of PLACES.
-      per_gate: whether W x and U h are normalized gate by gate. The paper and the code of Ba et al. 2016 and the code of
-        Ren et al. 2017 normalize all gates at once (a GRU's r and z at once, its candidate alone).
+      place: one of PLACES: "inside" of the gates, after W x + U h + b; "separate", W x, U h and the LSTM's cell state each
+        by itself, the cell state carried normalized; "separate_raw", where the cell state is carried as it is.
+      per_gate: whether W x and U h are normalized gate by gate, where they are normalized apart. The paper and the code of
+        Ba et al. 2016 and the code of Ren et al. 2017 normalize all gates at once (a GRU's r and z at once, its candidate
+        alone).
       bias_at: where W x and U h are apart, b is added "after" the normalization (Ba et al. 2016, Cooijmans et al. 2017),
         "before" it (code of Ren et al. 2017), or "both": before it to W x and after (LSTM in the code of Ba et al. 2016).
 
     Raises:
       ValueError: `place` or `bias_at` has another name.
+
+    Source: Ren et al. 2017, section 5.2; Ba et al. 2016, equations 20 to 22; Cooijmans et al. 2017, equations 6 to 8.
+
+    >>> Places("separate_raw")
+    Places(place='separate_raw', per_gate=False, bias_at='after')
     """
 
     place: str = "inside"
@@ -56,12 +69,25 @@ class Places:
     bias_at: str = "after"
 
     def __post_init__(self):
-        moments.choose("place", self.place, PLACES)
-        moments.choose("bias_at", self.bias_at, BIASES)
+        one_of("place", self.place, PLACES)
+        one_of("bias_at", self.bias_at, BIASES)
 
 
 def sites(cell: str, features: int, places: Places) -> dict[str, int]:
-    """The names and lengths of the arrays that a cell ("simple", "lstm" or "gru") normalizes.
+    """The names and lengths of the arrays that a cell normalizes.
+
+    Args:
+      cell: "simple", "lstm" or "gru".
+      features: length c of a state.
+      places: where the cell normalizes.
+
+    Returns:
+      Of each site, its name and the length of its last axis.
+
+    Raises:
+      ValueError: no cell has this name.
+
+    Source: Ren et al. 2017, section 5.2; Ba et al. 2016, equations 20 to 22.
 
     >>> sites("lstm", 8, Places("inside"))
     {'i': 8, 'f': 8, 'g': 8, 'o': 8, 'c': 8}
@@ -70,7 +96,7 @@ def sites(cell: str, features: int, places: Places) -> dict[str, int]:
     >>> sites("gru", 8, Places("separate"))
     {'xrz': 16, 'xn': 8, 'hrz': 16, 'hn': 8}
     """
-    moments.choose("cell", cell, tuple(GATES))
+    one_of("cell", cell, tuple(GATES))
     inside = places.place == "inside"
     groups = GATES[cell] if inside or places.per_gate else _TOGETHER[cell]
     found = {side + group: features * len(group) for side in ([""] if inside else "xh") for group in groups}
@@ -78,21 +104,29 @@ def sites(cell: str, features: int, places: Places) -> dict[str, int]:
 
 
 def lstm_step(
-    norm: Norm | None, places: Places, weights: Weights, c: jax.Array, h: jax.Array, x: jax.Array, *,
-    gate_fn: Callable[..., Any] = jax.nn.sigmoid, activation_fn: Callable[..., Any] = jnp.tanh, forget_bias: float = 0.0,
-    dtype: Any = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    norm: Norm | None,
+    places: Places,
+    weights: Weights,
+    c: jax.Array,
+    h: jax.Array,
+    x: jax.Array,
+    *,
+    gate_fn: Activation = jax.nn.sigmoid,
+    activation_fn: Activation = jnp.tanh,
+    forget_bias: ArrayLike = 0.0,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """One step of an LSTM.
 
     Args:
-      norm: normalizes a site; None normalizes nothing.
-      places: where.
+      norm: normalizes a site, called with its name and the array, `[n, site]`; None normalizes nothing.
+      places: where to normalize.
       weights: the linear maps, gates i f g o.
       c: cell state, `[n, c]`.
       h: hidden state, `[n, c]`.
       x: input, `[n, i]`.
-      gate_fn: of i, f and o.
-      activation_fn: of g and of the cell state.
+      gate_fn: activation of i, f and o.
+      activation_fn: activation of g and of the cell state.
       forget_bias: added to the pre-activation of f, after any norm.
       dtype: of the linear maps; by default the widest of x, h and the weights.
 
@@ -110,25 +144,44 @@ def lstm_step(
         z = _plus(_plus(zx + zh, bx), bh)
         z = z if norm is None else _each(norm, "", z, GATES["lstm"])
     else:
-        z = _apart(norm, "lstm", places, zx, zh, bx, bh)
+        zx, zh = _sides(norm, "lstm", places, (zx, zh, bx, bh))
+        z = zx + zh
     i, f, g, o = jnp.split(z, 4, -1)
     if forget_bias:
         # The code of Ren et al. 2017 adds it before the norm, which centres it away; their forget bias is 0.
         f = f + jnp.asarray(forget_bias, f.dtype)
     i, f, o, g = gate_fn(i), gate_fn(f), gate_fn(o), activation_fn(g)
-    new = _add(_mul(f, c), _mul(i, g))
+    new = _gated((f, c), (i, g))
     shown = new if norm is None else norm("c", new)
-    h = _mul(o, activation_fn(shown))
+    h = _gated((o, activation_fn(shown)))
     return (shown if places.place == "separate" else new), h
 
 
 def simple_step(
-    norm: Norm | None, places: Places, weights: Weights, h: jax.Array, x: jax.Array, *,
-    activation_fn: Callable[..., Any] = jnp.tanh, residual: bool = False, dtype: Any = None,
-) -> jax.Array:  # fmt: skip
-    """One step of a plain RNN; arguments as for `lstm_step`. Returns the new h, `[n, c]`.
+    norm: Norm | None,
+    places: Places,
+    weights: Weights,
+    h: jax.Array,
+    x: jax.Array,
+    *,
+    activation_fn: Activation = jnp.tanh,
+    residual: bool = False,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """One step of a plain RNN.
 
-    `residual` adds h to the pre-activation, after the norms where W x and U h are apart.
+    Args:
+      norm: normalizes a site, called with its name and the array, `[n, site]`; None normalizes nothing.
+      places: where to normalize.
+      weights: the linear maps, of one gate.
+      h: state, `[n, c]`.
+      x: input, `[n, i]`.
+      activation_fn: activation of the new state.
+      residual: whether to add h to the pre-activation, after the norms where W x and U h are apart.
+      dtype: of the linear maps; by default the widest of x, h and the weights.
+
+    Returns:
+      The new h, `[n, c]`.
 
     Source: Ren et al. 2017, section 5.2.
 
@@ -141,18 +194,38 @@ def simple_step(
         z = _plus(_plus(zx + zh, bx), bh)
         z = _plus(z, h if residual else None)
         return activation_fn(z if norm is None else norm("z", z))
-    z = _apart(norm, "simple", places, zx, zh, bx, bh)
-    return activation_fn(_plus(z, h if residual else None))
+    zx, zh = _sides(norm, "simple", places, (zx, zh, bx, bh))
+    return activation_fn(_plus(zx + zh, h if residual else None))
 
 
 def gru_step(
-    norm: Norm | None, places: Places, weights: Weights, h: jax.Array, x: jax.Array, *,
-    gate_fn: Callable[..., Any] = jax.nn.sigmoid, activation_fn: Callable[..., Any] = jnp.tanh, dtype: Any = None,
-) -> jax.Array:  # fmt: skip
-    """One step of a GRU; arguments as for `lstm_step`. Returns the new h = (1 - z) * n + z * h, `[n, c]`.
+    norm: Norm | None,
+    places: Places,
+    weights: Weights,
+    h: jax.Array,
+    x: jax.Array,
+    *,
+    gate_fn: Activation = jax.nn.sigmoid,
+    activation_fn: Activation = jnp.tanh,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """One step of a GRU: the new h is (1 - z) * n + z * h.
 
     Where W x and U h are apart, the reset gate multiplies norm(U h). `inside`, which nobody published for a GRU, normalizes
     the candidate's W x + r * (U h).
+
+    Args:
+      norm: normalizes a site, called with its name and the array, `[n, site]`; None normalizes nothing.
+      places: where to normalize.
+      weights: the linear maps, gates r z n.
+      h: state, `[n, c]`.
+      x: input, `[n, i]`.
+      gate_fn: activation of r and z.
+      activation_fn: activation of the candidate n.
+      dtype: of the linear maps; by default the widest of x, h and the weights.
+
+    Returns:
+      The new h, `[n, c]`.
 
     Source: Ba et al. 2016, supplementary material, GRU.
 
@@ -165,7 +238,7 @@ def gru_step(
     if norm is None or inside is not None:
         zx, zh = _plus(zx, bx), _plus(zh, bh)
     else:
-        zx, zh = _sides(norm, "gru", places, zx, zh, bx, bh)
+        zx, zh = _sides(norm, "gru", places, (zx, zh, bx, bh))
     (xr, xz, xn), (hr, hz, hn) = jnp.split(zx, 3, -1), jnp.split(zh, 3, -1)
     r, z = xr + hr, xz + hz
     if inside is not None:
@@ -173,10 +246,14 @@ def gru_step(
     r, z = gate_fn(r), gate_fn(z)
     n = xn + r * hn
     n = activation_fn(n if inside is None else inside("n", n))
-    return _add(_mul(1 - z, n), _mul(z, h))
+    return _gated((1 - z, n), (z, h))
 
 
-def _linear(weights: Weights, x: jax.Array, h: jax.Array, dtype: Any):
+# W x and U h with the biases of each, None where there is none.
+Sums = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+
+
+def _linear(weights: Weights, x: jax.Array, h: jax.Array, dtype: DTypeLike | None) -> Sums:
     """W x, U h and the biases, in one dtype."""
     if dtype is None:
         given = [x.dtype, h.dtype, *(p.dtype for p in weights if p is not None)]
@@ -192,14 +269,11 @@ def _plus(z: jax.Array, b: jax.Array | None) -> jax.Array:
     return z if b is None else z + b.astype(z.dtype).reshape((1,) * (z.ndim - b.ndim) + b.shape)
 
 
-def _mul(a: jax.Array, b: jax.Array) -> jax.Array:
+def _gated(*pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The sum of gates times values."""
     with jax.numpy_dtype_promotion("standard"):  # a state may be wider than the gates, as in Flax
-        return a * b
-
-
-def _add(a: jax.Array, b: jax.Array) -> jax.Array:
-    with jax.numpy_dtype_promotion("standard"):
-        return a + b
+        products = [gate * value for gate, value in pairs]
+        return sum(products[1:], products[0])
 
 
 def _each(norm: Norm, side: str, z: jax.Array, groups: Sequence[str]) -> jax.Array:
@@ -209,8 +283,9 @@ def _each(norm: Norm, side: str, z: jax.Array, groups: Sequence[str]) -> jax.Arr
     return jnp.concatenate([norm(side + group, part) for group, part in zip(groups, parts, strict=True)], -1)
 
 
-def _sides(norm: Norm, cell: str, places: Places, zx: jax.Array, zh: jax.Array, bx: Any, bh: Any):
+def _sides(norm: Norm, cell: str, places: Places, sums: Sums) -> tuple[jax.Array, jax.Array]:
     """The normalized W x and U h with their biases."""
+    zx, zh, bx, bh = sums
     groups = GATES[cell] if places.per_gate else _TOGETHER[cell]
     at = places.bias_at
     if at == "both":
@@ -222,8 +297,3 @@ def _sides(norm: Norm, cell: str, places: Places, zx: jax.Array, zh: jax.Array, 
     else:
         zx, zh = _each(norm, "x", zx, groups), _each(norm, "h", zh, groups)
     return _plus(zx, bx), _plus(zh, bh)
-
-
-def _apart(norm: Norm, cell: str, places: Places, zx: jax.Array, zh: jax.Array, bx: Any, bh: Any) -> jax.Array:
-    zx, zh = _sides(norm, cell, places, zx, zh, bx, bh)
-    return zx + zh

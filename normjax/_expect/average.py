@@ -1,0 +1,129 @@
+"""Averages over a bound field, one linear step per axis.
+
+A field is a product of spans, so the order of the steps is free: whole axes first (they shrink the array), then
+collectives over mapped axes, blocks, and windows last. Each average is a weighted sum over a sum of weights, and the
+sums are combined across devices before the one division. The obvious form, one averaging matrix per axis, is what the
+tests compare with.
+
+Everything here accumulates in the dtype of its argument; callers pass float32 or wider.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax._expect.arrays import Weights
+from normjax._expect.binding import Plan, pooled_and_windowed
+from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_of, with_halo
+from normjax._expect.window import slide
+from normjax._expect.xla import barrier, reduction_order
+from normjax.field import Span
+
+
+def average(x: jax.Array, plan: Plan, weights: Weights | None = None) -> tuple[jax.Array, ArrayLike]:
+    """E_F[x] and the sum of weights behind it, both broadcasting against x. Zero where there is no weight.
+
+    x is zero at masked positions already (`zero_masked`) and of the bound shape; it may be shorter (length 1) on axes
+    that the field does not name.
+    """
+    if weights is None:
+        count = counts(plan, x.dtype)
+        safe = (np if isinstance(count, np.ndarray) else jnp).where(count > 0, count, 1)
+        return total(x, plan) / safe.astype(x.dtype), count
+    named = {axis for axis, _ in plan.bound.spans}
+    w = weights.value
+    w = jnp.broadcast_to(w, [x.shape[i] if i in named else n for i, n in enumerate(w.shape)])
+    pooled, windows = pooled_and_windowed(plan)
+    top_sum, weight = total(x * w.astype(x.dtype), pooled), total(w, pooled)
+    if plan.border == "zero" and not plan.bound.pooled:
+        # A masked element counts as a zero, like one past the edge: average what is pooled, then box it.
+        filled = weight > 0
+        pooled_mean = jnp.where(filled, top_sum / jnp.where(filled, weight, 1).astype(x.dtype), 0)
+        return total(pooled_mean, windows) / counts(windows, x.dtype).astype(x.dtype), total(weight, windows)
+    top_sum, weight = total(top_sum, windows), total(weight, windows)
+    filled = weight > 0
+    return jnp.where(filled, top_sum / jnp.where(filled, weight, 1).astype(x.dtype), 0), weight
+
+
+def total(x: jax.Array, plan: Plan) -> jax.Array:
+    """The sum of x over the field around each element; axes summed whole keep length 1."""
+    bound = plan.bound
+    if bound.whole:
+        for axes in reduction_order(bound.whole, x.shape):
+            x = barrier(jnp.sum(x, axes, keepdims=True))
+    for name, groups in bound.collectives:
+        axis_size(name)
+        x = lax.psum(x, name, axis_index_groups=groups and [list(g) for g in groups])
+    for axis, span in bound.by("blocks"):
+        x = by_blocks(jnp.sum, x, axis, local_blocks(bound, axis, span))
+    for axis, span in bound.by("window"):
+        x = _window_total(x, axis, span, plan)
+    return x
+
+
+def counts(plan: Plan, dtype: DTypeLike) -> np.ndarray | jax.Array:
+    """What `total` of an array of ones is (under border "zero": as if ones stood past the edge too)."""
+    bound = plan.bound
+    count = np.ones((1,) * len(bound.shape))
+    seen = set()
+    for axis, span in bound.spans:
+        if span.mapped and span.whole and span.mapped not in seen:
+            count = count * shards_of(span)
+            seen.add(span.mapped)
+        if axis is None:
+            continue
+        length = bound.shape[axis]
+        if span.window:
+            taps = plan.taps(span)
+            if plan.border == "zero":
+                count = count * taps.sum()
+            elif span.mapped is None:
+                before, after = plan.extent(span)
+                padded = np.pad(np.ones(length), (before, after))
+                sums = [(padded[i : i + len(taps)] * taps).sum() for i in range(length)]
+                count = count * np.reshape(sums, [-1 if i == axis else 1 for i in range(len(bound.shape))])
+            else:
+                return counts_across(plan, dtype)
+        elif span.blocks:
+            count = count * (length // local_blocks(bound, axis, span))
+        else:
+            count = count * length
+    return count.astype(np.finfo(dtype).dtype)
+
+
+def counts_across(plan: Plan, dtype: DTypeLike) -> jax.Array:
+    """Counts where a truncated window crosses shards: known only to the collective."""
+    return total(jnp.ones(plan.bound.shape, jnp.finfo(dtype).dtype), plan)
+
+
+def by_blocks(reduce: Callable[..., jax.Array], x: jax.Array, axis: int, blocks: int) -> jax.Array:
+    """Reduces each block of an axis, and repeats the result over the block."""
+    if x.shape[axis] == 0:
+        return x
+
+    def apply(x):
+        split = x.reshape(*x.shape[:axis], blocks, x.shape[axis] // blocks, *x.shape[axis + 1 :])
+        reduced = reduce(split, axis=axis + 1, keepdims=True)
+        return jnp.broadcast_to(reduced, split.shape).reshape(x.shape)
+
+    return partitioned(apply, x, (axis,))
+
+
+def _window_total(x: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:
+    """The (weighted) sum over a window along one axis, with zeros past the edge."""
+    (before, after), taps, length = plan.extent(span), plan.taps(span), x.shape[axis]
+    if length == 0:
+        return x
+    if span.mapped is not None:
+        x, left, right = with_halo(x, axis, before, after, span), 0, 0
+    else:
+        # A window is never wider than the axis on either side: what lies further is zero.
+        left, right = min(before, length - 1), min(after, length - 1)
+        taps = taps[before - left : len(taps) - (after - right)]
+    weights = tuple(taps.tolist()) if plan.window == "gaussian" else len(taps)
+    return partitioned(functools.partial(slide, axis=axis, taps=weights, padding=(left, right)), x, (axis,))

@@ -1,0 +1,150 @@
+"""Layers with normalized kernels, described once, without Flax.
+
+`Dense` (nnx: `Linear`) and `Conv` are Flax's with one more step: the kernel passes through a reparametrization on its way to
+the product. `WeightNorm` and `SpectralNorm`, which wrap any layer, are Flax's own classes with another call; what their two
+faces share is here as functions of one parameter.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax._expect.arrays import statistics_dtype
+from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
+from normjax.spectral import Spectral, spectral_norm
+from normjax.weights import weight_norm
+
+Axes = int | Sequence[int]
+Initializer = Callable[..., jax.Array]  # of a random key, a shape and a dtype
+
+
+@dataclasses.dataclass(init=False, eq=False, repr=False)
+class Reparametrized:
+    """What `Dense`, `Linear` and `Conv` add to Flax's.
+
+    Attributes:
+      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, or `weight(kernel)` where
+        `use_scale` is False; `functools.partial` sets its options.
+      use_scale: whether a factor of each output is learned, the parameter `scale`, `[o]`.
+      scale_init: its initializer; None starts from the norms of the kernel, so that weight norm changes nothing at first.
+      bound: how `bounded_weight_norm` finds its constant in the initial kernel, "rms" or "mean" (see `norm_bound`); it
+        is stored as `rho` among the running statistics, and never changes.
+    """
+
+    weight: Weight = weight_norm
+    use_scale: bool = True
+    scale_init: Initializer | None = jax.nn.initializers.ones
+    bound: str = "rms"
+
+    def _masked(self) -> dict[str, ArrayLike]:
+        """Flax's mask of a convolution, as an argument of a reparametrization."""
+        mask = getattr(self, "mask", None)
+        return {} if mask is None else {"mask": mask}
+
+    def _first_scale(self, key: jax.Array | None, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """The factors `[o]` as they start, for the initial kernel `[... i o]`; one from the norms needs no key."""
+        if self.scale_init is None:
+            return matching_scale(kernel, self.weight, **self._masked()).astype(dtype)
+        return self.scale_init(key, kernel.shape[-1:], dtype)
+
+    def _needs_bound(self) -> bool:
+        return takes_bound(self.weight)
+
+    def _first_bound(self, kernel: jax.Array) -> jax.Array:
+        """The constant rho of the initial kernel `[... i o]`."""
+        return initial_bound(kernel, self.weight, self.bound, **self._masked())
+
+    def _entering(self, kernel: jax.Array, scale: jax.Array | None, rho: jax.Array | None) -> jax.Array:
+        """The kernel as it enters the product, `[... i o]`."""
+        scales = () if scale is None else (scale,)
+        bounds = {} if rho is None else {"rho": rho}
+        return self.weight(kernel, *scales, **self._masked(), **bounds)
+
+
+class Dense(Reparametrized):
+    """Flax's dense layer (nnx: `Linear`) whose kernel is a function of a free kernel, by default weight norm.
+
+    All other arguments are Flax's.
+
+    Attributes:
+      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, or `weight(kernel)` where
+        `use_scale` is False; `functools.partial` sets its options.
+      use_scale: whether a factor of each output is learned, the parameter `scale`, `[o]`.
+      scale_init: its initializer; None starts from the norms of the kernel, so that weight norm changes nothing at first.
+      bound: how `bounded_weight_norm` finds its constant in the initial kernel, "rms" or "mean" (see `norm_bound`); it
+        is stored as `rho` in the collection `batch_stats` (nnx: an `nnx.BatchStat`), and never changes.
+      scale_metadata: in nnx, metadata of the scale.
+
+    Source: Salimans & Kingma 2016, equation 2; of other functions, theirs.
+
+    >>> from normjax import linen, nnx
+    >>> x = jnp.ones((2, 3))
+    >>> jax.tree.map(jnp.shape, linen.Dense(4).init(jax.random.key(0), x))
+    {'params': {'bias': (4,), 'kernel': (3, 4), 'scale': (4,)}}
+    >>> from normjax.weights import bounded_weight_norm
+    >>> layer = linen.Dense(4, weight=bounded_weight_norm, use_scale=False)
+    >>> jax.tree.map(jnp.shape, layer.init(jax.random.key(0), x))
+    {'batch_stats': {'rho': ()}, 'params': {'bias': (4,), 'kernel': (3, 4)}}
+    >>> from flax.nnx import Rngs
+    >>> layer = nnx.Linear(3, 4, rngs=Rngs(0))
+    >>> layer(x).shape, layer.scale.shape
+    ((2, 4), (4,))
+    """
+
+
+class Conv(Reparametrized):
+    """Flax's convolution whose kernel is a function of a free kernel, by default weight norm.
+
+    All other arguments are Flax's; its `mask` leaves masked weights out of the statistics too.
+
+    Attributes:
+      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, or `weight(kernel)` where
+        `use_scale` is False; `functools.partial` sets its options.
+      use_scale: whether a factor of each output is learned, the parameter `scale`, `[o]`.
+      scale_init: its initializer; None starts from the norms of the kernel, so that weight norm changes nothing at first.
+      bound: how `bounded_weight_norm` finds its constant in the initial kernel, "rms" or "mean" (see `norm_bound`); it
+        is stored as `rho` in the collection `batch_stats` (nnx: an `nnx.BatchStat`), and never changes.
+      scale_metadata: in nnx, metadata of the scale.
+
+    Source: Salimans & Kingma 2016, equation 2; of other functions, theirs.
+
+    >>> from normjax import linen
+    >>> from normjax.weights import scaled_weight_standardization
+    >>> layer = linen.Conv(8, (3, 3), weight=scaled_weight_standardization)
+    >>> jax.tree.map(jnp.shape, jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 5, 5, 3))))
+    {'params': {'bias': (8,), 'kernel': (3, 3, 3, 8), 'scale': (8,)}}
+    """
+
+
+def scale_shape(shape: Sequence[int], feature_axes: Axes | None) -> tuple[int, ...]:
+    """The shape of the scale that `WeightNorm` learns for a parameter of this shape.
+
+    >>> scale_shape((3, 3, 8, 4), -1), scale_shape((3, 4), None)
+    ((4,), ())
+    """
+    return tuple(shape[axis] for axis in by_number(len(shape), feature_axes)[2])
+
+
+def weight_normed(value: jax.Array, scale: jax.Array | None, feature_axes: Axes | None, epsilon: float) -> jax.Array:
+    """A parameter as `WeightNorm` has it: at norm `scale` along its feature axes; float32 or wider.
+
+    >>> weight_normed(jnp.array([[3.0], [4.0]]), jnp.array([10.0]), -1, 0.0).ravel().tolist()
+    [6.0, 8.0]
+    """
+    layout, field, _ = by_number(value.ndim, feature_axes)
+    return weight_norm(_wide(value), scale, eps=epsilon, layout=layout, field=field)
+
+
+def spectral_normed(value: jax.Array, u: jax.Array, n_steps: int, epsilon: float) -> Spectral:
+    """A parameter as `SpectralNorm` has it, over its largest singular value, with the new u; float32 or wider.
+
+    >>> spectral_normed(jnp.diag(jnp.array([4.0, 1.0])), jnp.array([[1.0, 0.0]]), 1, 0.0).kernel.tolist()
+    [[1.0, 0.0], [0.0, 0.25]]
+    """
+    return spectral_norm(_wide(value), u, steps=n_steps, eps=epsilon, layout="... o")
+
+
+def _wide(value: jax.Array) -> jax.Array:
+    return value.astype(statistics_dtype(value.dtype))

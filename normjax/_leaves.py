@@ -1,0 +1,104 @@
+"""What the theory stands on: checks of arguments, a table that refuses writes, the power that is zero at zero."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def one_of(name: str, value: object, accepted: tuple) -> None:
+    """Raises ValueError unless the value is one of those accepted."""
+    if value not in accepted:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, accepted))}; found {value!r}")
+
+
+def check_window(border: str, window: str, lean: str) -> None:
+    """Raises ValueError unless these three words say what a sliding window does."""
+    one_of("border", border, ("truncate", "zero"))
+    one_of("window", window, ("box", "gaussian"))
+    one_of("lean", lean, ("after", "before"))
+
+
+def as_python(value: Any) -> Any:
+    """A number of NumPy as one of Python, whose repr evaluates back; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether this is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def finite(name: str, value: object) -> float:
+    """The value; ValueError unless it is a finite number of at least 0."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is a finite number of at least 0; found {value!r}")
+    return value
+
+
+def shortest_repr(instance: "DataclassInstance") -> str:
+    """The repr of a dataclass that evaluates back, without what is at its default; a parsed field as its string."""
+    shown = []
+    for f in dataclasses.fields(instance):
+        value = getattr(instance, f.name)
+        text = "float('inf')" if value == math.inf else repr(value)
+        if text.startswith("Field.parse("):
+            text = text[len("Field.parse(") : -1]
+        if not f.kw_only:
+            shown.append(text)
+        elif value != f.default:
+            shown.append(f"{f.name}={text}")
+    return f"{type(instance).__name__}({', '.join(shown)})"
+
+
+class Frozen(Mapping[K, V]):
+    """A mapping that refuses writes, and that pickles and copies, as `types.MappingProxyType` does not.
+
+    >>> Frozen({"a": 1})
+    Frozen({'a': 1})
+    """
+
+    def __init__(self, items: Mapping[K, V]):
+        self._items = dict(items)
+
+    def __getitem__(self, key: K) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._items!r})"
+
+
+def inverse_power(q: jax.Array, power: float, positive: bool = False) -> jax.Array:
+    """The power q ** -power, zero where q is zero; square roots where they do, since a general power is slow.
+
+    `positive` promises that q is positive: a select would break a chain that XLA:CPU computes in one pass.
+
+    >>> inverse_power(jnp.array([0.0, 4.0]), 0.5).tolist()
+    [0.0, 0.5]
+    """
+    if not positive:
+        nonzero = (q > 0) | jnp.isnan(q)
+        return jnp.where(nonzero, inverse_power(jnp.where(nonzero, q, 1), power, True), 0)
+    if power == 0.5:
+        return lax.rsqrt(q)
+    if power == 0.75:
+        root = lax.rsqrt(q)
+        return root * lax.sqrt(root)
+    return 1 / q if power == 1 else q**-power

@@ -1,0 +1,123 @@
+"""The derivative rule of the equation, for the rows that gain by it: order 2, no mask, and small statistics.
+
+The tangent of y is the equation's own. For dx -> dy, with q = eps + gain m, d = q ** power and r = 1 / d:
+
+    dv = dx - E_A[dx]        dm = 2 E_B[v dv]        dq = gain dm + deps        dy = scale r (dv - power v dq / q) + ...
+
+It is a `jax.custom_jvp`, so that every transformation works (JAX transposes it for reverse mode, and differentiates it
+again for second derivatives), and it is checkpointed, so that what JAX keeps for the backward pass is x and the small
+statistics, where plain differentiation keeps several arrays of the size of x. Windows of arrays that
+nothing pools keep plain differentiation, since there the statistics are as large as x.
+
+Three forms of one tangent, by what is small. Where statistics, scale and bias all vary along few elements (batch,
+group and instance norm), dy = alpha dx + gamma v + beta with small alpha, beta and gamma; transposed, these ask
+for two sums over x, of g and of g v, from which the gradients of x, scale and bias follow alike. Where the scale varies
+along the axes that are averaged (layer norm), the products with it are of the size of x. Where windows follow the pooling
+(divisive norm), they slide over small maps.
+
+The three forms are in `tangents.py`. Whatever takes a pass of its own over x takes its own copy of the small statistics,
+by name: `_expect/xla.py` has the legend.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from normjax._expect.arrays import statistics_dtype
+from normjax._expect.binding import Bound
+from normjax._expect.expectation import OverFields
+from normjax._expect.sharding import along_one_shard
+from normjax._expect.xla import FOR_Y, distinct_copy
+from normjax._normalize import tangents
+from normjax._normalize.tangents import Known, Parts, Tangents, divisor
+from normjax.theory import Normalizer, output, scale_and_shift, statistics
+
+LARGE = 2**20  # elements; 4 MB of float32
+
+
+def has_rule(n: Normalizer, E: OverFields, x: jax.Array) -> bool:
+    """Whether this evaluation of the equation takes the rule, if no statistic is given.
+
+    Not where a field is averaged over an axis of `vmap`: JAX may trace the rule after that axis is gone.
+    """
+    if n.order != 2 or n.var is None or n.floor is not None or E.weights is not None or jnp.iscomplexobj(x):
+        return False
+    bounds = [E.plan(field).bound for field in (n.mean, n.var) if field is not None]
+    mapped = {span.mapped for bound in bounds for _, span in bound.spans if span.mapped}
+    small = all(bound.pooled for bound in bounds) or _shrinks(n, bounds[-1])
+    return small and mapped <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _shrinks(n: Normalizer, bound: Bound) -> bool:
+    """Whether A = B has windows, but only after pooling has made the array small."""
+    few = math.prod(1 if axis in bound.whole else size for axis, size in enumerate(bound.shape))
+    local = not any(span.mapped or span.blocks for _, span in bound.spans)
+    return n.mean in (None, n.var) and local and 16 * few <= math.prod(bound.shape)
+
+
+def in_passes(bound: Bound) -> bool:
+    """Whether y takes a pass of its own over x, for XLA:CPU cannot have it in one with the statistics over B.
+
+    It cannot where they mix examples but not channels (batch norm), or blocks.
+    """
+    return any(span.blocks for _, span in bound.spans) or (0 in bound.whole and len(bound.shape) - 1 not in bound.whole)
+
+
+def ruled(
+    n: Normalizer,
+    E: OverFields,
+    dtype: DTypeLike,
+    x: jax.Array,
+    eps: jax.Array | None,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+) -> Parts:
+    """The equation with its derivative rule, for what `has_rule`: `(y, v, mean, moment)`, y of this dtype."""
+    return _ruled(n, E, dtype, in_passes(E.plan(divisor(n)).bound), x, eps, scale, bias)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _ruled(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, x, eps, scale, bias) -> Parts:
+    """The equation; with `own_pass`, y shares nothing big with the statistics."""
+    x = x.astype(statistics_dtype(x.dtype))
+    v, mean, moment = statistics(x, n, E)
+    if own_pass and moment is not None:
+        around = x if mean is None else x - distinct_copy(mean, FOR_Y)
+        y = output(x, around, distinct_copy(moment, FOR_Y), n, E, eps)
+    else:
+        y = output(x, v, moment, n, E, eps)
+    return scale_and_shift(y, scale, bias).astype(dtype), v, mean, moment
+
+
+@_ruled.defjvp
+def _derive(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, primals, moves) -> tuple[Parts, Parts]:
+    x, eps, scale, _ = primals
+    bound, large = E.plan(divisor(n)).bound, x.size >= LARGE
+    results = _ruled(n, E, dtype, large or in_passes(bound), *primals)
+    _, _, mean, moment = results
+    if not bound.pooled:
+        form = tangents.windowed
+    elif _is_small(x, mean, moment, eps, scale):
+        form = tangents.pooled
+    elif large and _is_bare(n, bound, x, eps):
+        form = tangents.rowwise_bare
+    else:
+        form = functools.partial(tangents.rowwise, large=large)
+    keep_x = jax.checkpoint(functools.partial(form, n, E, dtype), prevent_cse=False)
+    return results, keep_x(Known(x, mean, moment, eps, scale), Tangents(*moves))
+
+
+def _is_small(x, *parts) -> bool:
+    """Whether these vary together along few elements of x."""
+    joint = np.broadcast_shapes(*(part.shape for part in parts if part is not None))
+    return 16 * math.prod(joint) <= x.size
+
+
+def _is_bare(n: Normalizer, bound: Bound, x: jax.Array, eps: jax.Array | None) -> bool:
+    """Whether the rule may leave the axes of length 1 away: whole axes of one shard alone."""
+    alone = 0 < len(bound.whole) == len(bound.spans) and not bound.collectives and n.mean in (None, n.var)
+    return alone and (eps is None or not eps.ndim) and along_one_shard(x, bound.whole)

@@ -1,0 +1,247 @@
+"""The tangent of the equation in the forms that `derivative.py` chooses among, by what is small beside x.
+
+Whatever takes a pass of its own over x takes its own copy of the small statistics, by name: `_expect/xla.py` has the
+legend. Everything is linear in the tangents of the arguments, so that JAX can transpose it.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from normjax._expect.average import counts, total
+from normjax._expect.binding import pooled_and_windowed
+from normjax._expect.expectation import OverFields
+from normjax._expect.sharding import along_one_shard
+from normjax._expect.xla import (
+    FOR_GRADIENT,
+    FOR_MEAN,
+    FOR_ROUNDING,
+    FOR_SCALE,
+    FOR_SUMS,
+    broadcast_in_order,
+    distinct_copy,
+    on_cpu,
+)
+from normjax._leaves import inverse_power
+from normjax.field import Field
+from normjax.theory import Normalizer, is_positive, smoothed
+
+
+class Known(NamedTuple):
+    """What the tangent is computed from: x, and what is small; None where there is none."""
+
+    x: jax.Array
+    mean: jax.Array | None
+    moment: jax.Array
+    eps: jax.Array | None
+    scale: jax.Array | None
+
+
+class Tangents(NamedTuple):
+    """The tangents of the arguments; None where there is no such argument."""
+
+    x: jax.Array
+    eps: jax.Array | None
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
+Parts = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]  # y, v, mean, moment, or the tangents of these
+
+
+def divisor(n: Normalizer) -> Field:
+    """The field B, which everything that has the rule has."""
+    assert n.var is not None
+    return n.var
+
+
+def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Parts:
+    """Tangents of (y, v, mean, moment), linear in those of the arguments: dy = alpha dx + gamma v + beta."""
+    mean, moment, positive = known.mean, known.moment, is_positive(n, known.eps)
+    x, dx = known.x.astype(moment.dtype), d.x.astype(moment.dtype)
+    dmean, dv, dm = _moments_of(n, E, _centred(x, mean, FOR_GRADIENT), dx, _centred(x, mean, FOR_ROUNDING))
+    q, dq = smoothed(moment, n, known.eps), _smoothed_tangent(n, dm, d.eps)
+    r = inverse_power(q, n.power, positive)
+    alpha = r if known.scale is None else r * known.scale
+    gamma = -n.power * alpha * inverse_power(q, 1.0, positive) * dq
+    beta = None if dmean is None or n.keep_mean else -alpha * dmean
+    along = functools.partial(broadcast_in_order, x=x)
+    if n.keep_mean:
+        dy = along(alpha) * dx + along(gamma) * x
+        if d.scale is not None:
+            dy = dy + along(r * d.scale) * x
+    else:
+        if d.scale is not None:
+            gamma = gamma + r * d.scale
+        dy = along(alpha) * dx + along(gamma) * _centred(x, mean, FOR_SCALE)
+    if d.bias is not None:
+        beta = d.bias if beta is None else beta + d.bias
+    if beta is not None:
+        dy = dy + along(beta)
+    return dy.astype(dtype), dv, dmean, dm
+
+
+def _centred(x: jax.Array, mean: jax.Array | None, use: int) -> jax.Array:
+    """The array around a copy of the mean of its own."""
+    return x if mean is None else x - distinct_copy(mean, use)
+
+
+def _smoothed_tangent(n: Normalizer, dm: jax.Array, deps: jax.Array | None) -> jax.Array:
+    """The tangent of q = eps + gain * m."""
+    return n.gain * dm if deps is None else n.gain * dm + deps
+
+
+def rowwise(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents, *, large: bool) -> Parts:
+    """The tangents of `pooled`, where the products with scale are of the size of x.
+
+    Arrays that are not large stay in a CPU's caches, where what is shared costs less than what is computed twice: no copies.
+    """
+    copy = distinct_copy if large else lambda statistic, _: statistic
+    x, dx = known.x.astype(known.moment.dtype), d.x.astype(known.moment.dtype)
+    v = x if known.mean is None else x - copy(known.mean, FOR_GRADIENT)
+    dmean, dv, dm = _moments_of(n, E, v, dx, v)
+    m = copy(known.moment, FOR_GRADIENT)
+    dy = _rowwise_output(n, known._replace(x=x), d._replace(x=dx), v, m, dmean, dm, copy, lambda statistic: statistic)
+    return dy.astype(dtype), dv, dmean, dm
+
+
+def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Parts:
+    """The tangents of `rowwise` for large arrays: reshapes of the statistics would break the one pass of XLA:CPU."""
+    shape, whole = known.x.shape, E.plan(divisor(n)).bound.whole
+    kept = tuple(i for i in range(len(shape)) if i not in whole)
+
+    def narrow(statistic: jax.Array | None) -> jax.Array | None:
+        return None if statistic is None else statistic.reshape([shape[i] for i in kept])
+
+    def wide(statistic: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(statistic, shape, kept)
+
+    def average(z: jax.Array) -> jax.Array:
+        return jnp.sum(z, whole) / math.prod(shape[i] for i in whole)
+
+    def restored(statistic: jax.Array | None) -> jax.Array | None:
+        return None if statistic is None else statistic.reshape([1 if i in whole else n for i, n in enumerate(shape)])
+
+    x, dx = known.x.astype(known.moment.dtype), d.x.astype(known.moment.dtype)
+    mean, moment = narrow(known.mean), known.moment.reshape([shape[i] for i in kept])
+    v = x if mean is None else x - wide(distinct_copy(mean, FOR_GRADIENT))
+    v = v if n.mean is None else v - wide(average(v))  # what rounding left of the mean, as in `_moments_of`
+    dmean = None if n.mean is None else average(dx)
+    dv, dm = dx if dmean is None else dx - wide(dmean), 2 * average(v * dx)
+    # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
+    m = average(v * v) if on_cpu() else distinct_copy(moment, FOR_GRADIENT)
+    bare = known._replace(x=x, mean=mean, moment=moment)
+    dy = _rowwise_output(n, bare, d._replace(x=dx), v, m, dmean, dm, distinct_copy, wide)
+    return dy.astype(dtype), dv, restored(dmean), restored(dm)
+
+
+def _rowwise_output(
+    n: Normalizer,
+    known: Known,
+    d: Tangents,
+    v: jax.Array,
+    m: jax.Array,
+    dmean: jax.Array | None,
+    dm: jax.Array,
+    copy: Callable[[jax.Array, int], jax.Array],
+    wide: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The tangent of y, given v, the moment m and the tangents of both statistics; `wide` broadcasts against x."""
+    x, mean = known.x, known.mean
+    power = functools.partial(inverse_power, positive=is_positive(n, known.eps))
+    q, dq = smoothed(m, n, known.eps), _smoothed_tangent(n, dm, d.eps)
+    r = power(q, n.power)
+    # Signs go with what is small, so that no copy of the cotangent is made for them.
+    dy = wide(r) * d.x + (x if n.keep_mean else v) * wide(-n.power * r * power(q, 1.0) * dq)
+    if dmean is not None and not n.keep_mean:
+        dy = dy + wide(-r * dmean)
+    if known.scale is not None:
+        dy = dy * copy(known.scale, FOR_GRADIENT)
+    if d.scale is not None:
+        r = power(smoothed(copy(known.moment, FOR_SCALE), n, known.eps), n.power)
+        around = x if mean is None or n.keep_mean else x - wide(copy(mean, FOR_SCALE))
+        dy = dy + around * wide(r) * d.scale
+    if d.bias is not None:
+        dy = dy + d.bias
+    return jnp.broadcast_to(dy, x.shape)
+
+
+def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Parts:
+    """The tangents of `pooled`, where the array is pooled first and the windows are windows of small maps.
+
+    The windows stand between the sums over x and the gradient of x, so that each sum has its own copies. What is small is
+    multiplied before it meets a sum, and copied, so that no sum is written out in one pass with constants of its size.
+    """
+    plan = E.plan(divisor(n))
+    mean, moment, scale, whole = known.mean, known.moment, known.scale, plan.bound.whole
+    pool, slide = (functools.partial(total, plan=part) for part in pooled_and_windowed(plan))
+    count = counts(plan, moment.dtype).astype(moment.dtype)
+    x, dx = known.x.astype(moment.dtype), d.x.astype(moment.dtype)
+    positive = is_positive(n, known.eps)
+    q = smoothed(moment, n, known.eps)
+    r = inverse_power(q, n.power, positive)
+    slope = -n.power * r * inverse_power(q, 1.0, positive)
+
+    def divided(use: int) -> jax.Array:
+        return x if n.keep_mean else _centred(x, mean, use)
+
+    def scaled(term: jax.Array, use: int) -> jax.Array:
+        return term if scale is None else term * distinct_copy(scale, use)
+
+    seen = pool(_centred(x, mean, FOR_GRADIENT) * dx)
+    around = None if mean is None else slide(pool(dx))
+    dmean = None if around is None else around / count
+    if mean is not None and around is not None:
+        # The sum of v from that of x, which the mean has taken already: as exact as the mean.
+        v = pool(x) - math.prod(x.shape[i] for i in whole) * mean
+        seen = seen - around * distinct_copy(v / count, FOR_GRADIENT)
+    within = slide(seen)
+    dm = 2 * within / count
+    inner = distinct_copy(2 * n.gain * slope / count, FOR_GRADIENT) * within
+    inner = inner if d.eps is None else inner + slope * d.eps
+    dy = scaled(dx, FOR_GRADIENT) * r + scaled(divided(FOR_SUMS), FOR_SUMS) * inner
+    if around is not None and not n.keep_mean:
+        row = None if scale is None else distinct_copy(scale, FOR_MEAN)
+        dy = dy + _outer(distinct_copy(-r / count, FOR_MEAN) * around, row, x, whole)
+    if d.scale is not None:
+        dy = dy + divided(FOR_SCALE) * distinct_copy(r, FOR_SCALE) * d.scale
+    if d.bias is not None:
+        dy = dy + d.bias
+    return dy.astype(dtype), dx if dmean is None else dx - dmean, dmean, dm
+
+
+def _outer(small: jax.Array, scale: jax.Array | None, x: jax.Array, whole: tuple[int, ...]) -> jax.Array:
+    """The product small * scale, in the shape of x.
+
+    By rows and columns where that can be: its transpose, a sum over the last axes, takes XLA:CPU twice as long on an array
+    of more axes.
+    """
+    kept = x.ndim - len(whole)
+    rows = math.prod(x.shape[:kept])
+    flat = whole == tuple(range(kept, x.ndim)) and along_one_shard(x, tuple(range(x.ndim))) and small.size == rows
+    if scale is None or not flat or math.prod(scale.shape[:kept]) != 1:
+        return jnp.broadcast_to(small if scale is None else small * scale, x.shape)
+    row = jnp.broadcast_to(scale, (1,) * kept + x.shape[kept:]).reshape(1, -1)
+    return (lax.broadcast_in_dim(small.reshape(-1), (rows, row.size), (0,)) * row).reshape(x.shape)
+
+
+def _moments_of(
+    n: Normalizer, E: OverFields, v: jax.Array, dx: jax.Array, same: jax.Array
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """Tangents of the mean, of v and of the moment; `same` is another copy of v."""
+    a, b = n.mean, divisor(n)
+    if a is None:
+        return None, dx, 2 * E(v * dx, b)
+    dmean = E(dx, a)
+    dv = dx - dmean
+    if a != b:
+        return dmean, dv, 2 * E(v * dv, b)
+    # E[v dv] without a chained reduction. E[v] is what rounding left of the mean: not small beside the v of a small field,
+    # or where the mean is large.
+    return dmean, dv, 2 * (E(v * dx, b) - E(same, b) * dmean)

@@ -1,0 +1,79 @@
+"""The mixture of a prediction and a batch, by a gain."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from normjax.propagate import Belief
+
+
+def mix_beliefs(prior: Belief, batch: Belief, gain: ArrayLike) -> Belief:
+    """The mean and variance of a mixture, of 1 - gain parts prior and gain parts batch.
+
+    Args:
+      prior: the prediction.
+      batch: the batch's mean and (biased) variance, of shapes that broadcast against the prior's.
+      gain: q, between 0 and 1, a scalar or an array that broadcasts against the prior's.
+
+    Returns:
+      The belief after the batch, in the dtype of the prior.
+
+    Source: Wang et al. 2018, the update step; its published code writes it with p = 1 - q.
+
+    >>> mix_beliefs(Belief(jnp.array(0.0), jnp.array(1.0)), Belief(jnp.array(2.0), jnp.array(3.0)), 0.5)
+    Belief(mean=Array(1., dtype=float32), var=Array(3., dtype=float32))
+    """
+    q = jnp.asarray(gain).astype(prior.mean.dtype)
+    apart = batch.mean - prior.mean
+    mean = prior.mean + q * apart
+    return Belief(mean, prior.var + q * (batch.var - prior.var) + q * (1 - q) * lax.square(apart))
+
+
+def logit(gain: float) -> float:
+    """The number whose sigmoid is the gain: where a learned gain starts.
+
+    Raises:
+      ValueError: the gain is not strictly between 0 and 1.
+
+    >>> round(logit(0.1), 4)
+    -2.1972
+    """
+    if not 0 < gain < 1:
+        raise ValueError(f"a learned gain starts strictly between 0 and 1; found {gain!r}")
+    return float(np.log(gain) - np.log1p(-gain))
+
+
+def require_gain(gain: ArrayLike) -> None:
+    """Raises ValueError for a gain, the weight of the batch, that is a number outside of 0 and 1.
+
+    >>> require_gain(1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: gain lies between 0 and 1; found 1.5
+    """
+    if isinstance(gain, int | float | np.number) and not 0 <= gain <= 1:
+        raise ValueError(f"gain lies between 0 and 1; found {gain!r}")
+
+
+def is_near(
+    before: jax.Array | np.ndarray, now: jax.Array | np.ndarray, weighted: jax.Array, guard: float
+) -> jax.Array:
+    """Whether the mean of before / now lies below the guard; a batch variance of 0 is as far as can be.
+
+    Args:
+      before: variance of the prior.
+      now: variance of the batch, of the same shape.
+      weighted: where the batch has any weight; the mean is over these.
+      guard: the largest ratio, the published code's is 100.
+
+    Source: the published code of Wang et al. 2018.
+
+    >>> is_near(jnp.array([99.0, 5.0]), jnp.ones(2), jnp.array([True, False]), 100)
+    Array(True, dtype=bool)
+    """
+    ratio = jnp.where(now > 0, before / jnp.where(now > 0, now, 1), jnp.inf)
+    ratio = jnp.where(weighted, ratio, 0)
+    count = jnp.sum(jnp.broadcast_to(weighted, ratio.shape).astype(ratio.dtype))
+    return lax.stop_gradient(jnp.sum(ratio) < guard * count)

@@ -1,0 +1,116 @@
+"""The equation on a kernel, evaluated: what the functions of this folder share."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype
+from normjax._expect.binding import bind
+from normjax._expect.sharding import shards_of
+from normjax._leaves import inverse_power, one_of
+from normjax._normalize.evaluate import normalize
+from normjax.field import Field, FieldError
+from normjax.theory import Normalizer
+
+KERNEL, INPUTS, OUTPUTS = "... i o", "... i", "o"
+EPS_RULES = ("moment", "root", "floor")
+
+AnyField = Field | str
+
+
+def evaluate(
+    kernel: jax.Array,
+    n: Normalizer,
+    layout: str,
+    scale: ArrayLike | None,
+    mask: ArrayLike | None,
+    eps_rule: str = "moment",
+) -> jax.Array:
+    """The row n on a kernel; with a rule other than "moment", eps is a number for each output that the moment gives."""
+    one_of("eps_rule", eps_rule, EPS_RULES)
+    field = n.mean if n.var is None else n.var
+    assert field is not None
+    scale = None if scale is None else align_kernel_scale(scale, kernel, layout, field, statistics_dtype(kernel.dtype))
+    mask = None if mask is None else valid_weights(kernel, mask)
+    if eps_rule == "moment" or not n.eps:
+        return normalize(kernel, n, layout, scale=scale, mask=mask).y
+    stats = normalize(kernel, n, layout, mask=mask).stats
+    m = n.gain * stats.var
+    if eps_rule == "floor":
+        eps = jnp.maximum(n.eps - m, 0)
+    elif n.power == 0.5:  # (sqrt(m) + eps) ** 2 = m + ...
+        eps = n.eps**2 + 2 * n.eps * root(m, 0.5)
+    elif n.power == 1:
+        eps = n.eps
+    else:
+        eps = (n.eps + root(m, n.power)) ** (1 / n.power) - m
+    return normalize(kernel, n, layout, stats=stats, scale=scale, mask=mask, eps=eps).y
+
+
+def lp_norm(kernel: jax.Array, p: float, eps: float, layout: str, field: AnyField) -> Normalizer:
+    """The Lp norm over a field, as a row."""
+    if not p > 0:
+        raise ValueError(f"p, the order of a norm, is a positive number or inf; found {p!r}")
+    if p == math.inf:
+        return Normalizer(None, field, eps=eps, power=1.0, order=p)
+    return Normalizer(None, field, eps=eps, gain=fan_in(kernel, layout, field), power=1 / p, order=p)
+
+
+def fan_in(kernel: jax.Array, layout: str, field: AnyField) -> float:
+    """How many weights the field holds, over all shards: what makes a sum of its average."""
+    bound = bind(Field.parse(field), layout, kernel.shape)
+    return float(bound.reach() * math.prod(shards_of(span) for _, span in bound.spans))
+
+
+def root(m: jax.Array, power: float) -> jax.Array:
+    """The root m ** power, with derivative zero at zero."""
+    return inverse_power(m, -power)
+
+
+def floating_kernel(kernel: ArrayLike) -> jax.Array:
+    """The kernel as an array; integers are refused."""
+    return require_float(kernel, "a reparametrization")
+
+
+def valid_weights(kernel: jax.Array, mask: ArrayLike) -> jax.Array:
+    """The mask as booleans of the shape of the kernel."""
+    weights = as_weights(mask, kernel.astype(statistics_dtype(kernel.dtype)))
+    assert weights is not None
+    return jnp.broadcast_to(weights.valid, kernel.shape)
+
+
+def zero_masked_kernel(kernel: ArrayLike, mask: ArrayLike | None) -> jax.Array:
+    """The kernel with zeros where masked, which are nothing to a sum."""
+    kernel = floating_kernel(kernel)
+    return kernel if mask is None else jnp.where(valid_weights(kernel, mask), kernel, jnp.zeros((), kernel.dtype))
+
+
+def named_axes(kernel: jax.Array, layout: str, field: AnyField) -> set[int]:
+    """The axes of the kernel that the field names."""
+    return {axis for axis, _ in bind(Field.parse(field), layout, kernel.shape).spans if axis is not None}
+
+
+def rows_shape(kernel: jax.Array, layout: str, field: AnyField) -> tuple[int, ...]:
+    """The shape of one number for each output, at the rank of the kernel."""
+    named = named_axes(kernel, layout, field)
+    return tuple(1 if axis in named else size for axis, size in enumerate(kernel.shape))
+
+
+def align_kernel_scale(
+    scale: ArrayLike, kernel: jax.Array, layout: str, field: AnyField, dtype: DTypeLike
+) -> jax.Array:
+    """The scale, laid along the axes that the field does not name."""
+    scale = jnp.asarray(scale)
+    given, named = scale.shape, named_axes(kernel, layout, field)
+    outputs = tuple(size for axis, size in enumerate(kernel.shape) if axis not in named)
+    if given and given == outputs:
+        scale = scale.reshape(rows_shape(kernel, layout, field))
+    fits = scale.ndim in (0, kernel.ndim) and all(a in (1, b) for a, b in zip(scale.shape, kernel.shape, strict=False))
+    if not fits:
+        raise FieldError(
+            f"a scale is a scalar, has the shape {outputs} of the outputs, or the rank of the kernel: found "
+            f'shape {given}, kernel {kernel.shape}, layout "{layout}", field "{field}"'
+        )
+    return scale.astype(dtype)
