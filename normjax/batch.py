@@ -31,9 +31,8 @@ def l1_batch(field: Field | str = BATCH, *, eps: float = 1e-5, normalized: bool 
     """L1 batch norm: v / (eps + sqrt(pi / 2) * E|v|), of unit variance on Gaussian data.
 
     Args:
-      field: A and B.
-      eps: added to the spread; 0 in the second of the authors' files, where a constant channel gives NaN (here 0).
-        [units of x]
+      field: both fields, A and B.
+      eps: added to E|v|; 0 in the second of the authors' files, where a constant channel gives NaN (here 0). [units of x]
       normalized: False leaves the constant out.
 
     Source: Hoffer et al. 2018, section 4.
@@ -51,7 +50,7 @@ def lp_batch(p: float, field: Field | str = BATCH, *, eps: float = 1e-5, calibra
 
     Args:
       p: the order, 1 or more.
-      field: A and B.
+      field: both fields, A and B.
       eps: added to the moment, inside of the root. [units of x ** p]
       calibrated: divides the moment by that of a standard normal, for unit variance on Gaussian data; the authors do
         so for p = 1 alone.
@@ -72,7 +71,13 @@ def lp_batch(p: float, field: Field | str = BATCH, *, eps: float = 1e-5, calibra
 
 
 def ghost_batch(parts: int, *, eps: float = 1e-5) -> Normalizer:
-    """Ghost batch norm: statistics of each of so many equal parts of the batch (Hoffer et al. 2017, algorithm 1).
+    """Ghost batch norm: statistics of each of so many equal parts of the batch.
+
+    Args:
+      parts: number of parts, which divides the number of examples; 1 is batch norm.
+      eps: added to the variance. [units of x squared]
+
+    Source: Hoffer et al. 2017, algorithm 1.
 
     >>> from normjax import TABLE
     >>> ghost_batch(8) == TABLE["ghost"]
@@ -88,14 +93,16 @@ def ghost_row(
     """The row "ghost" for parts of so many examples; None takes all of them, as inference does, whose batch need not divide.
 
     Args:
-      shape: of the array.
-      layout: name of each axis.
-      examples: of a part.
-      eps: added to the variance.
+      shape: shape of the array to normalize.
+      layout: name of each axis of the array.
+      examples: number of examples of a part.
+      eps: added to the variance. [units of x squared]
       strict: False takes all of them where they do not divide.
 
     Raises:
       FieldError: the layout has no examples, or their number does not divide.
+
+    Source: Hoffer et al. 2017, algorithm 1.
 
     >>> from normjax import TABLE
     >>> ghost_row((64, 3), "n c", 8) == TABLE["ghost"]
@@ -113,7 +120,16 @@ def ghost_row(
 
 
 def extended_batch(*, eps: float = 1e-5) -> Normalizer:
-    """Extended batch norm: the mean of each channel over the batch, one spread around these over all (Luo et al. 2020)."""
+    """Extended batch norm: the mean of each channel over the batch, one variance around these over all channels.
+
+    Args:
+      eps: added to the variance. [units of x squared]
+
+    Source: Luo et al. 2020.
+
+    >>> extended_batch()
+    Normalizer('n ...', 'n ... c')
+    """
     return Normalizer(BATCH, "n ... c", eps=eps)
 
 
@@ -135,18 +151,20 @@ def virtual_batch(
       x: examples, axes as named by `layout`; each counts as one more example of the reference batch. [units u]
       reference: the reference batch, chosen once: the input of the same layer in a pass of its own.
       layout: name of each axis of both.
-      field: of the reference's statistics: the batch as a whole, without windows.
-      scale: as for `normalize`, of both.
-      bias: the same.
+      field: field of the reference's statistics: the batch as a whole, without windows.
+      scale: factor of both results: a scalar, `[c]`, or an array that broadcasts against both.
+      bias: addend of both results: a scalar, `[c]`, or an array that broadcasts against both.
       eps: added to the variance. [u ** 2]
-      mask: as for `normalize`, of x.
-      reference_mask: the same, of the reference.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
+      reference_mask: boolean mask or weights that broadcast against the reference; 0 leaves an element out.
 
     Returns:
-      The normalized x and the normalized reference (by batch norm), for the next layer.
+      The normalized x and the normalized reference (by batch norm), for the next layer, each with its `y`, `centered` and
+      `stats`.
 
     Raises:
       FieldError: the field takes parts of the batch, or windows; the arrays have other channels.
+      TypeError: an array holds integers.
 
     Source: Salimans et al. 2016, section 3.5.
 
@@ -167,5 +185,5 @@ def virtual_batch(
     shape = np.broadcast_shapes(*(np.shape(part) for part in (*known.stats, *lone)))
     theirs, own = (Stats(*(jnp.broadcast_to(jnp.asarray(part), shape) for part in s)) for s in (known.stats, lone))
     merged = merge(theirs, own)
-    given = Stats(merged.mean, merged.var)
-    return normalize(x, n, layout, stats=given, scale=scale, bias=bias, mask=mask), known
+    stats = Stats(merged.mean, merged.var)
+    return normalize(x, n, layout, stats=stats, scale=scale, bias=bias, mask=mask), known

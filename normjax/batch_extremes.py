@@ -27,13 +27,16 @@ def top_batch(
     """Top-k batch norm: v / (eps + C * mean of the k largest |v|); L-infinity batch norm for k = 1.
 
     Args:
-      k: how many.
+      k: how many of the largest |v| are averaged.
       size: number n of elements behind each statistic in training, examples * positions (all shards'): C(n) has to stay
         the same at inference, where the batch is another.
-      field: A and B.
-      eps: added to the spread. [units of x]
+      field: both fields, A and B.
+      eps: added to C times the mean of the largest. [units of x]
       calibrated: C = 1 / E[mean of the k largest of n]. The paper's C(n) gives 1.42 standard deviations for k = 1 and
         1.19 for k = 10 of n = 1024.
+
+    Raises:
+      ValueError: `size` is missing, or k is not within 1 and `size`.
 
     Source: Hoffer et al. 2018, section 4.
 
@@ -55,8 +58,8 @@ def range_row(
 
     Args:
       size: number of elements of a part in training, on which C depends.
-      field: A, and what the parts' ranges are averaged over.
-      eps: added to the spread. [units of x]
+      field: field A, over which the parts' ranges are averaged too.
+      eps: added to C times the range. [units of x]
       calibrated: C is one over the expected range of Gaussian data; else the code's 0.35 * `bounds_constant`, half of
         that of the maximum and a factor from experiments, which gives .81 to .98 standard deviations.
 
@@ -69,8 +72,9 @@ def range_row(
     (0.1873, 0.2133)
     """
     if size is None or size < 2:
-        raise ValueError(f"range batch norm needs size, the number of elements of a part in training, at least 2; "
-                         f"found {size!r}")  # fmt: skip
+        raise ValueError(
+            f"range batch norm needs size, the number of elements of a part in training, at least 2; found {size!r}"
+        )
     gain = 0.5 / gaussian_largest(size, signed=True) if calibrated else 0.35 * bounds_constant(size)
     return Normalizer(field, field, eps=eps, gain=gain, power=1.0, order=math.inf)
 
@@ -82,13 +86,13 @@ def mean_range(
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      layout: name of each axis.
-      field: as for `range_row`; parts lie within one shard of a mapped axis.
+      layout: name of each axis of x.
+      field: field of the batch; parts lie within one shard of a mapped axis.
       parts: number of equal parts of the examples.
-      mask: as for `normalize`; a part that is masked whole does not count.
+      mask: boolean mask or weights that broadcast against x; a part that is masked whole does not count.
 
     Returns:
-      Statistics without a mean; the weight is the number of examples in parts that count.
+      Statistics without a mean, which broadcast against x; the weight is the number of examples in parts that count.
 
     Raises:
       FieldError: the parts do not divide the batch.
@@ -130,21 +134,31 @@ def range_batch(
     """Range batch norm: v / (eps + C * mean over parts of the batch of max v - min v).
 
     Args:
-      x: array, axes as named by `layout`. [units u]
-      layout: name of each axis.
-      size: as for `range_row`.
-      parts: as for `mean_range`.
-      field: what is averaged.
-      eps: as for `range_row`. [u]
-      calibrated: the same.
-      scale: as for `normalize`.
-      bias: the same.
-      mask: the same.
+      x: real array, axes as named by `layout`. [units u]
+      layout: name of each axis of x.
+      size: number of elements of a part in training, on which C depends.
+      parts: number of equal parts of the examples.
+      field: field A, over which the parts' ranges are averaged too.
+      eps: added to C times the range. [u]
+      calibrated: whether C makes unit variance of Gaussian data; else it is the published code's.
+      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      mask: boolean mask or weights that broadcast against x; a part that is masked whole does not count.
 
     Returns:
-      As `normalize`; the var of the statistics is the mean range.
+      `(y, centered, stats)`: y in the shape and dtype of x; the var of the statistics is the mean range. [u]
+
+    Raises:
+      FieldError: the parts do not divide the batch, or a parameter does not fit x.
+      TypeError: x holds integers or complex numbers.
+      ValueError: `size` is less than 2.
 
     Source: Banner et al. 2018, section 3.
+
+    >>> x = jnp.array([[0.0], [4.0], [1.0], [3.0]])
+    >>> out = range_batch(x, size=2, parts=2, eps=0.0, calibrated=True)              # C = sqrt(pi) / 2, the range is 3
+    >>> (1000 * out.y).round().ravel().tolist(), out.stats.var.item()
+    ([-752.0, 752.0, -376.0, 376.0], 3.0)
     """
     row = range_row(size, field, eps=eps, calibrated=calibrated)
     stats = mean_range(x, layout, field, parts=parts, mask=mask)
@@ -163,12 +177,15 @@ def moving_top(
     """Statistics of a batch whose moment is a moving average, beta * previous + (1 - beta) * that of the batch.
 
     Args:
-      x: array, axes as named by `layout`. [u]
+      x: floating-point array, axes as named by `layout`. [u]
       previous: the average before, which broadcasts against x; 0 at first. No gradient goes through it. [u]
-      row: from `top_batch`.
-      layout: name of each axis.
+      row: the row, from `top_batch`.
+      layout: name of each axis of x.
       beta: weight of the average before.
-      mask: as for `normalize`.
+      mask: boolean mask or weights that broadcast against x; 0 leaves an element out.
+
+    Returns:
+      The statistics, which broadcast against x; `var` is the new average. [u]
 
     Source: Hoffer et al. 2018, their code.
 
@@ -181,18 +198,31 @@ def moving_top(
 
 
 def stored_top(
-    x: ArrayLike, kept: ArrayLike, row: Normalizer, layout: str, *, beta: float, mask: ArrayLike | None = None
+    x: ArrayLike, previous: ArrayLike, row: Normalizer, layout: str, *, beta: float, mask: ArrayLike | None = None
 ) -> tuple[Stats, jax.Array]:
-    """`moving_top` for a layer: the average before has the shape of a stored statistic, as the one that is returned beside.
+    """The statistics of `moving_top` for a layer, which stores the average in the shape of a running statistic.
+
+    Args:
+      x: floating-point array, axes as named by `layout`. [u]
+      previous: the stored average, `[c]` for the default fields; 0 at first. [u]
+      row: the row, from `top_batch`.
+      layout: name of each axis of x.
+      beta: weight of the average before.
+      mask: boolean mask or weights that broadcast against x; 0 leaves an element out.
+
+    Returns:
+      The statistics, which broadcast against x, and the average to store, in the shape of `previous`.
+
+    Source: Hoffer et al. 2018, their code.
 
     >>> row = Normalizer("n", "n", order=1)
-    >>> stats, kept = stored_top(jnp.array([[-1.0], [1.0]]), jnp.array([5.0]), row, "n c", beta=0.5)
-    >>> stats.var.tolist(), kept.tolist()
+    >>> stats, average = stored_top(jnp.array([[-1.0], [1.0]]), jnp.array([5.0]), row, "n c", beta=0.5)
+    >>> stats.var.tolist(), average.tolist()
     ([[3.0]], [3.0])
     """
-    shape, held = jnp.shape(x), Running(var=jnp.asarray(kept))
-    stats = moving_top(x, as_stats(held, row, layout, shape).var, row, layout, beta=beta, mask=mask)
-    return stats, update(held, observe(stats, row, layout, shape), 0.0).var
+    shape, running = jnp.shape(x), Running(var=jnp.asarray(previous))
+    stats = moving_top(x, as_stats(running, row, layout, shape).var, row, layout, beta=beta, mask=mask)
+    return stats, update(running, observe(stats, row, layout, shape), 0.0).var
 
 
 def ghost_top(
@@ -210,20 +240,25 @@ def ghost_top(
     """Top-k batch norm by a moving average of the moment, in training too.
 
     Args:
-      x: as for `moving_top`.
-      previous: the same, as it was returned.
-      row: the same.
-      layout: the same.
-      beta: the same.
+      x: floating-point array, axes as named by `layout`. [u]
+      previous: the average before, as it was returned; 0 at first. No gradient goes through it. [u]
+      row: the row, from `top_batch`.
+      layout: name of each axis of x.
+      beta: weight of the average before.
       published: the authors' code keeps C(n) times the average, so that C(n) enters anew at each step.
-      scale: as for `normalize`.
-      bias: the same.
-      mask: the same.
+      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
 
     Returns:
-      As `normalize`, and the average to pass on, which broadcasts against x.
+      `(y, centered, stats)`, y in the shape and dtype of x, and the average to pass on, which broadcasts against x.
 
     Source: Hoffer et al. 2018, their code.
+
+    >>> row = Normalizer("n", "n", eps=0.0, power=1.0, order=float("inf"))
+    >>> out, average = ghost_top(jnp.array([[-1.0], [1.0]]), 7.0, row, beta=0.5)
+    >>> out.y.tolist(), average.tolist()
+    ([[-0.25], [0.25]], [[4.0]])
     """
     stats = moving_top(x, previous, row, layout, beta=beta, mask=mask)
     out = normalize(x, row, layout, stats=stats, scale=scale, bias=bias, mask=mask)

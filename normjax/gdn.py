@@ -6,6 +6,9 @@
 
 Weights that are equal, or equal within a window, make it a row of the equation (`theory.py`): "rms", "response".
 
+alpha and epsilon are exponents here, as in the papers: *epsilon is not the small number `eps`* that other families add to a
+moment; in GDN beta takes its place.
+
 beta and gamma stay in their domain by what is learned in their place, r with beta = max(r, bound) ** 2 - offset ** 2. The
 published rule for the gradient below the bound keeps it only where a step would raise r. That depends on the sign of
 what comes back, so it is no derivative, and forward mode has none of it. Here the gradient always passes; `towards_bound`
@@ -14,12 +17,12 @@ then drops what would leave the domain, as a step on the gradients, and the two 
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import Weights, as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import axes
@@ -28,6 +31,7 @@ from normjax.field import FieldError
 
 GRADIENTS = ("pass", "block")
 OFFSET = 2.0**-18
+T = TypeVar("T")
 
 
 def gdn(
@@ -49,8 +53,9 @@ def gdn(
         keeps the transpose.
       layout: name of each axis of x.
       alpha: exponent inside the pool, a positive number or a scalar array.
-      epsilon: exponent of the pool. Two square roots, alpha = 2 and epsilon = 1/2, are the paper's images;
-        alpha = epsilon = 1 is the cheaper form of Johnston et al. 2019. y has no units where alpha * epsilon = 1.
+      epsilon: exponent of the pool (not a small addend), a positive number or a scalar array. alpha = 2 and epsilon = 1/2
+        are the paper's for images; alpha = epsilon = 1 is the cheaper form of Johnston et al. 2019. y has no units where
+        alpha * epsilon = 1.
       mask: boolean mask or weights that broadcast against x; a masked channel is in no pool, and its y is 0.
 
     Returns:
@@ -90,7 +95,24 @@ def igdn(
     """Multiplies by the pool where `gdn` divides: the approximate inverse of the paper's decoders, cheap and learned.
 
     It is one step of the fixed-point iteration that inverts GDN, from y, where the parameters are those of the GDN;
-    decoders learn their own. Arguments, result and errors as for `gdn`. For the inverse itself see `inverse`.
+    decoders learn their own. For the inverse itself see `inverse`.
+
+    Args:
+      y: floating-point array, axes as named by `layout`, which names `c`. [units u]
+      beta: `[c]`, positive. [u ** alpha]
+      gamma: `[c, c]`, non-negative; row i holds the weights of the pool that multiplies channel i.
+      layout: name of each axis of y.
+      alpha: exponent inside the pool, a positive number or a scalar array.
+      epsilon: exponent of the pool (not a small addend), a positive number or a scalar array.
+      mask: boolean mask or weights that broadcast against y; a masked channel is in no pool, and becomes 0.
+
+    Returns:
+      An array of the shape and dtype of y.
+
+    Raises:
+      FieldError: beta or gamma has another shape than the channels need, or the layout names no `c`.
+      TypeError: y holds integers.
+      ValueError: alpha or epsilon is not positive.
 
     Source: Balle, Laparra & Simoncelli 2017 (end-to-end optimized image compression), section 2.
 
@@ -122,11 +144,21 @@ def inverse(
     alpha * epsilon <= 1, and close to 1 where the channels are far above sqrt(beta). The paper starts from the solution for
     beta = 0 and a diagonal gamma, which exists for alpha * epsilon < 1 alone.
 
-    Arguments as for `gdn`, with `steps`: each keeps an array of the size of y for the gradient. The result has the shape and
-    dtype of y, and can be differentiated, in the second form through all the steps.
+    Args:
+      y: floating-point array, axes as named by `layout`, which names `c`.
+      beta: `[c]`, positive, of the GDN.
+      gamma: `[c, c]`, non-negative, of the GDN; row i holds the weights of the pool that divided channel i.
+      layout: name of each axis of y.
+      alpha: exponent inside the pool, a positive number or a scalar array.
+      epsilon: exponent of the pool (not a small addend), a positive number or a scalar array.
+      steps: number of iterations; each keeps an array of the size of y for the gradient. None solves the linear system.
+
+    Returns:
+      An array of the shape and dtype of y, which can be differentiated, in the second form through all the steps.
 
     Raises:
-      FieldError: as for `gdn`.
+      FieldError: beta or gamma has another shape than the channels need, or the layout names no `c`.
+      TypeError: y holds integers.
       ValueError: alpha * epsilon is above 1; or without `steps` is not 1, or not known as a number.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.2 (the iteration); the system is our own.
@@ -144,14 +176,14 @@ def inverse(
     if product is not None and product > 1 + 1e-6:
         raise ValueError(f"GDN has one inverse for alpha * epsilon <= 1; found {alpha} * {epsilon}")
     if steps is None and (product is None or product < 1 - 1e-6):
-        found = "an exponent that is an array" if product is None else f"{alpha} * {epsilon}"
-        raise ValueError(f"the inverse without steps needs alpha * epsilon = 1; found {found}; give steps=")
+        given = "an exponent that is an array" if product is None else f"{alpha} * {epsilon}"
+        raise ValueError(f"the inverse without steps needs alpha * epsilon = 1; found {given}; give steps=")
     y = require_float(y, "inverse")
     work = y.astype(statistics_dtype(y.dtype))
     beta, gamma, axis = _parameters(beta, gamma, layout, work, alpha, epsilon)
     if steps is not None:
 
-        def step(_: Any, x: jax.Array) -> jax.Array:
+        def step(_: int, x: jax.Array) -> jax.Array:
             return work * _power(_pool(x, beta, gamma, axis, alpha), epsilon).astype(work.dtype)
 
         return lax.fori_loop(0, steps, step, jnp.zeros_like(work)).astype(y.dtype)
@@ -170,11 +202,18 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
     """The parameter that a learned number stands for: max(raw, bound) ** 2 - offset ** 2, never below `minimum`.
 
     Args:
-      raw: learned numbers of any shape; the result has it too, in float32 or wider.
+      raw: learned numbers of any shape.
       minimum: smallest value; the bound is sqrt(minimum + offset ** 2).
       offset: keeps the slope at value 0 from being 0; the slope there is 2 * offset, so small values learn slowly.
       gradient: what comes back to a raw number below the bound: "pass" (as at the bound) or "block" (nothing, so
-        that it never returns). `towards_bound` makes the published rule out of the first. ValueError for others.
+        that it never returns). `towards_bound` makes the published rule out of the first.
+
+    Returns:
+      An array of the shape of raw, float32 or wider.
+
+    Raises:
+      TypeError: raw holds integers.
+      ValueError: no gradient has this name.
 
     Source: Balle 2018 (efficient nonlinear transforms), section 2; constants of TensorFlow Compression.
 
@@ -195,6 +234,18 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
 def to_raw(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
     """The number to learn that stands for a parameter: the inverse of `nonnegative`.
 
+    Args:
+      value: the parameter, an array of any shape, non-negative.
+      offset: the offset that `nonnegative` is given.
+
+    Returns:
+      An array of the shape and dtype of value.
+
+    Raises:
+      TypeError: value holds integers.
+
+    Source: Balle 2018 (efficient nonlinear transforms), section 2.
+
     >>> nonnegative(to_raw(jnp.array([0.0, 0.1]))).round(6).tolist()
     [0.0, 0.10000000149011612]
     """
@@ -207,6 +258,15 @@ def towards_bound(gradient: ArrayLike, raw: ArrayLike, minimum: float = 0.0, *, 
 
     Apply it to the gradients of beta, gamma, alpha and epsilon before the optimizer sees them.
 
+    Args:
+      gradient: array of the shape of raw.
+      raw: the learned number.
+      minimum: smallest value of the parameter that it stands for, see `MINIMA`.
+      offset: the offset that `nonnegative` is given.
+
+    Returns:
+      An array of the shape and dtype of the gradient.
+
     Source: TensorFlow Compression, its lower bound with the gradient "identity if towards".
 
     >>> towards_bound(jnp.array([1.0, -1.0, 1.0]), jnp.array([0.0, 0.0, 1.0]), 0.25).tolist()
@@ -217,20 +277,41 @@ def towards_bound(gradient: ArrayLike, raw: ArrayLike, minimum: float = 0.0, *, 
     return jnp.where((raw >= bound) | (gradient < 0), gradient, jnp.zeros((), gradient.dtype))
 
 
-class Raw(NamedTuple):
-    """What a layer learns, see `nonnegative`: beta `[c]`, gamma `[c, c]`, and the exponents, None where they are fixed."""
+class Raw(NamedTuple, Generic[T]):
+    """What a layer learns (arrays, or their shapes or bounds), each in the form that `nonnegative` turns into a parameter.
 
-    beta: Any
-    gamma: Any
-    alpha: Any = None
-    epsilon: Any = None
+    Attributes:
+      beta: `[c]`.
+      gamma: `[c, c]`.
+      alpha: scalar; None where the exponent is fixed.
+      epsilon: scalar, the exponent of the pool; None where it is fixed.
+
+    Source: Balle 2018 (efficient nonlinear transforms), section 2.
+
+    >>> MINIMA
+    Raw(beta=1e-06, gamma=0.0, alpha=1.0, epsilon=1e-06)
+    """
+
+    beta: T
+    gamma: T
+    alpha: T | None = None
+    epsilon: T | None = None
 
 
 MINIMA = Raw(beta=1e-6, gamma=0.0, alpha=1.0, epsilon=1e-6)
 
 
-def shapes(layout: str, shape: tuple[int | None, ...]) -> Raw:
+def shapes(layout: str, shape: tuple[int | None, ...]) -> Raw[tuple[int | None, ...]]:
     """The shape of everything that can be learned, for an input of this shape.
+
+    Args:
+      layout: name of each axis of the input, which names `c`.
+      shape: shape of the input; lengths other than that of `c` may be None.
+
+    Raises:
+      FieldError: the layout names no channels.
+
+    Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1.
 
     >>> shapes("n c ...", (8, 3, 5, 5))
     Raw(beta=(3,), gamma=(3, 3), alpha=(), epsilon=())
@@ -241,7 +322,7 @@ def shapes(layout: str, shape: tuple[int | None, ...]) -> Raw:
 
 def gdn_of_raw(
     x: ArrayLike,
-    raw: Raw,
+    raw: Raw[jax.Array],
     layout: str = "n ... c",
     *,
     alpha: float = 2.0,
@@ -252,16 +333,16 @@ def gdn_of_raw(
     offset: float = OFFSET,
     gradient: str = "pass",
     mask: ArrayLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes x by a pool whose parameters are what a layer learns: GDN, or IGDN (`inverse`).
 
     Args:
-      x: floating-point array, axes as named by `layout`.
-      raw: what is learned; its exponents replace `alpha` and `epsilon`.
+      x: floating-point array, axes as named by `layout`, which names `c`.
+      raw: what is learned, `[c]`, `[c, c]` and scalars; its exponents replace `alpha` and `epsilon`.
       layout: name of each axis of x; the pool is over c.
       alpha: exponent inside the pool, where none is learned.
-      epsilon: exponent of the pool, where none is learned.
+      epsilon: exponent of the pool (not a small addend), where none is learned.
       inverse: multiply by the pool.
       rectify: set negative inputs to zero first.
       beta_min: smallest beta. [units of x ** alpha]
@@ -301,6 +382,14 @@ def gdn_of_raw(
 def diagonal(size: float = 0.1) -> Callable[..., jax.Array]:
     """An initializer of gamma: each channel is divided by itself alone.
 
+    Args:
+      size: the weight of the channel itself.
+
+    Returns:
+      A function of a random key, a shape `[c, c]` and a dtype.
+
+    Source: the initial values of TensorFlow Compression.
+
     >>> diagonal()(jax.random.key(0), (2, 2), jnp.float32).tolist()
     [[0.10000000149011612, 0.0], [0.0, 0.10000000149011612]]
     """
@@ -319,7 +408,9 @@ def _number(value: ArrayLike) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _parameters(beta, gamma, layout: str, x: jax.Array, alpha: ArrayLike, epsilon: ArrayLike):
+def _parameters(
+    beta: ArrayLike, gamma: ArrayLike, layout: str, x: jax.Array, alpha: ArrayLike, epsilon: ArrayLike
+) -> tuple[jax.Array, jax.Array, int]:
     """The parameters in the real dtype of the work, and the axis of the channels."""
     for name, value in (("alpha", alpha), ("epsilon", epsilon)):
         number = _number(value)
@@ -329,8 +420,8 @@ def _parameters(beta, gamma, layout: str, x: jax.Array, alpha: ArrayLike, epsilo
     beta, gamma, size = jnp.asarray(beta), jnp.asarray(gamma), x.shape[axis]
     for name, value, want in (("beta", beta, (size,)), ("gamma", gamma, (size, size))):
         if value.shape != want:
-            raise FieldError(f'{name} has shape {value.shape}, but {size} channels (layout "{layout}", shape {x.shape}) '
-                             f"need {want}")  # fmt: skip
+            channels = f'{size} channels (layout "{layout}", shape {x.shape})'
+            raise FieldError(f"{name} has shape {value.shape}, but {channels} need {want}")
     return beta.astype(real), gamma.astype(real), axis
 
 
@@ -366,7 +457,7 @@ def _power(q: jax.Array, power: ArrayLike) -> jax.Array:
     """The power of q >= 0, with value and derivatives 0 where q is 0."""
     if _number(power) == 1:
         return q
-    found = (q > 0) | jnp.isnan(q)
-    safe = jnp.where(found, q, 1)
+    nonzero = (q > 0) | jnp.isnan(q)
+    safe = jnp.where(nonzero, q, 1)
     raised = lax.sqrt(safe) if _number(power) == 0.5 else safe ** jnp.asarray(power).astype(q.dtype)
-    return jnp.where(found, raised, 0)
+    return jnp.where(nonzero, raised, 0)

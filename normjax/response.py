@@ -13,7 +13,18 @@ from normjax.theory import Normalizer
 
 
 def lrn_alexnet(n: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75) -> Normalizer:
-    """Local response norm, x / (k + alpha * sum of n squares) ** beta (Krizhevsky et al. 2012, section 3.3); n is odd.
+    """Local response norm of AlexNet, x / (k + alpha * sum of n squares) ** beta.
+
+    Args:
+      n: number of channels of the window, odd.
+      k: addend. [units of x squared]
+      alpha: factor of the sum.
+      beta: exponent.
+
+    Raises:
+      ValueError: n is even.
+
+    Source: Krizhevsky et al. 2012, section 3.3.
 
     >>> from normjax import TABLE
     >>> lrn_alexnet() == TABLE["response"]
@@ -27,18 +38,51 @@ def lrn_alexnet(n: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0
 def lrn_torch(size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Normalizer:
     """Local response norm as `torch.nn.LocalResponseNorm`: alpha times a mean of squares; an even window leans before.
 
-    The mean counts the zeros past the edge.
+    Args:
+      size: number of channels of the window.
+      alpha: factor of the mean, which counts the zeros past the edge.
+      beta: exponent.
+      k: addend. [units of x squared]
+
+    Source: Krizhevsky et al. 2012, section 3.3; the convention is PyTorch's.
+
+    >>> lrn_torch(2).lean, lrn_torch(5, alpha=5e-4, k=2.0).gain == lrn_alexnet().gain
+    ('before', True)
     """
     return _response(size, k, alpha, beta, "before")
 
 
 def lrn_tensorflow(depth_radius: int = 5, bias: float = 1.0, alpha: float = 1.0, beta: float = 0.5) -> Normalizer:
-    """Local response norm as `tf.nn.local_response_normalization`: alpha times the sum of 2 * depth_radius + 1 squares."""
+    """Local response norm as `tf.nn.local_response_normalization`: alpha times the sum of 2 * depth_radius + 1 squares.
+
+    Args:
+      depth_radius: number of channels on each side.
+      bias: addend. [units of x squared]
+      alpha: factor of the sum.
+      beta: exponent.
+
+    Source: Krizhevsky et al. 2012, section 3.3; the convention is TensorFlow's.
+
+    >>> lrn_tensorflow(2, 2.0, 1e-4, 0.75) == lrn_alexnet()
+    True
+    """
     return _response(2 * depth_radius + 1, bias, alpha * (2 * depth_radius + 1), beta)
 
 
 def lrn_onnx(size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Normalizer:
-    """Local response norm as ONNX's operator LRN: alpha / size times the sum of squares; an even window leans after."""
+    """Local response norm as ONNX's operator LRN: alpha / size times the sum of squares; an even window leans after.
+
+    Args:
+      size: number of channels of the window.
+      alpha: factor of the sum, divided by `size`.
+      beta: exponent.
+      bias: addend. [units of x squared]
+
+    Source: Krizhevsky et al. 2012, section 3.3; the convention is ONNX's.
+
+    >>> lrn_onnx(5, alpha=5e-4, bias=2.0) == lrn_alexnet()
+    True
+    """
     return _response(size, bias, alpha, beta)
 
 
@@ -46,23 +90,34 @@ def _response(size: int, eps: float, gain: float, power: float, lean: str = "aft
     return Normalizer(None, f"c:{size}", eps=eps, gain=gain, power=power, border="zero", lean=lean)
 
 
-def local_contrast(window: int = 9, shape: str = "gaussian", *, floor: bool = True, eps: float = 0.0) -> Normalizer:
+def local_contrast(window: int = 9, shape: str = "gaussian", *, floor: bool = True, eps: float = 1e-5) -> Normalizer:
     """Local contrast norm: v / max(sigma, mean of sigma over the image), over a window of space and all channels.
 
     Args:
-      window: width.
+      window: width of the window along each axis of space.
       shape: "gaussian" (standard deviation width / 4), or "box". At the border the weights of what exists sum to 1.
-      floor: whether the spread is at least its mean.
-      eps: added to the variance; the paper has none. [units of x squared]
+      floor: whether sigma is at least its mean.
+      eps: added to the variance. The paper has none: `eps=0.0`. [units of x squared]
 
     Source: Jarrett et al. 2009, section 2.1.
+
+    >>> from normjax import TABLE
+    >>> local_contrast() == TABLE["contrast"]
+    True
     """
     field = f"...:{window} c"
     return Normalizer(field, field, eps=eps, floor="..." if floor else None, window=shape)
 
 
 def local_context(window: int = 9, groups: int = 8, *, eps: float = 1e-5) -> Normalizer:
-    """Local context norm: a window of space by a block of channels, truncated at the border (Ortiz et al. 2020).
+    """Local context norm: a window of space by a block of channels, truncated at the border.
+
+    Args:
+      window: width of the window along each axis of space.
+      groups: number of blocks of channels.
+      eps: added to the variance. [units of x squared]
+
+    Source: Ortiz et al. 2020.
 
     >>> from normjax import TABLE
     >>> local_context() == TABLE["local_context"]
@@ -86,16 +141,21 @@ def filter_response(
 
     Args:
       x: floating-point array with axes of space. [units u]
-      layout: name of each axis.
-      scale: as for `normalize`.
-      bias: the same.
-      tau: the threshold, of the same shapes; None goes without.
+      layout: name of each axis of x.
+      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      tau: the threshold: a scalar, `[c]`, `[n, c]`, or of the rank of x; None goes without. [units of y]
       eps: a number or a learned scalar, of which the absolute value counts. The paper fixes 1e-6, and learns it where maps
         are a single element; Lubana et al. 2021 learn it everywhere, from 1e-5. [u ** 2]
-      mask: as for `normalize`; a masked output is the bias, or the threshold above it.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias, or the
+        threshold above it.
+
+    Returns:
+      `(y, centered, stats)`, y in the shape and dtype of x.
 
     Raises:
-      TypeError: a threshold for complex x.
+      FieldError: the layout has no axes of space, or a parameter does not fit x.
+      TypeError: x holds integers, or is complex and has a threshold.
 
     Source: Singh & Krishnan 2020, equations 1 to 4.
 

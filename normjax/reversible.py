@@ -6,12 +6,12 @@
 The statistics travel from the one to the other as a value, `Stats`: the same layer can be used for several series at once.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import bind
@@ -29,8 +29,13 @@ class Reversible(NamedTuple):
     """A normalized array, and what undoes it.
 
     Attributes:
-      y: in the dtype of x.
+      y: the normalized array, in the shape and dtype of x.
       stats: what was subtracted and the variance, float32 or wider; length 1 along the axes that were averaged.
+
+    Source: Kim et al. 2022, equations 1 and 2.
+
+    >>> Reversible(jnp.zeros(2), Stats()).stats.mean is None
+    True
     """
 
     y: jax.Array
@@ -48,20 +53,20 @@ def revin(
     mask: ArrayLike | None = None,
     eps: ArrayLike | None = None,
     detach: bool = False,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Reversible:
-    """Normalizes each series by its own mean and spread.
+    """Normalizes each series by its own mean and deviation.
 
     Args:
       x: floating-point array, axes as named by `layout`; `...` is time. [units u]
       layout: name of each axis of x.
-      normalizer: the row; any whose fields are whole axes, and that has no floor.
+      normalizer: a Normalizer or the name of a row; its fields are whole axes, and it has no floor.
       centre: "mean", or "last": the last value of the series that is not masked is subtracted instead of the mean. The
         variance is around the mean in both.
-      scale: `[c]`, or any that `normalize` takes.
-      bias: the same.
-      mask: boolean mask or weights; see `normjax.normalize`.
-      eps: added to the variance, by default the row's. [u ** 2]
+      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
+      eps: added to the variance, by default the row's number. [u ** 2]
       detach: whether gradients stop at the statistics, as in the authors' code (except at the last value, which others
         added to it). It changes gradients to x alone, which in forecasting is data.
       dtype: of y, by default that of x.
@@ -106,18 +111,18 @@ def denormalize(
     bias: ArrayLike | None = None,
     eps: ArrayLike | None = None,
     slack: ArrayLike = 0.0,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Undoes `revin`: with the same arguments, exactly up to rounding.
 
     Args:
-      y: what the model answers, in the units of `revin`'s y; its length along time is free.
-      stats: what `revin` returned.
+      y: floating-point array, what the model answers in the units of `revin`'s y; its length along time is free.
+      stats: the statistics that `revin` returned, which broadcast against y.
       layout: name of each axis of y.
-      normalizer: that of `revin`.
-      scale: that of `revin`; where it is zero, nothing is left of x, and the answer is the mean (of the bias).
-      bias: that of `revin`.
-      eps: that of `revin`.
+      normalizer: the row that `revin` was given.
+      scale: the factor that `revin` was given; where it is zero, nothing is left of x, and the answer is the mean.
+      bias: the addend that `revin` was given.
+      eps: the number that `revin` was given. [u ** 2]
       slack: added to the scale before the division. The authors' code has eps ** 2 there, which makes the answer
         inexact, and does not help a scale of zero: it multiplies by 1e10.
       dtype: of the result, by default that of y.
@@ -130,6 +135,9 @@ def denormalize(
       ValueError: the row cannot be undone.
 
     Source: Kim et al. 2022, equation 3.
+
+    >>> denormalize(jnp.array([[[3.0]]]), Stats(jnp.array([[[1.0]]]), jnp.array([[[4.0]]])), eps=0.0).tolist()
+    [[[7.0]]]
     """
     n = _undoable(normalizer)
     y = require_float(y, "denormalize")
@@ -137,8 +145,9 @@ def denormalize(
     y = y.astype(statistics_dtype(y.dtype))
     for s in stats[:2]:
         if s is not None and (s.ndim != y.ndim or any(a not in (1, b) for a, b in zip(s.shape, y.shape, strict=True))):
-            raise FieldError(f"the statistics have the rank of y and broadcast against it: found shapes {s.shape} and "
-                             f"{y.shape}")  # fmt: skip
+            raise FieldError(
+                f"the statistics have the rank of y and broadcast against it: found shapes {s.shape} and {y.shape}"
+            )
     if bias is not None:
         y = affine(y, layout, None, -jnp.asarray(bias))
     if scale is not None:
@@ -157,7 +166,7 @@ def _undoable(normalizer: Normalizer | str) -> Normalizer:
     return n
 
 
-def _stop(value: Any) -> Any:
+def _stop(value: jax.Array | None) -> jax.Array | None:
     return None if value is None else lax.stop_gradient(value)
 
 
@@ -168,13 +177,15 @@ def _last(x: jax.Array, n: Normalizer, layout: str, mask: ArrayLike | None) -> j
         raise ValueError(f'"last" takes the place of a mean; found {n}, which has none')
     bound = bind(field, layout, x.shape)
     if len(bound.whole) != 1 or bound.collectives:
-        raise FieldError(f'"last" needs one axis of time; field "{field}" averages {len(bound.whole)} axes of an array of '
-                         f'shape {x.shape}, layout "{layout}"')  # fmt: skip
+        raise FieldError(
+            f'"last" needs one axis of time; field "{field}" averages {len(bound.whole)} axes of an array of shape '
+            f'{x.shape}, layout "{layout}"'
+        )
     (axis,) = bound.whole
     weights = as_weights(mask, x)
     if weights is None:
         return lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
     valid = jnp.broadcast_to(weights.valid, x.shape)
     place = lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    found = jnp.max(jnp.where(valid, place, -1), axis, keepdims=True)
-    return jnp.sum(jnp.where(place == found, zero_masked(x, weights), 0), axis, keepdims=True)
+    last = jnp.max(jnp.where(valid, place, -1), axis, keepdims=True)
+    return jnp.sum(jnp.where(place == last, zero_masked(x, weights), 0), axis, keepdims=True)

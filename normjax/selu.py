@@ -7,13 +7,12 @@ new ones: `selu_moments` is that map, (0, 1) its fixed point for omega = 0 and t
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr, ndtr
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from normjax._expect.arrays import require_float, statistics_dtype
@@ -25,6 +24,10 @@ LOW = -1.7580993408473768599402175208123  # -SCALE * ALPHA, the value far below 
 
 def as_real(x: ArrayLike, caller: str) -> jax.Array:
     """The argument as an array of real floats.
+
+    Args:
+      x: array of any shape.
+      caller: name of the function that was called, for the error.
 
     Raises:
       TypeError: it holds integers or complex numbers.
@@ -38,7 +41,7 @@ def as_real(x: ArrayLike, caller: str) -> jax.Array:
     return x
 
 
-def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype: Any = None) -> jax.Array:
+def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype: DTypeLike | None = None) -> jax.Array:
     """Computes scale * x above zero, scale * alpha * (exp(x) - 1) below.
 
     Args:
@@ -76,11 +79,11 @@ def selu_parameters(mean: float = 0.0, var: float = 1.0, omega: float = 0.0, tau
     q ** 2 E[(1 - exp z) ** 2; z < 0]: a quadratic equation. For (0, 1) it is the paper's closed form.
 
     Args:
-      mean: of the inputs and of the outputs.
-      var: the same.
+      mean: mean of the inputs and of the outputs.
+      var: variance of the inputs and of the outputs.
       omega: sum of the weights of a unit. The authors' notebook takes 1, as if a unit had one input of weight 1; weights
         around zero have 0, which is the default here and changes the numbers unless the mean is 0.
-      tau: sum of their squares.
+      tau: sum of the squares of the weights of a unit.
 
     Returns:
       `(alpha, scale)`, Python floats.
@@ -129,16 +132,18 @@ def selu_moments(
     Exponentials times tails of the Gaussian are computed as one logarithm, so that large variances do not overflow.
 
     Args:
-      mean: of the inputs.
-      var: of the inputs; below 1e-12 it counts as that.
+      mean: mean of the inputs, a scalar or an array; all arguments are scalars, or arrays of one shape.
+      var: variance of the inputs; below 1e-12 it counts as that.
       omega: sum of the weights of a unit.
-      tau: sum of their squares.
-      alpha: of the SELU.
-      scale: of the SELU.
-        All are scalars, or arrays of one shape.
+      tau: sum of the squares of the weights of a unit.
+      alpha: factor of the SELU below zero.
+      scale: factor of the SELU, lambda in the paper.
 
     Returns:
-      `(mean, var)` of the outputs, float32 or wider.
+      `(mean, var)` of the outputs, in the shape of the arguments, float32 or wider.
+
+    Raises:
+      TypeError: an array holds integers or complex numbers.
 
     Source: Klambauer et al. 2017, equations 4 and 5.
 
@@ -146,10 +151,10 @@ def selu_moments(
     >>> round(float(mean), 2), round(float(var), 2)
     (0.65, 6.11)
     """
-    given = (mean, var, omega, tau, alpha, scale)
-    typed = [as_real(a, "selu_moments").dtype for a in given if not isinstance(a, int | float)]
+    arguments = (mean, var, omega, tau, alpha, scale)
+    typed = [as_real(a, "selu_moments").dtype for a in arguments if not isinstance(a, int | float)]
     work = functools.reduce(np.promote_types, map(statistics_dtype, typed)) if typed else jnp.asarray(0.0).dtype
-    mean, var, omega, tau, alpha, scale = (jnp.asarray(a, work) for a in given)
+    mean, var, omega, tau, alpha, scale = (jnp.asarray(a, work) for a in arguments)
     z, s2 = mean * omega, jnp.maximum(var * tau, 1e-12)
     s = jnp.sqrt(s2)
     r = z / s
@@ -179,8 +184,8 @@ def alpha_dropout_affine(rate: float, mean: float = 0.0, var: float = 1.0, low: 
 
     Args:
       rate: probability of dropping. (Not of keeping, which the paper calls q.)
-      mean: of the inputs, restored.
-      var: the same.
+      mean: mean of the inputs, restored.
+      var: variance of the inputs, restored.
       low: what units are dropped to, -scale * alpha of the SELU.
 
     Returns:
@@ -221,8 +226,8 @@ def alpha_dropout(
       key: random key.
       x: real array of any shape, outputs of SELU.
       rate: probability of dropping, a Python number.
-      mean: of x, restored.
-      var: of x, restored.
+      mean: mean of x, restored.
+      var: variance of x, restored.
       low: what elements are dropped to, -scale * alpha of the SELU.
       broadcast_dims: axes along which elements are dropped together.
 
@@ -246,19 +251,19 @@ def alpha_dropout(
         return x
     shared = normalize_axis_tuple(broadcast_dims, x.ndim, "broadcast_dims", allow_duplicate=True)
     shape = tuple(1 if axis in shared else n for axis, n in enumerate(x.shape))
-    sharding: Any = jax.typeof(x).sharding  # on a mesh with explicit axes, draw as x lies
+    sharding = jax.typeof(x).sharding  # on a mesh with explicit axes, draw as x lies
     spec = jax.sharding.PartitionSpec(*(None if axis in shared else name for axis, name in enumerate(sharding.spec)))
-    lying = None if sharding.mesh.empty else jax.sharding.NamedSharding(sharding.mesh, spec)
-    kept = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=lying)
+    out_sharding = None if sharding.mesh.empty else jax.sharding.NamedSharding(sharding.mesh, spec)
+    survives = jax.random.bernoulli(key, 1.0 - rate, shape, out_sharding=out_sharding)
     work = x.astype(statistics_dtype(x.dtype))
-    return jnp.where(jnp.broadcast_to(kept, x.shape), a * work + b, a * low + b).astype(x.dtype)
+    return jnp.where(jnp.broadcast_to(survives, x.shape), a * work + b, a * low + b).astype(x.dtype)
 
 
 def selu_init(
     in_axis: int | Sequence[int] = -2,
     out_axis: int | Sequence[int] = -1,
     batch_axis: Sequence[int] = (),
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Callable[..., jax.Array]:
     """An initializer of weights N(0, 1 / fan_in), as the paper's networks start; biases start at zero.
 
@@ -269,7 +274,10 @@ def selu_init(
       in_axis: axis or axes of the inputs of a kernel.
       out_axis: axis or axes of its outputs; all others are the receptive field.
       batch_axis: axes of independent kernels.
-      dtype: of the weights.
+      dtype: dtype of the weights, where the call names none.
+
+    Returns:
+      A function of a random key, a shape and a dtype.
 
     Source: Klambauer et al. 2017, section 2, "Initialization".
 

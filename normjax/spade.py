@@ -1,7 +1,7 @@
 """SPADE: scale and bias that vary over space, from convolutions of a map of labels (Park et al. 2019)."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +15,50 @@ from normjax._normalize.evaluate import affine
 from normjax.conditional import Modulation
 from normjax.field import EXAMPLES, FieldError
 
+T = TypeVar("T")
 
-class Convolutions(NamedTuple):
-    """What SPADE learns: kernels `[..., i, o]` with odd windows, as Flax keeps them, and their biases `[o]`.
 
-    The first convolution goes from the labels to hidden channels; the others from these, after a ReLU, to scale and bias.
+class Convolutions(NamedTuple, Generic[T]):
+    """What SPADE learns, arrays or their shapes: kernels `[..., i, o]` with odd windows, as in Flax, and biases `[o]`.
+
+    Attributes:
+      hidden_kernel: from the channels of the labels to hidden channels, which a ReLU follows.
+      hidden_bias: addend of the hidden channels.
+      scale_kernel: from the hidden channels to the scale less 1.
+      scale_bias: addend of the scale.
+      bias_kernel: from the hidden channels to the bias.
+      bias_bias: addend of the bias.
+
+    Source: Park et al. 2019, appendix A.
+
+    >>> Convolutions._fields[:3]
+    ('hidden_kernel', 'hidden_bias', 'scale_kernel')
     """
 
-    hidden_kernel: Any
-    hidden_bias: Any
-    scale_kernel: Any
-    scale_bias: Any
-    bias_kernel: Any
-    bias_bias: Any
+    hidden_kernel: T
+    hidden_bias: T
+    scale_kernel: T
+    scale_bias: T
+    bias_kernel: T
+    bias_bias: T
 
 
-def kernel_shapes(features: int, labels: int, space: int, hidden: int = 128, width: int = 3) -> Convolutions:
-    """The shapes of what SPADE learns for so many channels, labels and axes of space.
+def kernel_shapes(
+    features: int, labels: int, space: int, hidden: int = 128, width: int = 3
+) -> Convolutions[tuple[int, ...]]:
+    """The shapes of what SPADE learns.
+
+    Args:
+      features: number of channels of what is normalized.
+      labels: number of channels of the map of labels.
+      space: number of axes of space.
+      hidden: number of channels between the convolutions.
+      width: width of the windows along each axis of space, odd.
+
+    Raises:
+      ValueError: the width is even.
+
+    Source: Park et al. 2019, appendix A.
 
     >>> kernel_shapes(64, 10, 2)[:3]
     ((3, 3, 10, 128), (128,), (3, 3, 128, 64))
@@ -43,14 +70,23 @@ def kernel_shapes(features: int, labels: int, space: int, hidden: int = 128, wid
     return Convolutions((*window, labels, hidden), (hidden,), *after, *after)
 
 
-def from_map(labels: ArrayLike, learned: Convolutions, layout: str = "n ... c", size: Sequence[int] = ()) -> Modulation:
+def from_map(
+    labels: ArrayLike, learned: Convolutions[ArrayLike], layout: str = "n ... c", size: Sequence[int] = ()
+) -> Modulation:
     """A scale and a bias for every position, from a map of labels by two layers of convolutions; 1 is added to the scale.
 
     Args:
       labels: one-hot or other floating-point maps, axes as named by `layout`; `...` is space.
-      learned: kernels and biases; FieldError where they do not fit the labels.
+      learned: kernels and biases.
       layout: name of each axis of the maps, which has n, c and space alone.
       size: lengths of space to which the maps are resized first; by default those that they have.
+
+    Returns:
+      Scale and bias of the rank of the maps, c channels for each position, float32 or wider.
+
+    Raises:
+      FieldError: the layout has other axes, or the kernels and biases do not fit the maps.
+      TypeError: the maps hold integers.
 
     Source: Park et al. 2019, equation 1 and appendix A; the 1 is their code's.
 
@@ -68,8 +104,10 @@ def from_map(labels: ArrayLike, learned: Convolutions, layout: str = "n ... c", 
         kernel, bias, where = jnp.asarray(kernel), jnp.asarray(bias), axes(layout, x.ndim)
         channel = where["c"][0]
         if kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[channel] or bias.shape != kernel.shape[-1:]:
-            raise FieldError(f"a kernel of shape {kernel.shape} with a bias of shape {bias.shape} does not fit maps of "
-                             f'shape {x.shape}, layout "{layout}"')  # fmt: skip
+            raise FieldError(
+                f"a kernel of shape {kernel.shape} with a bias of shape {bias.shape} does not fit maps of shape {x.shape}, "
+                f'layout "{layout}"'
+            )
         lhs = (where[EXAMPLES][0], channel, *where.get("...", ()))
         numbers = lax.ConvDimensionNumbers(lhs, (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)), lhs)
         out = lax.conv_general_dilated(
@@ -87,14 +125,28 @@ def nearest(x: ArrayLike, size: Sequence[int], layout: str = "n ... c") -> jax.A
 
     `jax.image.resize` counts from the centres of the elements, and would take others.
 
+    Args:
+      x: array, axes as named by `layout`.
+      size: length of each axis of "...".
+      layout: name of each axis of x.
+
+    Returns:
+      An array of the dtype of x.
+
+    Raises:
+      FieldError: there are more or fewer lengths than axes of "...".
+
+    Source: PyTorch's `interpolate`, which SPADE's code calls.
+
     >>> nearest(jnp.arange(4.0), (2,), "...").tolist(), jax.image.resize(jnp.arange(4.0), (2,), "nearest").tolist()
     ([0.0, 2.0], [1.0, 3.0])
     """
     x = jnp.asarray(x)
     space = axes(layout, x.ndim).get("...", ())
     if len(space) != len(size):
-        raise FieldError(f'{len(size)} lengths do not fit the {len(space)} axes of "..." of shape {x.shape}, layout '
-                         f'"{layout}"')  # fmt: skip
+        raise FieldError(
+            f'{len(size)} lengths do not fit the {len(space)} axes of "..." of shape {x.shape}, layout "{layout}"'
+        )
     for axis, length in zip(space, size, strict=True):
         if x.shape[axis] != length:
             x = jnp.take(x, np.arange(length) * x.shape[axis] // length, axis)

@@ -19,7 +19,8 @@ from normjax._expect.arrays import Weights, require_float, statistics_dtype, zer
 from normjax._expect.binding import Plan, bind
 from normjax._normalize.evaluate import equation, normalize
 from normjax.field import FieldError
-from normjax.running import stores, unbias
+from normjax.running import require_unbiased, stores
+from normjax.running import unbiased as with_unbiased_variance
 from normjax.theory import Normalizer, Stats, row
 
 ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
@@ -243,7 +244,9 @@ def _parts(
                 stats = pool(parts[below], n, layout)
             else:
                 stats = (normalize if refuse else equation)(x, n, layout, mask=mask).stats
-                stats = unbias(stats, n) if unbiased else stats
+                if unbiased:
+                    require_unbiased(n)
+                    stats = with_unbiased_variance(stats)
         parts.append(stats)
     return parts
 

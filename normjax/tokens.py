@@ -18,7 +18,11 @@ from normjax.theory import TABLE, Normalizer, Stats
 def l2(features: int, field: Field | str = "c", *, eps: float = 1e-10) -> Normalizer:
     """Length one, x / sqrt(||x|| ** 2 + eps), over fields of so many elements; ScaleNorm has one learned factor behind it.
 
-    ScaleNorm's code divides by max(||x||, 1e-5), which differs where ||x|| is near 1e-5.
+    Args:
+      features: number of elements of the field.
+      field: field whose elements have length one together.
+      eps: added to the squared length. ScaleNorm's code divides by max(||x||, 1e-5), which differs where ||x|| is near
+        1e-5. [units of x squared]
 
     Source: Nguyen & Salazar 2019, equation 7.
 
@@ -42,15 +46,20 @@ def partial_rms(
     """pRMSNorm: x divided by the root mean square of its first channels.
 
     Args:
-      x: array, axes as named by `layout`. [units u]
-      layout: name of each axis.
-      fraction: of the channels, rounded up (the paper; its code rounds down).
-      scale: as for `normalize`.
-      bias: the same.
+      x: floating-point array, axes as named by `layout`. [units u]
+      layout: name of each axis of x.
+      fraction: part of the channels, rounded up (the paper; its code rounds down).
+      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       eps: added to the mean square (the code adds 1e-8 to its root). [u ** 2]
-      mask: as for `normalize`.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
+
+    Returns:
+      `(y, centered, stats)`, y in the shape and dtype of x.
 
     Raises:
+      FieldError: the layout names no channels, or a parameter does not fit x.
+      TypeError: x holds integers.
       ValueError: the fraction is not within 0 (excluded) and 1.
 
     Source: Zhang & Sennrich 2019, section 3.2.
@@ -90,17 +99,22 @@ def qk(
     """QK-norm: query and key, each normalized over the axis of a head, before their product.
 
     Args:
-      query: `[..., heads, head_dim]`, or axes as named by `layout`, where c is the axis of a head.
-      key: the same; it may have fewer heads.
-      layout: name of each axis.
+      query: floating-point array `[..., heads, head_dim]`, or axes as named by `layout`, where c is the axis of a head.
+      key: floating-point array `[..., heads, head_dim]`, or axes as named by `layout`; it may have fewer heads.
+      layout: name of each axis of both.
       kind: "rms"; "layer", layer norm without an addend (Dehghani et al. 2023); "l2", length 1 (Henry et al. 2020).
       query_scale: factor, `[c]` or a scalar; with "l2", `qk_scale` before training. It then takes the place of the
         division by sqrt(head_dim): an attention that divides needs sqrt(head_dim) times as much.
-      key_scale: the same, of the key.
-      eps: by default 1e-6, or 1e-10 for "l2".
+      key_scale: factor of the key, `[c]` or a scalar.
+      eps: added to the moment, by default 1e-6; or to the squared length for "l2", by default 1e-10. [units of x squared]
 
     Returns:
-      Both, in their dtypes.
+      Query and key, normalized, in their shapes and dtypes.
+
+    Raises:
+      FieldError: the layout names no axis of a head, or a factor does not fit.
+      TypeError: an array holds integers.
+      ValueError: no kind has this name.
 
     Source: Henry et al. 2020, section 3; Dehghani et al. 2023, section 2.1.
 
@@ -122,7 +136,13 @@ def qk(
 
 
 def qk_scale(length: int | None) -> float:
-    """Where the learned factor of "l2" attention starts, log2(L ** 2 - L) for sequences of length L (97.5th percentile).
+    """Where the learned factor of "l2" attention starts: log2(L ** 2 - L) for sequences of length L.
+
+    Args:
+      length: L, the 97.5th percentile of the lengths of the sequences in training.
+
+    Raises:
+      ValueError: the length is missing or below 2.
 
     Source: Henry et al. 2020, section 3.2.
 

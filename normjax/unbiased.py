@@ -8,8 +8,15 @@ from normjax.theory import Normalizer
 def with_ddof(normalizer: Normalizer, size: int, ddof: int = 1) -> Normalizer:
     """The row with the gain size / (size - ddof): a variance over `size` elements becomes unbiased.
 
+    Args:
+      normalizer: a row that divides by a variance.
+      size: number of elements of its field.
+      ddof: what is subtracted from `size`, the "delta degrees of freedom" of NumPy.
+
     Raises:
       ValueError: `size` is not more than `ddof`.
+
+    Source: the division by n - 1 of PyTorch's `var`.
 
     >>> from normjax import TABLE
     >>> with_ddof(TABLE["instance"], 16).gain
@@ -21,9 +28,22 @@ def with_ddof(normalizer: Normalizer, size: int, ddof: int = 1) -> Normalizer:
 
 
 def unbiased_group(groups: int, size: int, *, eps: float = 1e-5) -> Normalizer:
-    """Group norm by the unbiased variance, in the code of Lubana et al. 2021; `size` as for `with_ddof`.
+    """Group norm by the unbiased variance.
 
     With one group it is not layer norm, and with a group for each channel not instance norm, by sqrt((size - 1) / size).
+
+    Args:
+      groups: number of groups of channels.
+      size: number of elements of a group, positions * channels of a group.
+      eps: added to the variance. [units of x squared]
+
+    Raises:
+      ValueError: `size` is not more than 1.
+
+    Source: the code of Lubana et al. 2021.
+
+    >>> unbiased_group(2, 5)
+    Normalizer('... c/2', '... c/2', gain=1.25)
     """
     field = f"... c/{groups}"
     return with_ddof(Normalizer(field, field, eps=eps), size)

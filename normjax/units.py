@@ -12,32 +12,35 @@ Statistics are those of `theory.py`: fields say what is averaged, masks and mapp
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import erf
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
+from normjax import running
 from normjax._expect.arrays import Weights, align_parameter, align_statistic, as_weights, statistics_dtype, zero_masked
 from normjax._expect.expectation import expect
 from normjax._leaves import inverse_power
 from normjax._normalize.evaluate import affine, equation
 from normjax.field import Field
 from normjax.gain import RELU_GAIN
-from normjax.running import unbiased as without_bias
 from normjax.selu import as_real
 from normjax.theory import Normalizer, Stats
 
 RELU_MEAN = 1 / math.sqrt(2 * math.pi)  # of relu(z), z ~ N(0, 1)
 
 
-def scaled_relu(x: ArrayLike, dtype: Any = None) -> jax.Array:
+def scaled_relu(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
     """ReLU, standardized: a Gaussian input of mean 0 and variance 1 leaves with mean 0 and variance 1.
 
     Args:
       x: real array of any shape, standardized. After the addition of a residual block it scales the skip path by 1.71 too.
       dtype: of the output, by default that of x.
+
+    Returns:
+      An array of the shape of x.
 
     Raises:
       TypeError: x holds integers or complex numbers.
@@ -57,7 +60,7 @@ def tlu(x: ArrayLike, tau: ArrayLike = 0.0, layout: str = "n ... c") -> jax.Arra
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      tau: learned threshold: a scalar, `[c]`, or as `scale` of `normjax.normalize`. [u]
+      tau: learned threshold: a scalar, `[c]`, `[n, c]`, or of the rank of x. [u]
       layout: name of each axis of x.
 
     Returns:
@@ -83,7 +86,7 @@ def dyt(
     *,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Dynamic tanh, scale * tanh(alpha * x) + bias: in place of layer norm, without statistics.
 
@@ -91,9 +94,12 @@ def dyt(
       x: real array, axes as named by `layout`. [u]
       alpha: learned scalar. [1 / u]
       layout: name of each axis of x.
-      scale: see `normjax.normalize`.
-      bias: the same.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
       dtype: of the output, by default that of x.
+
+    Returns:
+      An array of the shape of x.
 
     Raises:
       FieldError: a parameter does not fit x.
@@ -118,7 +124,7 @@ def derf(
     *,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Dynamic erf, scale * erf(alpha * x + shift) + bias: in place of layer norm, without statistics.
 
@@ -127,9 +133,12 @@ def derf(
       alpha: learned scalar. [1 / u]
       shift: learned scalar.
       layout: name of each axis of x.
-      scale: see `normjax.normalize`.
-      bias: the same.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
       dtype: of the output, by default that of x.
+
+    Returns:
+      An array of the shape of x.
 
     Raises:
       FieldError: a parameter does not fit x.
@@ -152,21 +161,33 @@ class EvoNormed(NamedTuple):
     """What `evonorm_b0` returns.
 
     Attributes:
-      y: the output.
-      stats: of the batch, for `running.observe`; inference needs `var` alone. All None where none were taken.
+      y: the output, in the shape of x.
+      stats: moments of the batch, for `running.observe`; inference needs `var` alone. All None where none were taken.
+
+    Source: Liu et al. 2020, "Evolving normalization-activation layers".
+
+    >>> evonorm_b0(jnp.ones((2, 1)), nonlinear=False).stats.var is None
+    True
     """
 
     y: jax.Array
     stats: Stats
 
 
-def evonorm_row(field: Field | str, epsilon: float = 1e-5) -> Normalizer:
+def evonorm_row(field: Field | str, eps: float = 1e-5) -> Normalizer:
     """The row whose variance EvoNorm takes over a field: centred for the statistic, not for the output.
 
-    >>> evonorm_row("n ...")
-    Normalizer('n ...', 'n ...', keep_mean=True)
+    Args:
+      field: both fields, A and B.
+      eps: added to the variance. [units of x squared]
+
+    Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
+
+    >>> from normjax import TABLE
+    >>> evonorm_row("n ...") == TABLE["variance"]
+    True
     """
-    return Normalizer(field, field, eps=epsilon, keep_mean=True)
+    return Normalizer(field, field, eps=eps, keep_mean=True)
 
 
 def evonorm_b0(
@@ -176,35 +197,35 @@ def evonorm_b0(
     *,
     batch: Field | str = "n ...",
     instance: Field | str = "...",
-    epsilon: float = 1e-5,
+    eps: float = 1e-5,
     unbiased: bool = False,
     nonlinear: bool = True,
     stats: Stats | None = None,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> EvoNormed:
     """EvoNorm-B0, norm and nonlinearity in one: x / max(sqrt(var_B + eps), v * x + sqrt(var_I + eps)) * scale + bias.
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      v: learned, a scalar or `[c]`; starts at 1.
+      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1.
       layout: name of each axis of x.
-      batch: the field of the batch's variance, mapped axes included: `"@data n ..."`.
-      instance: the field of the instance's variance; of a single element it is 0.
-      epsilon: added to both variances. [u ** 2]
+      batch: field of the batch's variance, mapped axes included: `"@data n ..."`.
+      instance: field of the instance's variance; of a single element it is 0.
+      eps: added to both variances. [u ** 2]
       unbiased: divides the instance's variance by one less than its count, as the published code of Lubana et al. 2021
         does; the paper's is biased. Of a single element, where that finds NaN, both take 0. The batch's is biased in both.
       nonlinear: False leaves scale * x + bias, as the paper's pseudocode does.
-      stats: the stored variance of the batch (`running.as_stats`), for inference.
-      scale: see `normjax.normalize`.
-      bias: the same.
-      mask: see `normjax.normalize`; the output is the bias where it is zero.
+      stats: the stored variance of the batch (`running.as_stats`), for inference; it broadcasts against x.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       dtype: of the output, by default that of x.
 
     Returns:
-      `(y, stats)`.
+      `(y, stats)`: the output in the shape of x, and the moments of the batch.
 
     Raises:
       FieldError: field, layout, parameters or mapped axes do not fit x.
@@ -221,12 +242,12 @@ def evonorm_b0(
     if not nonlinear:
         return EvoNormed(affine(work, layout, scale, bias).astype(dtype or x.dtype), Stats())
     if stats is None or stats.var is None:
-        stats = equation(x, evonorm_row(batch, epsilon), layout, mask=mask).stats
+        stats = equation(x, evonorm_row(batch, eps), layout, mask=mask).stats
     var = align_statistic(stats.var, x, "var", work.dtype)
-    own = equation(x, evonorm_row(instance, epsilon), layout, mask=mask).stats
-    own = (without_bias(own) if unbiased else own).var
+    own = equation(x, evonorm_row(instance, eps), layout, mask=mask).stats
+    own = (running.unbiased(own) if unbiased else own).var
     v = align_parameter(v, work, layout, "v", work.dtype)
-    d = jnp.maximum(_root(var + epsilon), v * work + _root(own + epsilon))
+    d = jnp.maximum(_root(var + eps), v * work + _root(own + eps))
     y = zero_masked(work * inverse_power(d, 1.0), weights)
     return EvoNormed(affine(y, layout, scale, bias).astype(dtype or x.dtype), stats)
 
@@ -237,27 +258,27 @@ def evonorm_s0(
     layout: str = "n ... c",
     *,
     field: Field | str = "... c/32",
-    epsilon: float = 1e-5,
+    eps: float = 1e-5,
     unbiased: bool = False,
     nonlinear: bool = True,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """EvoNorm-S0, norm and nonlinearity in one: x * sigmoid(v * x) / sqrt(var_G + eps) * scale + bias.
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      v: learned, a scalar or `[c]`; starts at 1. [1 / u]
+      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1. [1 / u]
       layout: name of each axis of x.
-      field: of the variance; the paper has groups of channels and all of space.
-      epsilon: added to the variance. [u ** 2]
+      field: field of the variance; the paper has groups of channels and all of space.
+      eps: added to the variance. [u ** 2]
       unbiased: divides by one less than the count, as the code of Lubana et al. 2021 does; the paper's is biased.
       nonlinear: False leaves scale * x + bias, as the paper's pseudocode does.
-      scale: see `normjax.normalize`.
-      bias: the same.
-      mask: see `normjax.normalize`; the output is the bias where it is zero.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       dtype: of the output, by default that of x.
 
     Returns:
@@ -275,10 +296,10 @@ def evonorm_s0(
     x, work, _ = _prepared(x, "evonorm_s0", mask)
     if not nonlinear:
         return affine(work, layout, scale, bias).astype(dtype or x.dtype)
-    row = evonorm_row(field, epsilon)
+    row = evonorm_row(field, eps)
     divided = equation(x, row, layout, mask=mask, dtype=work.dtype)
     if unbiased:
-        var = without_bias(divided.stats).var
+        var = running.unbiased(divided.stats).var
         divided = equation(x, row, layout, mask=mask, dtype=work.dtype, stats=Stats(divided.stats.mean, var))
     y = divided.y * jax.nn.sigmoid(align_parameter(v, work, layout, "v", work.dtype) * work)
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
@@ -292,9 +313,9 @@ def grn(
     *,
     space: Field | str = "...",
     channels: Field | str = "c",
-    epsilon: float = 1e-6,
+    eps: float = 1e-6,
     mask: ArrayLike | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Global response normalization: each channel times its share of the response, beside the input itself.
 
@@ -302,14 +323,15 @@ def grn(
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      scale: learned, a scalar or `[c]`; starts at 0, so that the layer starts as the identity.
-      bias: learned, the same. [u]
+      scale: learned factor, a scalar, `[c]`, or of the rank of x; starts at 0, so that the layer starts as the identity.
+      bias: learned addend, a scalar, `[c]`, or of the rank of x; starts at 0. [u]
       layout: name of each axis of x.
-      space: the field over which squares are summed. The authors' sparse pre-training sums over the examples as well:
+      space: field over which squares are summed. The authors' sparse pre-training sums over the examples as well:
         `"n ..."`.
-      channels: the field of the mean of g.
-      epsilon: added to that mean. [u]
-      mask: see `normjax.normalize`; the output is the bias where it is zero. A channel masked whole is not in the mean.
+      channels: field of the mean of g.
+      eps: added to the mean of g. [u]
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias. A channel
+        that is masked whole is not in the mean.
       dtype: of the output, by default that of x.
 
     Returns:
@@ -330,7 +352,7 @@ def grn(
     count = jnp.asarray(stats.var_weight, work.dtype)
     g = _root(stats.var * count)  # eps is beside the sum's root, so the mean's root would not do
     mean = expect(g, channels, layout, mask=None if mask is None else count > 0)
-    share = g * inverse_power(mean + epsilon, 1.0)
+    share = g * inverse_power(mean + eps, 1.0)
     return (affine(work * share, layout, scale, bias) + work).astype(dtype or x.dtype)
 
 

@@ -22,7 +22,7 @@ from normjax.running import (
     observe,
     slots,
     stores,
-    unbias,
+    unbiased,
     update,
 )
 from normjax.theory import Stats
@@ -188,10 +188,10 @@ def test_unbiased_variance_counts_the_elements_of_each_block():
     x = batches(1)[0]
     for field, blocks in (("n", 1), ("n/2", 2)):
         n = Normalizer(field, field)
-        got = observe(unbias(normalize(x, n).stats, n), n, "n c", x.shape)
+        got = observe(unbiased(normalize(x, n).stats), n, "n c", x.shape)
         want = x.astype(np.float64).reshape(blocks, -1, 4).var(1, ddof=1).mean(0)
         np.testing.assert_allclose(got.var, want, rtol=2e-6)
-    lone = unbias(normalize(x, "batch", mask=np.arange(8)[:, None] == 0).stats, TABLE["batch"])
+    lone = unbiased(normalize(x, "batch", mask=np.arange(8)[:, None] == 0).stats)
     assert (np.asarray(lone.var_weight) == 0).all()  # no unbiased variance of one element: nothing is stored
 
 

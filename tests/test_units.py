@@ -348,7 +348,7 @@ def test_constant_input_has_finite_derivatives_without_epsilon():
     p: Any = {"v": jnp.ones(4), "scale": jnp.ones(4), "bias": jnp.zeros(4)}
 
     def loss(x):
-        return sum(jnp.sum(jnp.sin(f(x, p, epsilon=0.0))) for f in (b0, s0, grn))
+        return sum(jnp.sum(jnp.sin(f(x, p, eps=0.0))) for f in (b0, s0, grn))
 
     run = jit(lambda x: (*jax.jvp(jax.grad(loss), (x,), (jnp.ones_like(x),)), b0(x, p), s0(x, p)))
     for value in (0.0, 3.0, 1e6):

@@ -224,7 +224,7 @@ class EvoNormB0(RunningLayer):
 
         def take(stats: Stats | None) -> Taken[jax.Array]:
             out = units.evonorm_b0(
-                x, layout=self.layout, batch=batch, instance=instance, epsilon=self.epsilon, unbiased=self.unbiased,
+                x, layout=self.layout, batch=batch, instance=instance, eps=self.epsilon, unbiased=self.unbiased,
                 nonlinear=self.nonlinear, mask=mask, dtype=self.dtype, stats=stats, **learned,
             )  # fmt: skip
             v = equation(x, row, self.layout, mask=mask).centered if self.l1 else None
@@ -283,7 +283,7 @@ class EvoNormS0(Layer):
             x,
             layout=self.layout,
             field=_here(self, self.field),
-            epsilon=self.epsilon,
+            eps=self.epsilon,
             unbiased=self.unbiased,
             nonlinear=self.nonlinear,
             mask=mask,
@@ -340,7 +340,7 @@ class GRN(Layer):
             layout=self.layout,
             space=_here(self, self.space),
             channels=_here(self, self.channels),
-            epsilon=self.epsilon,
+            eps=self.epsilon,
             mask=mask,
             dtype=self.dtype,
             **self._learned(jnp.shape(x)),

@@ -9,7 +9,7 @@ How a batch moves what is stored, by `averaging` (t counts the batches seen, one
 What is stored is always the average itself, ready for use.
 """
 
-from normjax.running.averaging import unbias, unbiased, update
+from normjax.running.averaging import require_unbiased, unbiased, update
 from normjax.running.merging import merge, merge_stacked
 from normjax.running.published import PUBLISHED_AVERAGING, PublishedAveraging, published_start, published_update
 from normjax.running.records import BatchRecord, merge_into, merge_trees, mergeable, recalibrated, record
@@ -40,9 +40,9 @@ __all__ = [
     "record",
     "renormalized",
     "require_renormalizable",
+    "require_unbiased",
     "slots",
     "stores",
-    "unbias",
     "unbiased",
     "update",
 ]

@@ -21,13 +21,13 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
 
     Args:
       running: the stored statistics, with counts unless the averaging is exponential.
-      batch: those of a batch, from `observe`.
+      batch: the statistics of a batch in the shapes that are stored, from `observe`.
       momentum: weight of the old value, as in Flax (PyTorch's is that of the new one); not used by "cumulative".
-      averaging: "exponential", "debiased" or "cumulative", see above.
+      averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
 
     Returns:
-      New statistics, float32 or wider (complex where the batch is). Elements without weight or not finite keep the old
-      value, and their count.
+      New statistics in the shapes of `running`, float32 or wider (complex where the batch is). Elements without weight or
+      not finite keep the old value, and their count.
 
     Raises:
       ValueError: no averaging has this name, or `running` lacks the counts that it needs.
@@ -42,23 +42,27 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
     """
     one_of("averaging", averaging, AVERAGES)
 
-    def step(old, new, weight, count):
+    def step(
+        old: jax.Array | None, new: jax.Array | None, weight: jax.Array | None, count: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
         if old is None or new is None:
             return old, count
         if averaging == "exponential":
             keep = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
         elif count is None:
-            raise ValueError(f"averaging={averaging!r} needs the counts of batches beside the statistics; `initial` "
-                             "with the same averaging makes them")  # fmt: skip
+            raise ValueError(
+                f"averaging={averaging!r} needs the counts of batches beside the statistics; `initial` with the same "
+                "averaging makes them"
+            )
         else:
             keep = (1 - _share(count + 1, momentum, averaging)).astype(new.dtype)
         old = old.astype(
             np.result_type(statistics_dtype(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32)
         )
         mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
-        seen = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
-        mixed = jax.lax.stop_gradient(jnp.where(_sharded_like(seen, old), _sharded_like(mixed, old), old))
-        return mixed, None if count is None else count + _sharded_like(seen, old).astype(count.dtype)
+        valid = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
+        mixed = jax.lax.stop_gradient(jnp.where(_sharded_like(valid, old), _sharded_like(mixed, old), old))
+        return mixed, None if count is None else count + _sharded_like(valid, old).astype(count.dtype)
 
     mean, mean_count = step(running.mean, batch.mean, batch.mean_weight, running.mean_count)
     var, var_count = step(running.var, batch.var, batch.var_weight, running.var_count)
@@ -70,8 +74,10 @@ def _share(t: jax.Array, momentum: ArrayLike, averaging: str) -> jax.Array:
     t = t.astype(np.float32)
     if averaging == "cumulative":
         return 1 / t
-    decay = jnp.log(jnp.asarray(momentum, np.float32)) if not isinstance(momentum, float | int) else np.float32(
-        math.log(momentum) if momentum > 0 else -math.inf)  # fmt: skip
+    if isinstance(momentum, float | int):
+        decay = np.float32(math.log(momentum) if momentum > 0 else -math.inf)
+    else:
+        decay = jnp.log(jnp.asarray(momentum, np.float32))
     # (1 - momentum) / (1 - momentum ** t); for a momentum of one, its limit: the mean of all batches.
     return jnp.where(decay < 0, jnp.expm1(decay) / jnp.expm1(jnp.where(decay < 0, decay, -1) * t), 1 / t)
 
@@ -85,28 +91,37 @@ def _sharded_like(new: jax.Array, old: jax.Array) -> jax.Array:
     return jax.sharding.reshard(new, jax.sharding.NamedSharding(mesh, want.spec))
 
 
-def unbias(stats: Stats, normalizer: Normalizer) -> Stats:
-    """The same statistics with the unbiased variance, var * w / (w - 1) for the weight w behind it, as PyTorch stores it.
+def require_unbiased(normalizer: Normalizer) -> None:
+    """Raises unless the row's moment is a variance, of which there is an unbiased one.
 
-    Weights count elements here: w is their sum. Where it is one or less, no unbiased variance exists, and the weight
-    becomes 0, so that nothing is stored.
+    Args:
+      normalizer: the row.
 
     Raises:
-      ValueError: the row's moment is not a variance (order 2, A = B, no windows).
+      ValueError: the moment is not a variance: order 2 and A = B, without windows.
 
-    >>> from normjax import TABLE
-    >>> stats = Stats(jnp.zeros(1), jnp.array([1.5]), jnp.array([3.0]), jnp.array([3.0]))
-    >>> unbias(stats, TABLE["batch"]).var
-    Array([2.25], dtype=float32)
+    Source: the division by n - 1 is that of a sample's variance around its own mean.
+
+    >>> require_unbiased(Normalizer(None, "c"))
+    Traceback (most recent call last):
+    ...
+    ValueError: unbiased=True needs a variance: order 2 and A = B, without windows; found Normalizer(None, 'c')
     """
     windows = any(span.window for field in normalizer.fields for span in field.spans)
     if normalizer.order != 2 or normalizer.mean is None or normalizer.mean != normalizer.var or windows:
         raise ValueError(f"unbiased=True needs a variance: order 2 and A = B, without windows; found {normalizer}")
-    return unbiased(stats)
 
 
 def unbiased(stats: Stats) -> Stats:
-    """`unbias` for statistics that are known to be of a variance.
+    """The same statistics with the unbiased variance, var * w / (w - 1) for the weight w behind it, as PyTorch stores it.
+
+    Weights count elements here: w is their sum. Where it is one or less, no unbiased variance exists: the variance stays,
+    and the weight becomes 0, so that nothing is stored. Whether the moment is a variance, `require_unbiased` asks.
+
+    Args:
+      stats: statistics of a batch with the weight behind the variance, in any shapes that broadcast.
+
+    Source: the running variance of PyTorch's batch norm.
 
     >>> unbiased(Stats(None, jnp.array([1.0, 1.0]), None, jnp.array([2.0, 1.0])))[1::2]
     (Array([2., 1.], dtype=float32), Array([2., 0.], dtype=float32))

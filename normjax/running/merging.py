@@ -1,7 +1,6 @@
 """The statistics of several batches as those of one: merged means and moments (Chan et al. 1983)."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 
 from normjax.theory import Stats
@@ -14,8 +13,11 @@ def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
 
     Args:
       a: statistics with their weights, as `observe` gives them.
-      b: the same of the other batch.
-      order: of the moment.
+      b: statistics of the other batch, in the same shapes.
+      order: order of the moment.
+
+    Returns:
+      Statistics in the shapes of a and b; their weights are the sums.
 
     Raises:
       ValueError: another order than 2: only squares around two means combine.
@@ -38,15 +40,22 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     """The statistics of many batches together, from those of each, stacked along a first axis.
 
     Args:
-      stats: statistics with their weights, as `observe` gives them.
+      stats: statistics with their weights, as `observe` gives them, batches along a first axis.
       mergeable: False takes the weighted mean of the moments, for rows whose statistics do not merge exactly.
+
+    Returns:
+      Statistics without the first axis; their weights are the sums.
+
+    Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
     >>> parts = Stats(jnp.array([1.0, 12.0]), jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
     >>> merge_stacked(parts)[:2]
     (Array(6.5, dtype=float32), Array(32.75, dtype=float32))
     """
 
-    def mean_of(values, weights):  # around the first value: a mean large beside its spread keeps its digits
+    def mean_of(
+        values: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:  # around the first value: a mean large beside its spread keeps its digits
         weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
         total = jnp.sum(weights, 0, keepdims=True)
         share = (weights / jnp.where(total > 0, total, 1)).astype(values.dtype)
@@ -55,10 +64,10 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
         return jnp.where(total > 0, first + jnp.sum(share * shifted, 0, keepdims=True), 0), total
 
     mean = mean_weight = var = var_weight = None
-    spread: Any = 0
+    apart = jnp.zeros(())  # squared distance of each mean from the merged one
     if stats.mean is not None:
         mean, mean_weight = mean_of(stats.mean, stats.mean_weight)
-        spread = jnp.abs(stats.mean - mean) ** 2 if mergeable else 0
+        apart = jnp.abs(stats.mean - mean) ** 2 if mergeable else apart
     if stats.var is not None:
-        var, var_weight = mean_of(stats.var + spread, stats.var_weight)
+        var, var_weight = mean_of(stats.var + apart, stats.var_weight)
     return Stats(*(None if s is None else s[0] for s in (mean, var, mean_weight, var_weight)))

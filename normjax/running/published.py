@@ -15,7 +15,20 @@ from normjax.theory import Normalizer, Stats
 
 
 class PublishedAveraging(NamedTuple):
-    """How a published code averages: weight of the old value, first values, the row's eps, and what is averaged."""
+    """How a published code averages.
+
+    Attributes:
+      momentum: weight of the old value.
+      mean: first value of the mean.
+      var: first value of the moment.
+      eps: the row's number, which is added to the moment.
+      inverse: whether 1 / d is averaged in place of the moment.
+
+    Source: the codes that `PUBLISHED_AVERAGING` names.
+
+    >>> PUBLISHED_AVERAGING["hoffer"].momentum
+    0.1
+    """
 
     momentum: float
     mean: float
@@ -44,8 +57,8 @@ def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...],
 
     Args:
       normalizer: the row that stores them.
-      layout: name of each axis.
-      shape: of a batch, axes as named by `layout`.
+      layout: name of each axis of a batch.
+      shape: shape of a batch.
       dialect: a name in PUBLISHED_AVERAGING.
 
     Returns:
@@ -70,15 +83,15 @@ def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...],
     return first._replace(**{name: jnp.full_like(getattr(first, name), value) for name, value in fill.items()})
 
 
-def published_update(kept: Running, batch: Stats, normalizer: Normalizer, dialect: str = "flax") -> Running:
+def published_update(running: Running, batch: Stats, normalizer: Normalizer, dialect: str = "flax") -> Running:
     """Moves the statistics towards those of a batch (`observe`), by the convention of one published code.
 
     Averages of 1 / d favour the batches of small spread, and are wrong by Jensen's inequality; they are here to read
     what such code has trained.
 
     Args:
-      kept: what is stored.
-      batch: the statistics of a batch, from `observe`.
+      running: what is stored.
+      batch: the statistics of a batch in the shapes that are stored, from `observe`.
       normalizer: the row that stores them.
       dialect: a name in PUBLISHED_AVERAGING.
 
@@ -98,13 +111,13 @@ def published_update(kept: Running, batch: Stats, normalizer: Normalizer, dialec
     one_of("dialect", dialect, tuple(PUBLISHED_AVERAGING))
     way = PUBLISHED_AVERAGING[dialect]
     if not way.inverse:
-        return averaging.update(kept, batch, way.momentum)
-    if kept.var is None or batch.var is None or not normalizer.power or not normalizer.gain:
+        return averaging.update(running, batch, way.momentum)
+    if running.var is None or batch.var is None or not normalizer.power or not normalizer.gain:
         raise ValueError(f"dialect={dialect!r} averages 1 / d, which {normalizer} does not store")
     n = normalizer
-    old, new = (jnp.where(v < jnp.inf, (n.eps + n.gain * v) ** -n.power, 0) for v in (kept.var, batch.var))
+    old, new = (jnp.where(v < jnp.inf, (n.eps + n.gain * v) ** -n.power, 0) for v in (running.var, batch.var))
     mixed = (way.momentum * old + (1 - way.momentum) * new).astype(new.dtype)
     var = (mixed ** (-1 / n.power) - n.eps) / n.gain
-    seen = jnp.isfinite(batch.var) & jnp.isfinite(var) & (jnp.asarray(batch.var_weight) > 0)
-    mean = averaging.update(kept._replace(var=None), batch, way.momentum).mean
-    return kept._replace(mean=mean, var=lax.stop_gradient(jnp.where(seen, var, kept.var)))
+    valid = jnp.isfinite(batch.var) & jnp.isfinite(var) & (jnp.asarray(batch.var_weight) > 0)
+    mean = averaging.update(running._replace(var=None), batch, way.momentum).mean
+    return running._replace(mean=mean, var=lax.stop_gradient(jnp.where(valid, var, running.var)))

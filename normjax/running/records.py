@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normjax.field import EXAMPLES
-from normjax.running.averaging import unbias, unbiased, update
+from normjax.running import averaging as averages
+from normjax.running.averaging import require_unbiased, update
 from normjax.running.merging import merge_stacked
 from normjax.running.state import Running, observe
 from normjax.theory import Normalizer, Stats
@@ -26,15 +27,20 @@ class BatchRecord:
     """What a layer saw of a batch, for those who store the statistics of several batches at once.
 
     Attributes:
-      stats: from `observe`; biased where they merge.
-      momentum: as for `update`.
-      averaging: as for `update`.
-      unbiased: whether the variance is still to be corrected (`unbias`).
+      stats: statistics of the batch in the shapes that are stored, from `observe`; biased where they merge.
+      momentum: weight of the old value, a scalar.
+      averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
+      unbiased: whether the variance is still to be corrected (`normjax.running.unbiased`).
       mergeable: whether the statistics of two batches give those of both.
+
+    Source: Chan, Golub & LeVeque 1983: what a merge of batches needs.
+
+    >>> BatchRecord(Stats(jnp.array(1.0)), jnp.array(0.9)).averaging
+    'exponential'
     """
 
     stats: Stats
-    momentum: Any
+    momentum: jax.Array
     averaging: str = dataclasses.field(metadata={"static": True}, default="exponential")
     unbiased: bool = dataclasses.field(metadata={"static": True}, default=False)
     mergeable: bool = dataclasses.field(metadata={"static": True}, default=True)
@@ -48,11 +54,13 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
 
     Args:
       before: nested dictionaries of running statistics, a layer's by their names in `Running`.
-      after: the same, stacked: the result of each micro-batch along a first axis.
-      seen: nested dictionaries with `batch: (BatchRecord,)` under a layer's path, stacked the same.
+      after: nested dictionaries like `before`, stacked: the result of each micro-batch along a first axis.
+      seen: nested dictionaries with `batch: (BatchRecord,)` under a layer's path, micro-batches along a first axis.
 
     Returns:
       A tree like `before`.
+
+    Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
     >>> before = {"norm": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
     >>> after = {"norm": {"mean": jnp.array([0.5, 1.5]), "var": jnp.array([1.0, 1.0])}}       # momentum 0.5, by itself
@@ -78,7 +86,14 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
 def merge_into(running: Running, seen: BatchRecord) -> Running:
     """The stored statistics after one update with what a layer saw of several batches, stacked along a first axis.
 
-    Layers side by side (`vmap`, `scan`) have their own axes after that one.
+    Args:
+      running: the stored statistics; layers side by side (`vmap`, `scan`) have axes of their own in front.
+      seen: the records of the batches, stacked along a first axis; those of layers side by side follow it.
+
+    Returns:
+      New statistics in the shapes of `running`.
+
+    Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
     >>> parts = Stats(jnp.array([1.0, 3.0]), None, jnp.array([2.0, 2.0]), None)
     >>> merge_into(Running(jnp.array(0.0)), BatchRecord(parts, jnp.array([0.5, 0.5]))).mean
@@ -87,7 +102,8 @@ def merge_into(running: Running, seen: BatchRecord) -> Running:
 
     def one(running: Running, seen: BatchRecord) -> Running:
         merged = merge_stacked(seen.stats, seen.mergeable)
-        return update(running, unbiased(merged) if seen.unbiased else merged, seen.momentum[0], seen.averaging)
+        merged = averages.unbiased(merged) if seen.unbiased else merged
+        return update(running, merged, seen.momentum[0], seen.averaging)
 
     for _ in range(seen.momentum.ndim - 1):
         one = jax.vmap(one, in_axes=(0, 1))
@@ -101,13 +117,15 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
       before: nested dictionaries of running statistics.
       seen: nested dictionaries with `batch: (BatchRecord, ...)` under a layer's path, one for each of its calls, stacked
         along a first axis of batches.
-      path: of `before`, for errors.
+      path: where `before` lies in the model, for errors.
 
     Returns:
       A tree like `before`; counts are those of the batches. Elements without weight keep what was stored.
 
     Raises:
       ValueError: a layer with running statistics left nothing.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2, lines 8 to 10: the statistics of many batches at inference.
 
     >>> parts = Stats(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
     >>> before = {"norm": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
@@ -118,12 +136,14 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
         return before
     seen = seen if isinstance(seen, Mapping) else {}
     stored = {k: v for k, v in before.items() if k in Running._fields and not isinstance(v, Mapping)}
-    new: dict[str, Any] = {}
+    new = {}
     if stored:
         calls = seen.get("batch")
         if not isinstance(calls, tuple):
-            raise ValueError(f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's, or "
-                             "it was not called")  # fmt: skip
+            raise ValueError(
+                f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's, or it was not "
+                "called"
+            )
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *calls)
         whole = dataclasses.replace(whole, momentum=jnp.zeros_like(whole.momentum), averaging="exponential")
         new = merge_into(Running(stored.get("mean"), stored.get("var")), whole)._asdict()
@@ -136,10 +156,16 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
 
 
 def mergeable(normalizer: Normalizer, layout: str) -> bool:
-    """Whether the statistics of two batches give those of both, by `running.merge`.
+    """Whether the statistics of two batches give those of both, by `normjax.running.merge`.
 
     A moment around a mean needs order 2 and A = B; no windows, since elements of one window have different means; and no
     examples that stand beside each other with statistics of their own (blocks of n, or n unnamed beside `@n`).
+
+    Args:
+      normalizer: the row.
+      layout: name of each axis of a batch.
+
+    Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
     >>> from normjax import TABLE
     >>> mergeable(TABLE["batch"], "n ... c"), mergeable(TABLE["ghost"], "n ... c")
@@ -170,25 +196,33 @@ def record(
 
     Args:
       running: what is stored.
-      stats: of the batch, each broadcasting against it, with their weights.
-      normalizer: the row that they are of.
+      stats: statistics of the batch with their weights, which broadcast against it.
+      normalizer: the row that normalized.
       layout: name of each axis of the batch.
-      shape: of the batch.
+      shape: shape of the batch.
       momentum: weight of the old value.
       averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
       unbiased: whether the unbiased variance is stored.
       exact: whether the statistics of two batches give those of both, see `mergeable`.
 
+    Returns:
+      The new statistics in the shapes of `running`, and the record.
+
+    Raises:
+      ValueError: `unbiased`, and the row's moment is not a variance.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2.
+
     >>> from normjax import TABLE, normalize
-    >>> x = jnp.array([[1.0], [3.0]])
-    >>> stored, seen = record(
-    ...     Running(jnp.zeros(1), jnp.ones(1)), normalize(x, "batch").stats, TABLE["batch"], "n c", x.shape, momentum=0.5
-    ... )
-    >>> stored.mean, seen.stats.mean
+    >>> x, running = jnp.array([[1.0], [3.0]]), Running(jnp.zeros(1), jnp.ones(1))
+    >>> running, seen = record(running, normalize(x, "batch").stats, TABLE["batch"], "n c", x.shape, momentum=0.5)
+    >>> running.mean, seen.stats.mean
     (Array([1.], dtype=float32), Array([2.], dtype=float32))
     """
-    batch = observe(stats, normalizer, layout, shape)
-    corrected = observe(unbias(stats, normalizer), normalizer, layout, shape) if unbiased else batch
-    stored = update(running, corrected, momentum, averaging)
+    batch = corrected = observe(stats, normalizer, layout, shape)
+    if unbiased:
+        require_unbiased(normalizer)
+        corrected = observe(averages.unbiased(stats), normalizer, layout, shape)
+    running = update(running, corrected, momentum, averaging)
     weight = jnp.asarray(momentum, jnp.float32)
-    return stored, BatchRecord(batch if exact else corrected, weight, averaging, unbiased and exact, exact)
+    return running, BatchRecord(batch if exact else corrected, weight, averaging, unbiased and exact, exact)

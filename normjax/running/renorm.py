@@ -16,20 +16,25 @@ from normjax.theory import Normalizer, Stats
 
 
 def corrections(
-    stats: Stats, running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...],
-    limits: tuple[ArrayLike, ArrayLike] = (3.0, 5.0), eps: ArrayLike | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    stats: Stats,
+    running: Running,
+    normalizer: Normalizer,
+    layout: str,
+    shape: tuple[int, ...],
+    limits: tuple[ArrayLike, ArrayLike] = (3.0, 5.0),
+    eps: ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The corrections r and d of batch renormalization: r * y + d is y as the stored statistics would give it.
 
     Args:
-      stats: those that normalized a batch of arrays of this shape.
-      running: the stored ones, from before the batch.
+      stats: statistics that normalized a batch of this shape, which broadcast against it.
+      running: the stored statistics, from before the batch.
       normalizer: a row that stores both moments.
-      layout: name of each axis.
-      shape: of the batch.
+      layout: name of each axis of the batch.
+      shape: shape of the batch.
       limits: r_max and d_max, numbers or arrays: r lies within [1 / r_max, r_max], d within [-d_max, d_max]. (1, 0) is
         batch norm.
-      eps: as for `normalize`. [units of x ** order]
+      eps: replaces the row's number: a scalar, or an array that broadcasts against the batch. [units of x ** order]
 
     Returns:
       r and d, float32 or wider, of the rank of the batch, which they broadcast against; no units where order * power = 1.
@@ -70,7 +75,16 @@ def corrections(
 
 
 def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
-    """Raises ValueError where batch renormalization has no meaning.
+    """Raises where batch renormalization has no meaning.
+
+    Args:
+      normalizer: the row.
+      limits: r_max, at least 1, and d_max, at least 0.
+
+    Raises:
+      ValueError: the row does not store all its moments, or has a floor or keep_mean; limits below (1, 0).
+
+    Source: Ioffe 2017, algorithm 1.
 
     >>> from normjax import TABLE
     >>> require_renormalizable(TABLE["batch"], (0.5, 5.0))
@@ -85,8 +99,10 @@ def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, Arra
         if isinstance(limit, int | float) and not limit >= least:
             raise ValueError(f"{name} is at least {least}; found {limit!r}")
     if stores(n) != (n.mean is not None, True) or n.floor is not None or n.keep_mean:
-        raise ValueError(f"batch renormalization needs a row that stores all its moments, a variance among them, and has "
-                         f"neither floor nor keep_mean; found {n}")  # fmt: skip
+        raise ValueError(
+            f"batch renormalization needs a row that stores all its moments, a variance among them, and has neither floor "
+            f"nor keep_mean; found {n}"
+        )
 
 
 def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -113,9 +129,9 @@ def renormalized(
     """The statistics with which a layer gives r * y + d: for layers that do more with them than to centre and divide.
 
     Args:
-      stats: of a batch, each broadcasting against it.
-      r: from `corrections`.
-      d: from `corrections`.
+      stats: statistics of a batch, which broadcast against it.
+      r: factor, from `corrections`; it broadcasts against the batch.
+      d: addend, from `corrections`; it broadcasts against the batch.
       normalizer: the row whose statistics they are.
       eps: replaces the row's number. [units of x ** order]
 

@@ -5,11 +5,12 @@ the stored mean. Stored arrays lack the axes that are averaged whole and the axi
 as Flax does. Statistics of blocks of examples are merged first.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from normjax._expect.binding import axes, bind
 from normjax._leaves import one_of
@@ -26,20 +27,30 @@ class Running(NamedTuple):
       mean: float32 or wider, complex for complex data. [u]
       var: float32 or wider. [u ** order]
       mean_count: int32, of the shape of `mean`: batches that went into each element; None for exponential averages.
-      var_count: the same for `var`.
+      var_count: int32, of the shape of `var`: batches that went into each element; None for exponential averages.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2; the shapes are Flax's.
+
+    >>> Running(jnp.zeros(3)).var is None
+    True
     """
 
-    mean: Any = None
-    var: Any = None
-    mean_count: Any = None
-    var_count: Any = None
+    mean: jax.Array | None = None
+    var: jax.Array | None = None
+    mean_count: jax.Array | None = None
+    var_count: jax.Array | None = None
 
 
 NOTHING = Running()  # no stored statistics
 
 
 def stores(normalizer: Normalizer) -> tuple[bool, bool]:
-    """Which moments are stored: a pair of booleans.
+    """Which moments are stored: whether the mean is, and whether the moment is.
+
+    Args:
+      normalizer: the row; a moment is stored where its own field mixes examples.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2, read for every row.
 
     >>> from normjax import Normalizer, TABLE
     >>> stores(TABLE["batch"]), stores(TABLE["layer"])
@@ -51,8 +62,8 @@ def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     return mean, var
 
 
-def _kept(field: Field, layout: str, ndim: int) -> tuple[int, ...]:
-    """The axes that a stored statistic keeps: neither averaged whole nor the axis of examples.
+def _stored_axes(field: Field, layout: str, ndim: int) -> tuple[int, ...]:
+    """The axes that a stored statistic has: neither averaged whole nor the axis of examples.
 
     Raises:
       FieldError: a window slides over the examples.
@@ -68,27 +79,44 @@ def _kept(field: Field, layout: str, ndim: int) -> tuple[int, ...]:
 
 
 class Slot(NamedTuple):
-    """One stored array: its first value, shape and dtype."""
+    """One stored array before there is one.
+
+    Attributes:
+      fill: its first value.
+      shape: its shape; lengths that are not known yet are None.
+      dtype: its dtype.
+
+    Source: the first values are Flax's: means of zero, moments of one, counts of zero.
+
+    >>> Slot(1.0, (2,), np.float32).make()
+    Array([1., 1.], dtype=float32)
+    """
 
     fill: float
-    shape: tuple[Any, ...]
-    dtype: Any
+    shape: tuple[int | None, ...]
+    dtype: DTypeLike
 
     def make(self) -> jax.Array:
         """The array as it starts."""
-        return jnp.full(self.shape, self.fill, self.dtype)
+        return jnp.full(self.shape, self.fill, self.dtype)  # pyright: ignore[reportArgumentType]  (refuses None itself)
 
 
 def slots(
-    normalizer: Normalizer, layout: str, shape: tuple[Any, ...], averaging: str = "exponential"
+    normalizer: Normalizer, layout: str, shape: tuple[int | None, ...], averaging: str = "exponential"
 ) -> dict[str, Slot]:
     """What is stored for arrays of this shape, by its name in `Running`: means of zero and moments of one, as in Flax.
 
-    Lengths may be None where they are not known yet.
+    Args:
+      normalizer: the row that stores.
+      layout: name of each axis of the array.
+      shape: shape of the array; lengths may be None where they are not known yet.
+      averaging: "exponential"; "debiased" and "cumulative" store counts too.
 
     Raises:
       FieldError: a window slides over the examples.
       ValueError: no averaging has this name.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2; the shapes and first values are Flax's.
 
     >>> from normjax import TABLE, Normalizer
     >>> [(name, slot.shape) for name, slot in slots(TABLE["batch"], "n ... c", (8, 32, 32, 64)).items()]
@@ -99,18 +127,32 @@ def slots(
     ['mean', 'var', 'mean_count', 'var_count']
     """
     one_of("averaging", averaging, AVERAGES)
-    found = {}
-    stored = zip(("mean", "var"), (0.0, 1.0), stores(normalizer), (normalizer.mean, normalizer.var), strict=True)
-    for name, fill, kept, field in stored:
-        if kept and field is not None:
-            found[name] = Slot(fill, tuple(shape[axis] for axis in _kept(field, layout, len(shape))), np.float32)
+    by_name = {}
+    moments_of = zip(("mean", "var"), (0.0, 1.0), stores(normalizer), (normalizer.mean, normalizer.var), strict=True)
+    for name, fill, is_stored, field in moments_of:
+        if is_stored and field is not None:
+            by_name[name] = Slot(
+                fill, tuple(shape[axis] for axis in _stored_axes(field, layout, len(shape))), np.float32
+            )
     if averaging != "exponential":
-        found |= {f"{name}_count": Slot(0, slot.shape, np.int32) for name, slot in found.items()}
-    return found
+        by_name |= {f"{name}_count": Slot(0, slot.shape, np.int32) for name, slot in by_name.items()}
+    return by_name
 
 
 def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averaging: str = "exponential") -> Running:
-    """The statistics before the first batch.
+    """The statistics before the first batch: means of zero and moments of one, float32, in the shapes of `slots`.
+
+    Args:
+      normalizer: the row that stores.
+      layout: name of each axis of a batch.
+      shape: shape of a batch.
+      averaging: "exponential"; "debiased" and "cumulative" store counts too.
+
+    Raises:
+      FieldError: a window slides over the examples.
+      ValueError: no averaging has this name.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2; the first values are Flax's.
 
     >>> from normjax import TABLE
     >>> initial(TABLE["mean_only"], "n c", (8, 2)).mean
@@ -120,10 +162,21 @@ def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averagi
 
 
 def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
-    """Stored statistics laid out beside an array of this shape.
+    """Stored statistics laid out beside an array of this shape, as `normalize` takes them.
+
+    Args:
+      running: the stored statistics, in the shapes of `slots`.
+      normalizer: the row that stores them.
+      layout: name of each axis of the array.
+      shape: shape of the array.
+
+    Returns:
+      Statistics without weights, which broadcast against the array.
 
     Raises:
       FieldError: the stored shape is another than arrays of this shape need.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2.
 
     >>> from normjax import TABLE
     >>> as_stats(Running(jnp.zeros(3), jnp.ones(3)), TABLE["batch"], "n c ...", (8, 3, 4, 4)).mean.shape
@@ -135,33 +188,49 @@ def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple
         if value is None or field is None:
             laid.append(None)
             continue
-        kept = _kept(field, layout, len(shape))
-        want = tuple(shape[axis] for axis in kept)
+        along = _stored_axes(field, layout, len(shape))
+        want = tuple(shape[axis] for axis in along)
         value = jnp.asarray(value)
         if value.shape != want:
-            raise FieldError(f'the stored {name} has shape {value.shape}, but field "{field}" on an array of shape '
-                             f'{shape}, layout "{layout}", needs {want}')  # fmt: skip
-        laid.append(value.reshape([n if axis in kept else 1 for axis, n in enumerate(shape)]))
+            raise FieldError(
+                f'the stored {name} has shape {value.shape}, but field "{field}" on an array of shape {shape}, layout '
+                f'"{layout}", needs {want}'
+            )
+        laid.append(value.reshape([n if axis in along else 1 for axis, n in enumerate(shape)]))
     return Stats(*laid)
 
 
 def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
     """The statistics of a batch in the shapes that are stored, with the weight behind each; blocks of examples merged.
 
+    Args:
+      stats: statistics of the batch with their weights, as `normalize` returns them.
+      normalizer: the row that normalized.
+      layout: name of each axis of the batch.
+      shape: shape of the batch.
+
+    Returns:
+      Statistics in the shapes of `slots`, None for a moment that the row lacks.
+
+    Raises:
+      FieldError: a window slides over the examples.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2; Chan, Golub & LeVeque 1983 for the weights.
+
     >>> from normjax import normalize, TABLE
     >>> x = jnp.arange(32.0).reshape(16, 2)
     >>> observe(normalize(x, "ghost").stats, TABLE["ghost"], "n ... c", x.shape).mean.tolist()
     [15.0, 16.0]
     """
-    merged: list[tuple[Any, Any]] = []
+    merged: list[tuple[jax.Array | None, jax.Array | None]] = []
     pairs = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
     for field, value, weight in pairs:
         if field is None or value is None or weight is None:
             merged.append((None, None))
             continue
-        kept = _kept(field, layout, len(shape))
+        along = _stored_axes(field, layout, len(shape))
         weight = jnp.broadcast_to(jnp.asarray(weight), np.broadcast_shapes(jnp.shape(weight), value.shape))
-        rest = tuple(axis for axis in range(len(shape)) if axis not in kept)
+        rest = tuple(axis for axis in range(len(shape)) if axis not in along)
         blocks = [span.blocks or 1 for axis, span in bind(field, layout, shape).by("blocks") if axis in rest]
         value = jnp.broadcast_to(value, weight.shape)
         # Repeated over each block of examples alike, so that the sum over examples counts every block the same.
