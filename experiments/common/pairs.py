@@ -74,18 +74,12 @@ def pairs(paths: Iterable[Path], zoom: int, smallest: int = images.SMALLEST) -> 
 def load(
     training: Sequence[Source], testing: Sequence[Source], zoom: int, patch: int, wanted: int, limit: int | None
 ) -> Dataset:
-    """Reads all images.
+    """Reads all images, or the first `limit` of each source.
 
-    Args:
-      training: where those to train on come from.
-      testing: where those to be scored on come from.
-      zoom: how many times smaller the low resolution is.
-      patch: pixels along the smaller side of an image to train on, at least.
-      wanted: how many are to be trained on, at least.
-      limit: use so many of each folder.
+    An image to train on has sides of `patch` pixels at least, and there are `wanted` of them at least.
 
     Raises:
-      DataError: an image that cannot be read or is too small, too few of them, or two folders of one name.
+      DataError: an image that cannot be read or is too small, too few of them, or two sources of one name.
     """
     for option, these in (("--train-dir", training), ("--test-dir", testing)):
         if len({source.name for source in these}) < len(these):

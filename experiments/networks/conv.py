@@ -192,6 +192,15 @@ FORMS = {
         (1, 2),
         ("SAME", "VALID"),
     ),
-    "images": Form(images, "a batch of small images in a loop: SRCNN's training", "see networks/srcnn.py"),
-    "strips": Form(strips, "a large image: SRCNN's scores", "see networks/srcnn.py"),
+    "images": Form(
+        images,
+        "a batch of small images in a loop: SRCNN's training",
+        "a step of SRCNN in a loop: 18 times as fast as XLA's, 69 against 1,250 ms, with other jobs on both cores "
+        "(benchmarks/seeds_conv.py)",
+    ),
+    "strips": Form(
+        strips,
+        "a large image: SRCNN's scores",
+        "SRCNN on an image of 337x497: 2 times as fast as XLA's, 751 against 1,532 ms, measured as the one above",
+    ),
 }

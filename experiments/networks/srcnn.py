@@ -16,21 +16,23 @@ class SRCNN(nn.Module):
       affine: whether a scale and a bias a channel follow the normalizer.
       l1: factor of the penalty on centred activations, mean |v|, of each normalizer.
       channels: output channels of the first two layers.
+      form: of the convolutions, see `conv.FORMS`; None for the one that is fast.
     """
 
     normalizer: Normalizer
     affine: bool = False
     l1: float = 0.0
     channels: tuple[int, int] = (64, 32)
+    form: str | None = None
 
     @nn.compact
     def __call__(self, low: jax.Array, train: bool) -> jax.Array:
         """Enlarged images, 8 pixels less on each side."""
         x = low[..., None]
-        form = "xla" if jax.default_backend() != "cpu" else "images" if train else "strips"
+        fast = "xla" if jax.default_backend() != "cpu" else "images" if train else "strips"
 
         def conv(features: int, width: int) -> Conv:
-            return Conv(features, (width, width), padding="VALID", form=form, kernel_init=first)
+            return Conv(features, (width, width), padding="VALID", form=self.form or fast, kernel_init=first)
 
         first = nn.initializers.truncated_normal(1e-3)
         for features, width in zip(self.channels, (9, 5), strict=True):
