@@ -4,6 +4,7 @@ import jax
 from flax import linen as nn
 from jax.typing import ArrayLike
 
+from normjax._expect.arrays import require_real
 from normjax._layers import (
     conditional,
     gdn,
@@ -20,7 +21,6 @@ from normjax._layers import (
     virtual,
 )
 from normjax.linen.host import Early, Host, Keeping
-from normjax.selu import as_real
 
 __all__ = [
     "GDN",
@@ -182,7 +182,7 @@ class AlphaDropout(selu.AlphaDropout, Host):
         Returns:
           An array of the shape of x.
         """
-        x = as_real(x, "AlphaDropout")
+        x = require_real(x, "AlphaDropout")
         if self._passes(bool(nn.merge_param("deterministic", self.deterministic, deterministic))):
             return x
         return self._dropped(x, self.make_rng(self.rng_collection) if rng is None else rng)

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
+from normjax._expect.arrays import require_real
 from normjax._layers import (
     conditional,
     gdn,
@@ -23,7 +24,6 @@ from normjax._layers import (
 )
 from normjax._layers.describe import Shape, whole_shape
 from normjax.nnx.host import Bare, Host, Keeping
-from normjax.selu import as_real
 
 __all__ = [
     "GDN",
@@ -258,7 +258,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
         Raises:
           ValueError: `deterministic` or the random keys were given neither here nor to the constructor.
         """
-        x = as_real(x, "AlphaDropout")
+        x = require_real(x, "AlphaDropout")
         flag = self.deterministic if deterministic is None else deterministic
         if flag is None:
             raise ValueError(
