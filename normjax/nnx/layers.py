@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from normjax._expect.arrays import require_real
 from normjax._layers import (
     conditional,
+    film,
     gdn,
     kalman,
     norm,
@@ -212,15 +213,15 @@ class ConditionalNorm(conditional.ConditionalNorm, Keeping): ...
 
 
 @nnx.dataclass(eq=False)
-class FiLM(conditional.FiLM, Conditioned): ...
+class FiLM(film.FiLM, Conditioned): ...
 
 
 @nnx.dataclass(eq=False)
-class AdaLN(conditional.AdaLN, Conditioned): ...
+class AdaLN(film.AdaLN, Conditioned): ...
 
 
 @nnx.dataclass(eq=False)
-class AdaLNZero(conditional.AdaLNZero, Conditioned): ...
+class AdaLNZero(film.AdaLNZero, Conditioned): ...
 
 
 @nnx.dataclass(eq=False)
