@@ -111,8 +111,8 @@ class AdaLN(FiLM):
       kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
       bias_init: initializer of its bias, `[parts * c]`.
 
-    The options of running statistics are those of `Norm`. In nnx `condition_features`, the length k of the condition, follows
-    `features`.
+    The options of running statistics are those of `Norm`. In nnx `condition_features`, the length k of the condition,
+    follows `features`.
 
     Source: Peebles & Xie 2023 (DiT), section 3.2.
 
@@ -144,8 +144,8 @@ class AdaLNZero(AdaLN):
       kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
       bias_init: initializer of its bias, `[parts * c]`.
 
-    The options of running statistics are those of `Norm`. In nnx `condition_features`, the length k of the condition, follows
-    `features`.
+    The options of running statistics are those of `Norm`. In nnx `condition_features`, the length k of the condition,
+    follows `features`.
 
     Source: Peebles & Xie 2023 (DiT), section 3.2, adaLN-Zero.
 
