@@ -3,7 +3,7 @@
     python -m benchmarks.loops --out docs/speed
 
 The plain loop is what a Flax user writes: batches from host NumPy, one jitted step at a time, layers of flax.linen,
-metrics fetched at every step. Ours is what `experiments` run: the network of `experiments/common` and
+metrics fetched at every step. Ours is what `experiments` run: the network of `experiments/networks` and
 `normjax.train.epoch`. Both start from the same weights and take the same batches, and must give the same losses. A turn is
 a chunk of steps from that start; shown are seconds a step.
 """
@@ -22,8 +22,8 @@ import optax
 import normjax.train
 from benchmarks import harness, results
 from benchmarks.harness import Row
-from experiments.common import ren
-from experiments.common.language_model import LanguageModel, cross_entropy
+from experiments.networks.cnn import ren2017
+from experiments.networks.language import LanguageModel, cross_entropy
 from normjax import Normalizer
 
 PEER, OURS = "flax loop", "normjax"
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 
 
 class FlaxCNN(nn.Module):
-    """`ren.CNN` with batch norm, of Flax's own layers."""
+    """`cnn.ren2017` with batch norm, of Flax's own layers."""
 
     channels: Sequence[int]
     hidden: int
@@ -82,7 +82,7 @@ def cnn(smoke: bool) -> Pair:
     mean, tx = images.mean(axis=0, dtype=np.float32), optax.sgd(1e-3, momentum=0.9)
 
     batch_norm = Normalizer("n ...", "n ...", eps=1e-4)
-    model = ren.CNN((batch_norm,) * len(channels), channels=channels)
+    model = ren2017((batch_norm,) * len(channels), channels=channels, hidden=64)
 
     def loss(call, batch, train):
         logits = call(batch["image"].astype(jnp.float32) - mean[None], train=train)
@@ -95,7 +95,7 @@ def cnn(smoke: bool) -> Pair:
     def ours() -> np.ndarray:
         return np.asarray(epoch(start, data, order)[1]["loss"])
 
-    flax_model = FlaxCNN(channels, model.hidden)
+    flax_model = FlaxCNN(channels, 64)
     names = {"convs": "Conv", "norms": "BatchNorm", "dense": "Dense"}
 
     def renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def cnn(smoke: bool) -> Pair:
 
 
 class FlaxLanguageModel(nn.Module):
-    """`language_model.LanguageModel` of row base, of Flax's own layers."""
+    """`language.LanguageModel` of row base, of Flax's own layers."""
 
     vocabulary: int
     hidden: int

@@ -3,7 +3,8 @@
     python benchmarks/seeds_conv.py
 
 Times one gradient step of two 3x3 layers (16 and 32 channels, batch 64, five seeds under vmap), both forms interleaved in
-one run, and prints the medians and their ratio. `experiments/common/models.py` takes the second form for this reason.
+one run, and prints the medians and their ratio. For this reason, the second is
+a form of `experiments/networks/conv.py`, "patches".
 """
 
 import statistics
@@ -13,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.common.models import Conv
+from experiments.networks.conv import Conv
 
 SEEDS, BATCH, ROUNDS = 5, 64, 7
 
@@ -33,7 +34,7 @@ def step(conv):
 
 def main():
     """Prints a line for each size of image."""
-    forms = {"grouped": step(lambda c: nn.Conv(c, (3, 3))), "slices": step(Conv)}
+    forms = {"grouped": step(lambda c: nn.Conv(c, (3, 3))), "slices": step(lambda c: Conv(c, form="patches"))}
     for size in (8, 32):
         x = jax.random.normal(jax.random.key(0), (SEEDS, BATCH, size, size, 3))
         params = {k: jax.vmap(init)(jax.random.split(jax.random.key(1), SEEDS), x) for k, (_, init) in forms.items()}

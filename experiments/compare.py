@@ -28,21 +28,17 @@ Each process reads its own part of the training data; process 0 alone writes, an
 that `jax.distributed` knows need no more than --distributed. If a process dies, the others stop within minutes.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-import normjax.train
-from experiments.common import cli, command, data, loop, pictures, report, runs, tables
-from experiments.common.models import CNN
+from experiments.common import classify, cli, command, data, experiment, loop, pictures, report, tables
+from experiments.networks.cnn import CNN
 from normjax import TABLE, Normalizer, diagnostics
 from normjax.train import State
 
@@ -92,16 +88,12 @@ ROWS = PLAIN | {
     "divisive*": starred(PLAIN["divisive"], sigma=0.5, affine=False),
 }
 # fmt: on
-STARS = {name: name[:-1] for name in ROWS if name.endswith("*")}
 ACCURACY = tables.Metric("test_accuracy", "accuracy, in per cent", factor=100, digits=2)
 HELD_OUT_BATCH = 200  # images over whose positions units are correlated
 
 
-DESCRIPTION = "Trains a small CNN with each normalizer, and reports what the normalizer did."
-
-
 @dataclass(frozen=True, kw_only=True)
-class Options(command.Options):
+class Options(command.ManyDevices):
     """The command line."""
 
     rows: tuple[str, ...] = tuple(ROWS)
@@ -114,69 +106,36 @@ class Options(command.Options):
     """Learning rate of every row."""
     batch_size: int = Config.batch_size
     """Examples a step (8 with --smoke)."""
-    devices: int | None = None
-    """Spread each batch over so many devices (of each process, with --distributed), on a CPU simulated ones."""
-    distributed: bool = False
-    """This is one of several processes, each started with the same options."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0; needless, as the next two, on clusters that jax.distributed knows."""
-    processes: int | None = None
-    """How many processes there are."""
-    process: int | None = None
-    """Which of them this is, from 0."""
+
+    def check(self) -> None:
+        """Exits with code 2 where a value is wrong by itself."""
+        cli.pick(self.dataset, data.DATASETS, "data set")
+        command.positive(self, "seeds", "steps", "lr", "batch_size")
+
+    def connect(self) -> Mesh | None:
+        """Lays out the devices, over which a batch has to divide."""
+        mesh, batch = super().connect(), configure("none", self).batch_size
+        if mesh is not None and batch % mesh.size:
+            cli.fail(
+                f"a batch of {batch} examples does not divide over {mesh.size} devices; choose other --devices or "
+                "--batch-size"
+            )
+        return mesh
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the chosen rows and reports on all rows of the folder."""
-    prog = "python -m experiments.compare"
-    options = cli.parse(Options, argv, prog=prog, description=DESCRIPTION)
-    if options.show:
-        head = ["row", "normalizer", "alpha", "scale and bias"]
-        print(report.table(head, [[name, repr(c.normalizer), str(c.l1), str(c.affine)] for name, c in ROWS.items()]))
-        return
-    start = time.perf_counter()
-    mesh = cli.connect(options.devices, options.distributed, options.coordinator, options.processes, options.process)
-    # Every process its own folders; all else must be alike.
-    cli.agree(replace(options, process=None, out=Path(), data_dir=None), "options")
-    with cli.together():
-        rows, configs, experiment, dataset = prepare(options, mesh)
-    pixels = pixel_moments(dataset)
-    devices = 1 if mesh is None else mesh.size
-    job = Job(experiment, dataset, pixels, mesh, runs.environment(devices))
-
-    for name, show in command.each(rows, {name: config.steps for name, config in configs.items()}):
-        train(job, name, configs[name], show)
-    with cli.together():
-        if jax.process_index() == 0:
-            write_report(job, configs)
-            print(f"The whole job took {time.perf_counter() - start:.0f} seconds.")
+Job = experiment.Job[Options, data.Dataset]
 
 
-def prepare(options: Options, mesh: Mesh | None) -> tuple[list[str], dict[str, "Config"], Path, data.Dataset]:
-    """Refuses what cannot be done, reads the data, and makes the folder: rows, configurations, folder and data."""
-    rows = command.rows_of(options, ROWS)
-    cli.pick(options.dataset, data.DATASETS, "data set")
-    command.positive(options, "seeds", "steps", "lr", "batch_size")
-    configs = {name: configure(config, options) for name, config in ROWS.items()}
-    batch_size = configs[rows[0]].batch_size
-    if mesh is not None and batch_size % mesh.size:
-        cli.fail(
-            f"a batch of {batch_size} examples does not divide over {mesh.size} devices; choose other --devices or "
-            "--batch-size"
-        )
-
-    experiment = command.folder(options, "compare")
-    part = (jax.process_index(), jax.process_count())
-    dataset = command.begin(
-        options, experiment, configs, rows, lambda: data.load(options.dataset, options.data_dir, part)
-    )
-    return rows, configs, experiment, dataset
+def listing(options: Options) -> str:
+    """The rows, and what they are."""
+    lines = [[name, repr(c.normalizer), str(c.l1), str(c.affine)] for name, c in ROWS.items()]
+    return report.table(["row", "normalizer", "alpha", "scale and bias"], lines)
 
 
-def configure(config: Config, options: Options) -> Config:
+def configure(row: str, options: Options, _: None = None) -> Config:
     """A row's configuration under the options of the command line."""
     config = replace(
-        config,
+        ROWS[row],
         seeds=options.seeds,
         steps=options.steps,
         evaluate_every=max(1, options.steps // 10),
@@ -184,269 +143,111 @@ def configure(config: Config, options: Options) -> Config:
         batch_size=options.batch_size,
         lr=options.lr,
     )
-    if options.smoke:
-        seeds, steps = min(config.seeds, 2), min(config.steps, 6)
-        config = replace(config, seeds=seeds, steps=steps, evaluate_every=2, batch_size=8, examples=64)
-    return config
+    return command.shrunk(config, batch_size=8, examples=64) if options.smoke else config
 
 
-class Job(NamedTuple):
-    """What the rows of one command share."""
-
-    experiment: Path
-    dataset: data.Dataset  # of several processes, this one's part
-    pixels: tuple[float, float]  # mean and standard deviation of the training images
-    mesh: Mesh | None
-    environment: dict
+def load(options: Options, _: None) -> data.Dataset:
+    """The data set; of several processes, this one's part."""
+    return data.load(options.dataset, options.data_dir, (jax.process_index(), jax.process_count()))
 
 
-def pixel_moments(dataset: data.Dataset) -> tuple[float, float]:
-    """Mean and standard deviation of the pixels of all training images, those of the other processes too."""
-    blocks = np.array_split(dataset.train["image"], 100)  # all pixels as integers would fill the memory
-    counts = loop.total(np.sum([np.bincount(block.ravel(), minlength=256) for block in blocks], axis=0))
-    values = np.arange(256)
-    mean = float(np.average(values, weights=counts))
-    return mean, float(np.average((values - mean) ** 2, weights=counts) ** 0.5)
-
-
-def train(job: Job, name: str, config: Config, show: Callable[[int, str], None]) -> None:
-    """Trains all seeds of one row, from where its folders say that it stopped."""
-    folders = runs.seed_folders(job.experiment, name, config.seeds)
-    with cli.together():
-        if jax.process_index() == 0:
-            runs.create(folders, config, job.environment)
-
-    def on_chunk(step: int, evaluation: dict[str, np.ndarray]) -> None:
-        show(step, f"held-out accuracy {evaluation['accuracy'].mean():.1%}")
-
-    task = build(config, job)
-    examples = min(config.examples or job.dataset.examples, job.dataset.examples)
-    mine = len(range(jax.process_index(), examples, jax.process_count()))
-    loop.train(
-        folders,
-        task.init,
-        task.step,
-        task.evaluate,
-        {name: column[:mine] for name, column in job.dataset.train.items()},
-        {name: column[: config.examples] for name, column in job.dataset.test.items()},
-        steps=config.steps,
-        batch_size=config.batch_size,
-        evaluate_every=config.evaluate_every,
-        examples=examples,
-        mesh=job.mesh,
-        on_chunk=on_chunk,
-    )
-
-
-class Task(NamedTuple):
-    """What a configuration means: functions of one seed."""
-
-    init: Callable[[jax.Array], State]
-    step: Callable[[State, loop.Batch], tuple[State, loop.Metrics]]
-    evaluate: Callable[[State, loop.Batch], loop.Metrics]
-    preactivation: Callable[[State, jax.Array], Any]  # of the first layer, [n, h, w, c]
-
-
-def build(config: Config, job: Job) -> Task:
+def build(job: Job, config: Config) -> classify.Classifier:
     """Network, loss and optimizer of a row."""
-    model = CNN(
-        config.normalizer,
-        classes=job.dataset.classes,
-        channels=config.channels,
-        affine=config.affine,
-        l1=config.l1,
-    )
+    own = {"classes": job.data.classes, "channels": config.channels, "affine": config.affine, "l1": config.l1}
+    model = CNN((config.normalizer,) * len(config.channels), **own)
     tx = optax.sgd(optax.cosine_decay_schedule(config.lr, config.steps), momentum=0.9)
-    mean, std = job.pixels
+    mean, std = classify.pixel_moments(job.data)
 
-    def standardize(image: jax.Array) -> jax.Array:
-        return (image.astype(jnp.float32) - mean) / std
+    def standardized(batch: loop.Batch) -> jax.Array:
+        return (batch["image"].astype(jnp.float32) - mean) / std
 
-    def loss(call: Callable[..., jax.Array], batch: loop.Batch, train: bool):
-        logits = call(standardize(batch["image"]), train=train)
-        label = batch["label"]
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        return cross_entropy.mean(), {"accuracy": jnp.mean(logits.argmax(-1) == label)}
+    return classify.classifier(model, tx, job.data.train["image"].shape[1:], standardized, job.mesh)
 
-    judge = normjax.train.linen_eval(model, loss, mesh=job.mesh)
+
+def train(job: Job, config: Config) -> loop.Task:
+    """How a row is trained."""
+    model = build(job, config)
     devices = 1 if job.mesh is None else job.mesh.size
 
-    def init(key: jax.Array) -> State:
-        image = jnp.zeros((1, *job.dataset.train["image"].shape[1:]))
-        return normjax.train.linen_init(model, tx, key, image, train=False)
-
-    def preactivation(state: State, image: jax.Array) -> Any:
-        return model.apply({"params": state.params, **state.stats}, standardize(image), method="preactivation")
-
     def evaluate(state: State, test: loop.Batch) -> loop.Metrics:
-        z = preactivation(state, test["image"][:HELD_OUT_BATCH])
+        z = model.preactivation(state, classify.first(test, HELD_OUT_BATCH))
         examples = len(test["label"])  # all at once, or in batches that caches hold: twice as fast on MNIST
         size = examples if examples < 1000 else 100
         size = max(size - size % devices, 1)  # so that each device has its share; the few that remain go to all
-        return loop.mean_over(judge, state, test, size) | {"correlation": diagnostics.correlation(z)}
+        return loop.mean_over(model.judge, state, test, size) | {"correlation": diagnostics.correlation(z)}
 
-    return Task(init, normjax.train.linen_step(model, loss, tx, mesh=job.mesh), evaluate, preactivation)
+    examples = min(config.examples or job.data.examples, job.data.examples)
+    mine = len(range(jax.process_index(), examples, jax.process_count()))
+    return loop.Task(
+        model.init,
+        model.step,
+        evaluate,
+        classify.first(job.data.train, mine),
+        classify.first(job.data.test, config.examples),
+        config.batch_size,
+        examples,
+        say=classify.say,
+    )
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write_report(job: Job, configs: Mapping[str, Config]) -> None:
-    """Prints the table, and writes it with the pictures to report.md and report.html.
-
-    Shown are all complete rows of the folder, whatever --rows: `runs.check` saw that they share one setting, so
-    `configs` holds for every one of them.
-    """
-    experiment = job.experiment
-    rows = report.read_rows(experiment, list(configs))
-    config = next(iter(rows.values())).config
-    summary = summarize(rows)
+def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) -> report.Report:
+    """The table of results, differences between rows, curves, and what two units look like."""
+    config = next(iter(configs.values()))
+    test = classify.first(job.data.test, config.examples)
+    held_out, smooth = len(test["label"]), config.evaluate_every
+    summary = tables.each(rows, COLUMNS, code=False)
     differences = f"{tables.exceeding(rows, ACCURACY)}\n\n{compare_correlations(rows)}"
-    print(f"\n{summary}\n\n{differences}\n")
-
-    smooth = config["evaluate_every"]
-    held_out = len(job.dataset.test["label"][: config["examples"]])
     metrics = {"test_accuracy": "held-out accuracy", "loss": "training loss (log)"}
-    report.save(report.curves(rows, metrics, style, smooth), experiment / "curves.png")
-    report.save(pictures.draw_responses(), experiment / "response.png")
-    histograms = ""
-    pairs = {star: plain for star, plain in STARS.items() if star in rows and plain in rows}
-    if pairs:
-        z = {name: first_layer(name, configs[name], job) for pair in pairs.items() for name in pair}
-        report.save(pictures.draw_histograms(pairs, z), experiment / "histograms.png")
-        histograms = HISTOGRAMS
-    settings = ", ".join(f"{name} {config[name]}" for name in ("dataset", "seeds", "steps", "batch_size", "lr"))
-    normalizers = report.table(
-        ["row", "normalizer", "alpha", "scale and bias"],
-        [
-            [name, f"`{r.config['normalizer']}`", str(r.config["l1"]), str(r.config["affine"])]
-            for name, r in rows.items()
-        ],
-    )
-    report.write_pages(
-        experiment,
-        REPORT.format(
-            settings=settings,
-            environments=report.environments(rows),
-            summary=summary,
-            differences=differences,
-            all_differences=tables.differences(rows, ACCURACY),
-            normalizers=normalizers,
-            histograms=histograms,
-            batch=min(HELD_OUT_BATCH, config["examples"] or HELD_OUT_BATCH),
-            smooth=smooth,
-            held_out=held_out,
-            one_image=100 / held_out,
-        ),
-    )
-    print(f"Report: {experiment / 'report.html'} (and report.md)")
+    batch = classify.first(test, HELD_OUT_BATCH)
+    histograms = classify.histograms(job.folder, list(rows), lambda name: build(job, configs[name]), batch)
+    drawn = {"curves": report.curves(rows, metrics, style, smooth), "response": pictures.draw_responses()}
+    values = {
+        "settings": report.settings(vars(config), "dataset", "seeds", "steps", "batch_size", "lr"),
+        "summary": summary,
+        "differences": differences,
+        "all_differences": tables.differences(rows, ACCURACY),
+        "normalizers": tables.each(rows, tables.NORMALIZERS, code=False),
+        "pairs": histograms,
+        "batch": min(HELD_OUT_BATCH, config.examples or HELD_OUT_BATCH),
+        "smooth": smooth,
+        "held_out": held_out,
+        "one_image": 100 / held_out,
+    }
+    return report.Report((summary, differences), drawn | histograms, values)
 
 
-def summarize(rows: Mapping[str, report.Row]) -> str:
-    """The table of results, one line a row."""
-    head = ["row", "accuracy %", "training loss", "correlation", "at random weights", "seconds"]
-    return report.table(
-        head,
-        [
-            [
-                name,
-                report.plus_minus([100 * a for a in row.last("test_accuracy")], 2),
-                report.plus_minus(row.recent("loss", row.config["evaluate_every"]), 4),
-                report.plus_minus(row.last("test_correlation"), 3),
-                report.plus_minus(row.first("test_correlation"), 3),
-                f"{row.last('seconds')[0]:.1f}",
-            ]
-            for name, row in rows.items()
-        ],
-    )
+COLUMNS: dict[str, tables.Column] = {
+    "accuracy %": tables.shown("test_accuracy", 2, factor=100),
+    "training loss": tables.shown("loss", 4, when="recent"),
+    "correlation": tables.shown("test_correlation", 3),
+    "at random weights": tables.shown("test_correlation", 3, when="first"),
+    "seconds": tables.seconds(1),
+}
 
 
 def compare_correlations(rows: Mapping[str, report.Row]) -> str:
     """Says what the star did to the correlation between units, paired over seeds."""
     said = []
-    for star, plain in STARS.items():
-        if star in rows and plain in rows:
-            a, b = (rows[name].last("test_correlation") for name in (star, plain))
-            mean, std = report.difference(a, b)
-            verdict = "more" if abs(mean) > std else "not more"
-            said.append(f"{star} - {plain}: {mean:+.3f} +- {std:.3f}, {verdict} than its spread")
+    for star, plain in classify.stars(list(rows)).items():
+        a, b = (rows[name].last("test_correlation") for name in (star, plain))
+        mean, std = report.difference(a, b)
+        verdict = "more" if abs(mean) > std else "not more"
+        said.append(f"{star} - {plain}: {mean:+.3f} +- {std:.3f}, {verdict} than its spread")
     return f"Correlation between first-layer units, paired over seeds: {'; '.join(said)}." if said else ""
 
 
 def style(name: str) -> dict:
     """A colour for each normalizer; its starred row is dashed in the same colour."""
-    plain = STARS.get(name, name)
-    return {"color": f"C{list(PLAIN).index(plain)}", "ls": "--" if name in STARS else "-"}
+    plain = name.rstrip("*")
+    return {"color": f"C{list(PLAIN).index(plain)}", "ls": "-" if name == plain else "--"}
 
 
-def first_layer(name: str, config: Config, job: Job) -> np.ndarray:
-    """Pre-activations of a row's seed 0, from its checkpoint, on the held-out batch: [samples, units]."""
-    task = build(config, job)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
-    state = runs.load(runs.seed_folders(job.experiment, name, 1)[0], shapes)
-    image = jnp.asarray(job.dataset.test["image"][: config.examples][:HELD_OUT_BATCH])
-    z = np.asarray(task.preactivation(state, image))
-    return z.reshape(-1, z.shape[-1])
-
-
-HISTOGRAMS = """## Two units before normalization, without and with smoothing and penalty
-
-![Joint histograms of two units](histograms.png)
-
-First-layer pre-activations of seed 0 on the held-out batch, all positions, counts on a logarithmic
-scale; both pictures of a column have the same axes. The two units are a typical pair of their row: the
-one whose |correlation| is the closest to the mean over all pairs.
-"""
-
-REPORT = """# What normalizers do to a small CNN
-
-{settings}. Every row starts from the same weights and sees the same examples in the same order.
-
-{summary}
-
-Mean +- standard deviation over seeds. Accuracy is that on the {held_out} held-out images, in per cent,
-after the last step (one image is {one_image:.2f} per cent); training loss the mean over the last {smooth}
-steps, without the penalty; correlation the mean |correlation| between different units of the first
-layer before normalization, over all positions of one held-out batch of {batch} images, beside the same
-at random (initial) weights; seconds are those of the training steps of all seeds together, without
-compilation, evaluation and writing.
-
-{differences}
-
-## Learning curves
-
-![Learning curves](curves.png)
-
-Mean over seeds, band of one standard deviation; starred rows are dashed.
-
-{histograms}
-## Divisive norm and ReLU, read as one activation function
-
-![Response curves](response.png)
-
-The response to the centre of three pixels while its neighbours stay as they are: a small sigma
-turns the unit into a detector of contrast, a large one leaves a scaled ReLU.
-
-## All differences in accuracy
-
-Per cent, row minus column, paired over seeds; bold where the mean exceeds the standard deviation.
-
-{all_differences}
-
-## The rows
-
-{normalizers}
-
-v is centred over the first field and divided by the square root of eps (sigma squared) plus the
-mean square over the second; alpha is the factor of the L1 penalty mean |v|.
-
-## Where the numbers come from
-
-The folders beside this file: config.json, metrics.jsonl and a checkpoint for each row and seed.
-
-{environments}
-"""
-
+DESCRIPTION = "Trains a small CNN with each normalizer, and reports what the normalizer did."
+EXPERIMENT = experiment.Experiment("compare", DESCRIPTION, Options, tuple(ROWS), listing, configure, load, train, write)
+main = functools.partial(experiment.run, EXPERIMENT)
 
 if __name__ == "__main__":
     main()

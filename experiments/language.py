@@ -29,11 +29,10 @@ other (57 and 57 ms a seed; dn* 63 and 65), so they go one after the other, and 
 Known limits: the paper may have chosen the sigma and alpha of its starred rows on the test set; we take them as published.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +40,8 @@ import numpy as np
 import optax
 
 import normjax.train
-from experiments.common import cli, command, data, loop, report, runs, tables, text
-from experiments.common.language_model import LanguageModel, cross_entropy, mean_nats
+from experiments.common import cli, command, experiment, loop, report, tables, text
+from experiments.networks.language import LanguageModel, cross_entropy, mean_nats
 from normjax import Normalizer, recurrent
 from normjax.train import State
 
@@ -55,14 +54,13 @@ PUBLISHED = {
     "relu": {"base": 147.630, "bn": 164.977, "ln": 149.128, "bn*": 138.947, "ln*": 116.609, "dn*": 117.868},
 }
 SLOW = (("base", "tanh"), ("base", "relu"), ("bn", "relu"))  # learning rate 0.1
-CLAIMS = (("bn*", "bn"), ("ln*", "ln"), ("ln*", "base"), ("dn*", "base"), ("dn*", "dn"), ("dn*", "ln*"), ("dn*", "bn*"))
+CLAIMS = tables.claims("bn* > bn, ln* > ln, ln* > base, dn* > base, dn* > dn, dn* > ln*, dn* > bn*")
 EPOCHS, FULL_RATE = 13, 4
 TEST_STEPS = 1000  # predictions of the test whose softmax is one matrix product
 METRICS = {
     "word": tables.Metric("test_perplexity", "test perplexity", lower=True),
     "char": tables.Metric("test_bits", "test bits per character", digits=3, lower=True),
 }
-DESCRIPTION = "Trains recurrent language models with each normalizer, and reports their perplexity."
 
 
 @dataclass(frozen=True)
@@ -109,60 +107,50 @@ class Options(command.Options):
     """Where the two differ: code or paper. In the code, windows count zeros past the edge, and on the plain RNNs ln sits
     inside the activation and ln and ln-s have the penalty of ln-l1; the published numbers come from it."""
 
+    def check(self) -> None:
+        """Exits with code 2 where a value is wrong by itself."""
+        cli.pick(self.cell, CELLS, "cell")
+        cli.pick(self.level, text.LEVELS, "level")
+        cli.pick(self.dialect, recurrent.REN2017_DIALECTS, "dialect")
+        command.positive(self, "seeds", "scale")
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the chosen rows and reports on all rows of the folder."""
-    options = cli.parse(Options, argv, prog="python -m experiments.language", description=DESCRIPTION)
-    cli.pick(options.cell, CELLS, "cell")
-    cli.pick(options.level, text.LEVELS, "level")
-    cli.pick(options.dialect, recurrent.REN2017_DIALECTS, "dialect")
-    if options.show:
-        print(list_rows(options))
-        return
-    start = time.perf_counter()
-    rows = command.rows_of(options, ROWS)
-    command.positive(options, "seeds", "scale")
-    try:
-        texts = text.load(options.data_dir, options.level)
-        configs = {row: configure(row, options, texts) for row in ROWS}
-        job = Job(command.folder(options, name(options)), prepare(configs["base"], texts), runs.environment())
-    except (data.DataError, OSError) as error:
-        cli.fail(str(error))
-    command.begin(options, job.experiment, configs, rows, lambda: None)
-
-    for row, show in command.each(rows, {row: config.steps for row, config in configs.items()}):
-        train(job, configs[row], show)
-    write_report(job, configs, options, text.describe(texts))
-    print(f"The whole job took {time.perf_counter() - start:.0f} seconds.")
+    @property
+    def published(self) -> dict[str, float]:
+        """The numbers of a cell; there are none at the level of characters."""
+        return PUBLISHED[self.cell] if self.level == "word" else {}
 
 
-def name(options: Options) -> str:
-    """The folder of an experiment: what is compared shares the cell and the level."""
+Parts = dict[str, dict[str, np.ndarray]]  # segments of train, valid and test
+Job = experiment.Job[Options, Parts]
+
+
+def folder(options: Options) -> str:
+    """What is compared shares the cell and the level."""
     return f"language-{options.cell}" if options.level == "word" else f"language-{options.level}-{options.cell}"
 
 
-def list_rows(options: Options) -> str:
+def listing(options: Options) -> str:
     """A table of the rows of a cell, with the published numbers."""
-    numbers = PUBLISHED[options.cell] if options.level == "word" else {}
     lines = []
     for row in ROWS:
-        normalizer, affine, alpha = published_cell(row, options)
+        normalizer, _, affine, alpha = published_cell(row, options)
         sigma = "-" if normalizer is None else f"{normalizer.eps**0.5:g}"
-        number = numbers.get(row)
+        number = options.published.get(row)
         lines.append([row, repr(normalizer), sigma, f"{alpha:g}", str(affine), f"{number:.3f}" if number else "-"])
     return report.table(["row", "normalizer", "sigma", "alpha", "affine", "published"], lines)
 
 
-def published_cell(row: str, options: Options) -> tuple[Normalizer | None, bool, float]:
-    """A row's normalizer, whether it has a scale and a bias, and alpha."""
+def published_cell(row: str, options: Options) -> tuple[Normalizer | None, str, bool, float]:
+    """A row's normalizer, its place in the cell, whether it has a scale and a bias, and alpha."""
     found = recurrent.ren2017(row, options.cell, options.dialect)
     normalizer = found["normalizer"]
-    return normalizer, normalizer is not None and found.get("use_scale", True), found.get("l1", 0.0)
+    place = "" if normalizer is None else found.get("place", "inside")
+    return normalizer, place, normalizer is not None and found.get("use_scale", True), found.get("l1", 0.0)
 
 
 def configure(row: str, options: Options, texts: text.Text) -> Config:
     """A row's configuration under the options of the command line."""
-    normalizer, affine, alpha = published_cell(row, options)
+    normalizer, place, affine, alpha = published_cell(row, options)
     epoch = command.scaled(segments_of(texts.train, "the training text"), options.scale)
     share = min(max(options.scale, 0.2), 1.0)  # of each validation stream: else it would take as long as the training
     config = Config(
@@ -170,9 +158,7 @@ def configure(row: str, options: Options, texts: text.Text) -> Config:
         cell=options.cell,
         dialect=options.dialect,
         normalizer=normalizer,
-        place=""
-        if normalizer is None
-        else recurrent.ren2017(row, options.cell, options.dialect).get("place", "inside"),
+        place=place,
         affine=affine,
         l1=alpha,
         lr=0.1 if (row, options.cell) in SLOW else 1.0,
@@ -186,10 +172,7 @@ def configure(row: str, options: Options, texts: text.Text) -> Config:
         validation=max(1, round(share * segments_of(texts.valid, "the validation text"))),
         test=len(texts.test),
     )
-    if options.smoke:
-        config = replace(config, seeds=min(config.seeds, 2), steps=6, evaluate_every=2, hidden=60)
-        config = replace(config, validation=2, test=300)
-    return config
+    return command.shrunk(config, hidden=60, validation=2, test=300) if options.smoke else config
 
 
 def segments_of(tokens: np.ndarray, name: str) -> int:
@@ -197,16 +180,15 @@ def segments_of(tokens: np.ndarray, name: str) -> int:
     return len(text.segments(tokens, Config.batch_size, Config.unrolled, name=name)["first"])
 
 
-class Job(NamedTuple):
-    """What the rows of one command share."""
-
-    experiment: Path
-    parts: dict[str, dict]  # segments of train, valid and test
-    environment: dict
+@functools.cache
+def source(options: Options) -> text.Text:
+    """The text."""
+    return text.load(options.data_dir, options.level)
 
 
-def prepare(config: Config, texts: text.Text) -> dict[str, dict]:
+def load(options: Options, texts: text.Text) -> Parts:
     """The segments of the three parts."""
+    config = configure("base", options, texts)
     n, t = config.batch_size, config.unrolled
     valid = text.segments(texts.valid, n, t)
     return {
@@ -214,28 +196,6 @@ def prepare(config: Config, texts: text.Text) -> dict[str, dict]:
         "valid": {name: array[: config.validation] for name, array in valid.items()},
         "test": text.segments(texts.test[: config.test], 1, min(TEST_STEPS, config.test - 1), whole=True),
     }
-
-
-def train(job: Job, config: Config, show: Callable[[int, str], None]) -> None:
-    """Trains all seeds of one row, from where its folders say that it stopped."""
-    folders = runs.seed_folders(job.experiment, config.row, config.seeds)
-    runs.create(folders, config, job.environment)
-    unit = METRICS[config.level].name.removeprefix("test_")
-    task = build(config)
-    loop.train(
-        folders,
-        task.init,
-        task.step,
-        task.evaluate,
-        job.parts["train"],
-        {split: job.parts[split] for split in ("valid", "test")},
-        steps=config.steps,
-        batch_size=1,  # a segment of all streams
-        evaluate_every=config.evaluate_every,
-        shuffle=False,
-        side_by_side=False,  # so that the test, long because it is sequential, waits for the end
-        on_chunk=lambda step, scores: show(step, f"validation {unit} {scores[f'valid_{unit}'].mean():.4g}"),
-    )
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -251,16 +211,8 @@ def learning_rate(config: Config) -> Callable[[Any], jax.Array]:
     return at
 
 
-class Task(NamedTuple):
-    """What a configuration means: functions of one seed."""
-
-    init: Callable[[jax.Array], State]
-    step: Callable[[State, loop.Batch], tuple[State, loop.Metrics]]
-    evaluate: Callable[[State, loop.Batch], loop.Metrics]
-
-
-def build(config: Config) -> Task:
-    """Model, loss and optimizer of a row."""
+def train(job: Job, config: Config) -> loop.Task:
+    """Model, loss and optimizer of a row, and how it is trained."""
     shared = {field: getattr(config, field) for field in ("row", "cell", "dialect", "vocabulary", "hidden", "layers")}
     model = LanguageModel(**shared, unrolled=config.unrolled, max_steps=config.unrolled)
     one_step = model.clone(max_steps=1)
@@ -285,61 +237,73 @@ def build(config: Config) -> Task:
         )
         return {unit: show(test), f"valid_{unit}": show(valid)}
 
-    return Task(init, normjax.train.linen_step(model, loss, tx), evaluate)
+    return loop.Task(
+        init,
+        normjax.train.linen_step(model, loss, tx),
+        evaluate,
+        job.data["train"],
+        {split: job.data[split] for split in ("valid", "test")},
+        batch_size=1,  # a segment of all streams
+        shuffle=False,
+        side_by_side=False,  # so that the test, long because it is sequential, waits for the end
+        say=lambda scores: f"validation {unit} {scores[f'valid_{unit}'].mean():.4g}",
+    )
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write_report(job: Job, configs: Mapping[str, Config], options: Options, said: str) -> None:
-    """Prints the table, and writes it with the picture to report.md and report.html.
-
-    Shown are all complete rows of the folder, whatever --rows: `runs.check` saw that they share one setting.
-    """
-    rows = report.read_rows(job.experiment, list(configs))
-    metric = METRICS[options.level]
-    numbers = PUBLISHED[options.cell] if options.level == "word" else {}
-    config = next(iter(rows.values())).config
+def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) -> report.Report:
+    """The test beside the published numbers, the paper's claims, and curves."""
+    config, metric, numbers = next(iter(rows.values())).config, METRICS[job.options.level], job.options.published
     compared = numbers if config["text"] == "Penn Treebank" else {}
     summary = tables.published(rows, metric, compared, [row for row in ROWS if row in rows or row in compared])
     missed = tables.missed(rows, metric, compared)
     pairs = tables.pairs(rows, metric, CLAIMS)
-    kind = "words" if options.level == "word" else "characters"
-    said = f"{config['cell']} cells, {kind}, {said}. {schedule(config, job)}"
-    print("\n" + "\n\n".join(part for part in (said + ".", summary, missed, pairs) if part) + "\n")
-
-    labels = {f"test_valid_{metric.name.removeprefix('test_')}": "validation (log)", "loss": "training loss"}
-    report.save(report.curves(rows, labels, style, config["evaluate_every"]), job.experiment / "curves.png")
-    settings = table_of_rows(rows)
-    environments = report.environments(rows)
-    shown = {"said": said, "summary": summary, "missed": missed, "pairs": pairs or "No pair of them was run."}
-    shown |= {"what": metric.title, "settings": settings, "environments": environments, "rows": len(rows)}
-    tokens = config["validation"] * config["batch_size"] * config["unrolled"]
-    shown |= {"validation": f"{tokens:,}", "all_differences": tables.differences(rows, metric)}
-    report.write_pages(job.experiment, REPORT.format(**shown))
-    print(f"Report: {job.experiment / 'report.html'} (and report.md)")
+    kind = "words" if job.options.level == "word" else "characters"
+    texts = text.describe(source(job.options))
+    said = f"{config['cell']} cells, {kind}, {texts}. {schedule(config, job)}"
+    unit = metric.name.removeprefix("test_")
+    labels = {f"test_valid_{unit}": "validation (log)", "loss": "training loss"}
+    values = {
+        "said": said,
+        "summary": summary,
+        "missed": missed,
+        "pairs": pairs or "No pair of them was run.",
+        "what": metric.title,
+        "validation": f"{config['validation'] * config['batch_size'] * config['unrolled']:,}",
+        "all_differences": tables.differences(rows, metric),
+        "settings": tables.each(rows, settings(unit)),
+    }
+    curves = report.curves(rows, labels, style, config["evaluate_every"])
+    return report.Report((said + ".", summary, missed, pairs), {"curves": curves}, values)
 
 
 def schedule(config: Mapping[str, Any], job: Job) -> str:
     """A sentence about the schedule."""
-    segments = len(job.parts["train"]["first"])
+    segments = len(job.data["train"]["first"])
     share = config["steps"] / (EPOCHS * segments)
     published = "the published schedule" if share == 1 else f"{share:.3g} of the published schedule"
     return f"{config['steps']:,} steps a row, {published}: {config['steps'] / segments:.3g} epochs of the text"
 
 
-def table_of_rows(rows: Mapping[str, report.Row]) -> str:
+def settings(unit: str) -> dict[str, tables.Column]:
     """What each row is."""
-    unit = METRICS[next(iter(rows.values())).config["level"]].name.removeprefix("test_")
-    head = ["row", "normalizer", "place", "alpha", "scale and bias", "learning rate", f"training {unit}", "seconds"]
-    lines = []
-    for row, found in rows.items():
-        c = found.config
-        nats = np.array(found.recent("loss", c["evaluate_every"])) / c["unrolled"]
-        training = report.plus_minus((np.exp(nats) if unit == "perplexity" else nats / np.log(2)).tolist(), 2)
-        facts = [f"`{c['normalizer']}`", c["place"], f"{c['l1']:g}", str(c["affine"]), f"{c['lr']:g}"]
-        lines.append([f"`{row}`", *facts, training, f"{found.last('seconds')[0]:.0f}"])
-    return report.table(head, lines)
+
+    def training(row: report.Row) -> str:
+        c = row.config
+        nats = np.array(row.recent("loss", c["evaluate_every"])) / c["unrolled"]
+        return report.plus_minus((np.exp(nats) if unit == "perplexity" else nats / np.log(2)).tolist(), 2)
+
+    return {
+        "normalizer": lambda row: f"`{row.config['normalizer']}`",
+        "place": lambda row: row.config["place"],
+        "alpha": lambda row: f"{row.config['l1']:g}",
+        "scale and bias": lambda row: str(row.config["affine"]),
+        "learning rate": lambda row: f"{row.config['lr']:g}",
+        f"training {unit}": training,
+        "seconds": tables.seconds(),
+    }
 
 
 def style(row: str) -> dict:
@@ -351,52 +315,11 @@ def style(row: str) -> dict:
     }
 
 
-REPORT = """# Normalizers in a recurrent language model
-
-{said}. Every row starts from the same weights of the layers that it shares with the others, and reads the same text.
-
-{summary}
-
-Mean +- standard deviation over seeds of the {what}: one stream, the whole text in order, after the last step. {missed}
-
-sigma and alpha are the published ones. The paper may have chosen those of its starred rows on the test set: its code has
-a validation split, but the choice is not recorded.
-
-## Differences, paired over seeds
-
-{pairs}
-
-## Learning curves
-
-![Learning curves](curves.png)
-
-Mean over seeds, band of one standard deviation. Validation predicts {validation} tokens in 20 streams, which begin
-all over its text; the training loss is the sum over 20 steps, in nats, without the penalty, averaged over each epoch of
-the schedule.
-
-## All differences
-
-{what}, row minus column, paired over seeds; bold where the mean exceeds the standard deviation.
-
-{all_differences}
-
-## The rows
-
-{settings}
-
-Place: `inside` normalizes in every activation, `separate` W x and U h each for itself, and the LSTM's cell state. alpha is
-the factor of mean |v| of each normalized array at each of the 20 steps, which are added up. `bn` rows store statistics for
-each step; the test takes those of the first for all, as the published code does. The training column is the mean over the
-last epoch of the schedule, while the weights still move. Seconds are those of the training steps of all seeds
-together.
-
-## Where the numbers come from
-
-The folders beside this file: config.json, metrics.jsonl and a checkpoint for each row and seed.
-
-{environments}
-"""
-
+DESCRIPTION = "Trains recurrent language models with each normalizer, and reports their perplexity."
+EXPERIMENT = experiment.Experiment(
+    "language", DESCRIPTION, Options, ROWS, listing, configure, load, train, write, folder, source
+)
+main = functools.partial(experiment.run, EXPERIMENT)
 
 if __name__ == "__main__":
     main()

@@ -34,10 +34,6 @@ the same code, libraries and number of cores, and folders of the same name are t
 """
 
 import functools
-import importlib.resources
-import json
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,11 +43,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import normjax.train
-from experiments.common import cli, command, data, images, loop, report, runs, tables
-from experiments.common.srcnn import SRCNN
+from experiments.common import command, experiment, images, loop, pairs, pictures, report, runs, scores, tables
+from experiments.networks.srcnn import SRCNN
 from normjax import Normalizer
 from normjax.train import State
 
@@ -92,15 +87,9 @@ PUBLISHED = {  # on BSD200: PSNR and SSIM
     4: {"bicubic": (25.92, 0.6952), "srcnn": (26.87, 0.7378), "bn": (21.53, 0.6741), "dn*": (26.96, 0.7428)},
 }
 # fmt: on
-CLAIMS = (("dn*", "srcnn"), ("dn*", "bn"), ("bn", "srcnn"), ("dn", "srcnn"), ("dn*", "dn"))
+SCORES = (("PSNR", 2), ("SSIM", 4))  # with the digits shown
+CLAIMS = tables.claims("dn* > srcnn, dn* > bn, bn > srcnn, dn > srcnn, dn* > dn")
 SETS = ("Set5", "Set14", "BSD200")
-# Photographs in the wheel of scikit-image, which needs no network for them.
-BUNDLED = {
-    "train": ("astronaut.png", "brick.png", "camera.png", "coffee.png", "grass.png", "motorcycle_left.png"),
-    "test": ("chelsea.png", "coins.png", "moon.png", "rocket.jpg"),
-}
-
-DESCRIPTION = "Trains SRCNN with each normalizer on patches, and scores it on whole images beside bicubic."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,35 +122,26 @@ class Options(command.Options):
     bicubic: bool = False
     """Print the scores of bicubic enlargement, train nothing, write nothing."""
 
+    @property
+    def only_prints(self) -> bool:
+        """Whether the command prints something and trains nothing."""
+        return self.show or self.bicubic
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the chosen rows and reports on all rows of the folder."""
-    options = cli.parse(Options, argv, prog="python -m experiments.superres", description=DESCRIPTION)
-    if options.show:
-        print(list_rows(options))
-        return
-    command.positive(options, "seeds", "scale", "patches", *command.given(options, "lr", "images"))
-    start = time.perf_counter()
-    if options.bicubic:
-        try:
-            print(bicubic_alone(load(options)))
-        except data.DataError as error:
-            cli.fail(str(error))
-        return
-    rows = command.rows_of(options, ROWS)
-    configs = {name: configure(config, options) for name, config in ROWS.items()}
-    experiment = command.folder(options, "superres" if options.zoom == 3 else f"superres-x{options.zoom}")
-    dataset = command.begin(options, experiment, configs, rows, lambda: load(options))
-    write_scores(experiment / "bicubic", score_bicubic(dataset))
-    environment = runs.environment()
-    for name, show in command.each(rows, {name: config.steps for name, config in configs.items()}):
-        train(experiment, name, configs[name], dataset, environment, show)
-    write_report(experiment, configs, dataset)
-    print(f"The whole job took {time.perf_counter() - start:.0f} seconds.")
+    def check(self) -> None:
+        """Exits with code 2 where a value is wrong by itself."""
+        command.positive(self, "seeds", "scale", "patches", *command.given(self, "lr", "images"))
 
 
-def list_rows(options: Options) -> str:
-    """The table of --list."""
+Sources = tuple[list[pairs.Source], list[pairs.Source]]  # to train on, and to be scored on
+Job = experiment.Job[Options, pairs.Dataset]
+
+
+def listing(options: Options) -> str:
+    """The tables of --list and --bicubic."""
+    if not options.show:
+        dataset = load(options, source(options))
+        rows = {"bicubic": report.Row({"steps": 0}, {}, [[scores.means(scores.score(dataset, scores.bicubic))]])}
+        return tables.each(rows, summary(list(dataset.tests)))
     head = ["row", "normalizer", "sigma", "alpha", "affine", *(f"BSD200 x{zoom}: PSNR / SSIM" for zoom in PUBLISHED)]
 
     def published(name: str) -> list[str]:
@@ -169,22 +149,35 @@ def list_rows(options: Options) -> str:
         return ["-" if n is None else f"{n[0]:.2f} / {n[1]:.4f}" for n in found]
 
     lines = [["bicubic", "", "", "", "", *published("bicubic")]]
-    for name, row in ROWS.items():
-        config = configure(row, options)
+    for name in ROWS:
+        config = configure(name, options, source(options))
         n = config.normalizer
         sigma = "" if n.var is None else f"{n.eps**0.5:g}"
         lines.append([name, repr(n), sigma, f"{config.l1:g}", "yes" if config.affine else "no", *published(name)])
     return report.table(head, lines)
 
 
-def configure(config: Config, options: Options) -> Config:
+def folder(options: Options) -> str:
+    """What is compared shares the zoom."""
+    return "superres" if options.zoom == 3 else f"superres-x{options.zoom}"
+
+
+def source(options: Options) -> Sources:
+    """Where the images come from."""
+    root = None if options.data_dir is None else Path(options.data_dir).expanduser() / "superres"
+    training = pairs.sources(options.train_dir, root, ("T91",), "train")
+    return training, pairs.sources(options.test_dir, root, SETS, "test")
+
+
+def configure(row: str, options: Options, sources: Sources) -> Config:
     """A row's configuration under the options of the command line."""
+    config, (training, testing) = ROWS[row], sources
     n = config.normalizer
     if ":" in str(n.mean):
         # The published code divides the sum over 7 x 7 by the area of 5 x 5.
         gain = 49 / 25 if options.border == "zero" and str(n.var) == "...:7 c" else 1.0
         n = replace(n, border=options.border, gain=gain)
-    steps, (training, testing) = command.scaled(config.steps, options.scale), sources(options)
+    steps = command.scaled(config.steps, options.scale)
     config = replace(
         config,
         normalizer=n,
@@ -195,91 +188,31 @@ def configure(config: Config, options: Options) -> Config:
         seeds=options.seeds,
         steps=steps,
         evaluate_every=max(1, -(-steps // 20)),
-        images=options.images or min(config.images, count(training)),
+        images=options.images or min(config.images, pairs.count(training)),
         patches=options.patches,
         lr=options.lr or config.lr,
     )
-    if options.smoke:
-        seeds, steps = min(config.seeds, 2), min(config.steps, 6)
-        patches = min(config.patches, 4)
-        config = replace(config, seeds=seeds, steps=steps, evaluate_every=2, images=1, patches=patches, limit=2)
-    return config
+    return command.shrunk(config, images=1, patches=min(config.patches, 4), limit=2) if options.smoke else config
 
 
-# --- images ---------------------------------------------------------------------------------------
-
-
-class Source(NamedTuple):
-    """Where images come from: a folder, or files in scikit-image."""
-
-    name: str
-    paths: Callable[[], list[Path]]
-
-
-class Dataset(NamedTuple):
-    """The images of an experiment, by file name: those to train on, and each set to be scored on."""
-
-    zoom: int
-    train: dict[str, images.Pair]
-    tests: dict[str, dict[str, images.Pair]]
-
-
-def sources(options: Options) -> tuple[list[Source], list[Source]]:
-    """What to train on, and what to be scored on."""
-
-    def folders(given: Sequence[str], names: Sequence[str], bundled: str) -> list[Source]:
-        root = None if options.data_dir is None else Path(options.data_dir).expanduser() / "superres"
-        chosen = [Path(path).expanduser() for path in given] or ([root / name for name in names] if root else [])
-        if not chosen:
-            pictures = Path(str(importlib.resources.files("skimage.data")))
-            return [Source(f"scikit-image-{bundled}", lambda: [pictures / file for file in BUNDLED[bundled]])]
-        return [Source(path.resolve().name, functools.partial(images.files, path)) for path in chosen]
-
-    return folders(options.train_dir, ("T91",), "train"), folders(options.test_dir, SETS, "test")
-
-
-def count(training: Sequence[Source]) -> int:
-    """How many images there are to train on, 1 or more: what is wrong with the folders, `load` says."""
-    try:
-        return max(1, sum(len(source.paths()) for source in training))
-    except (data.DataError, OSError):
-        return 1
-
-
-def load(options: Options) -> Dataset:
+def load(options: Options, sources: Sources) -> pairs.Dataset:
     """Reads all images; raises DataError on one that cannot be read or is too small, and names it."""
-    training, testing = sources(options)
-    limit = 2 if options.smoke else None
-
-    def read(source: Source, smallest: int) -> dict[str, images.Pair]:
-        return images.pairs(source.paths()[:limit], options.zoom, smallest)
-
-    for option, these in (("--train-dir", training), ("--test-dir", testing)):
-        if len({source.name for source in these}) < len(these):
-            raise data.DataError(f"two folders of {option} have one name, by which their images and scores are kept")
-    train: dict[str, images.Pair] = {}
-    for source in training:
-        train |= {f"{source.name}/{name}": pair for name, pair in read(source, PATCH).items()}
-    if not options.smoke and (options.images or 0) > len(train):
-        raise data.DataError(f"--images {options.images}: a batch of more images than the {len(train)} to train on")
-    return Dataset(
-        options.zoom, train, {source.name: read(source, images.SMALLEST + 2 * options.zoom) for source in testing}
-    )
+    wanted, limit = (0, 2) if options.smoke else (options.images or 0, None)
+    return pairs.load(*sources, options.zoom, PATCH, wanted, limit)
 
 
-# --- the network ----------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    """What a configuration means: functions of one seed."""
+class Network(NamedTuple):
+    """A network and its optimizer as functions of one seed."""
 
     init: Callable[[jax.Array], State]
     step: Callable[..., tuple[State, loop.Metrics]]
-    evaluate: Callable[[State, loop.Batch], loop.Metrics]
     enlarge: Callable[[State, jax.Array], jax.Array]  # a whole image, [h, w] to [h, w]
 
 
-def build(config: Config) -> Task:
+def build(config: Config) -> Network:
     """Network, loss and optimizer of a row."""
     model = SRCNN(config.normalizer, config.affine, config.l1)
     tx = optax.sgd(config.lr, momentum=0.9)
@@ -294,174 +227,104 @@ def build(config: Config) -> Task:
         return normjax.train.linen_init(model, tx, key, jnp.zeros((1, PATCH, PATCH)), train=False)
 
     def step(state: State, batch: loop.Batch, key: jax.Array) -> tuple[State, loop.Metrics]:
-        return advance(state, images.cut(batch, key, config.patches, PATCH))
+        return advance(state, pairs.cut(batch, key, config.patches, PATCH))
 
     def enlarge(state: State, low: jax.Array) -> jax.Array:
         wide = jnp.pad(low, BORDER, mode="edge")[None]
         return model.apply({"params": state.params, **state.stats}, wide, train=False)[0]  # type: ignore[index]
 
+    return Network(init, step, enlarge)
+
+
+def train(job: Job, config: Config) -> loop.Task:
+    """How a row is trained, and then scored on all sets."""
+    network, dataset = build(config), job.data
+    watched = list(next(iter(dataset.tests.values())).values())[:WATCHED]
+    test = {field: [getattr(pair, field).astype(np.float32) for pair in watched] for field in images.Pair._fields}
+
     def evaluate(state: State, test: loop.Batch) -> loop.Metrics:
         crop, each = config.zoom, []
         for low, high in zip(test["low"], test["high"], strict=True):
-            error = jnp.round(jnp.clip(enlarge(state, low), 0, 1) * 255) / 255 - high
+            error = jnp.round(jnp.clip(network.enlarge(state, low), 0, 1) * 255) / 255 - high
             each.append(-10 * jnp.log10(jnp.mean(jnp.square(error[crop:-crop, crop:-crop]))))
         return {"psnr": jnp.stack(each).mean()}
 
-    return Task(init, step, evaluate, enlarge)
+    def finish(folders: Sequence[Path], show: Callable[[int, str], None]) -> None:
+        for folder in folders:
+            if not (folder / "scores.json").exists():
+                show(config.steps, "scoring")
+                scores.write(folder, scores.score(dataset, enlarger(folder, network)))
 
-
-def train(
-    experiment: Path,
-    name: str,
-    config: Config,
-    dataset: Dataset,
-    environment: dict,
-    show: Callable[[int, str], None],
-) -> None:
-    """Trains all seeds of one row, from where its folders say that it stopped, then scores them on all sets."""
-    folders = runs.seed_folders(experiment, name, config.seeds)
-    runs.create(folders, config, environment)
-    task = build(config)
-    watched = list(next(iter(dataset.tests.values())).values())[:WATCHED]
-    test = {field: [getattr(pair, field).astype(np.float32) for pair in watched] for field in images.Pair._fields}
-    loop.train(
-        folders,
-        task.init,
-        task.step,
-        task.evaluate,
-        images.stack(dataset.train),
+    return loop.Task(
+        network.init,
+        network.step,
+        evaluate,
+        pairs.stack(dataset.train),
         test,
-        steps=config.steps,
-        batch_size=config.images,
-        evaluate_every=config.evaluate_every,
+        config.images,
         side_by_side=False,
         noise=True,
-        on_chunk=lambda step, metrics: show(step, f"PSNR {metrics['psnr'].mean():.2f} dB"),
+        say=lambda metrics: f"PSNR {metrics['psnr'].mean():.2f} dB",
+        finish=finish,
     )
-    missing = [folder for folder in folders if not (folder / "scores.json").exists()]
-    enlarge = jax.jit(task.enlarge)  # compiles once for each shape
-    for folder in missing:
-        show(config.steps, "scoring")
-        state = runs.load(folder, jax.eval_shape(task.init, jax.random.key(0)))
-        write_scores(folder, score(dataset, lambda low, state=state: np.asarray(enlarge(state, low))))
 
 
-# --- scores ---------------------------------------------------------------------------------------
-
-Scores = dict[str, dict[str, dict[str, float | None]]]  # by set and image; None where it is not finite
-
-
-def score(dataset: Dataset, enlarge: Callable[[np.ndarray], np.ndarray]) -> Scores:
-    """PSNR and SSIM of each image of each set; `enlarge` is given the bicubic one, [h, w]."""
-
-    def one(pair: images.Pair) -> dict[str, float | None]:
-        found = images.score(enlarge(pair.low.astype(np.float32)), pair.high, dataset.zoom)
-        return {name: runs.number(value) for name, value in found.items()}
-
-    return {test: {name: one(pair) for name, pair in pairs.items()} for test, pairs in dataset.tests.items()}
-
-
-def score_bicubic(dataset: Dataset) -> Scores:
-    """What there is to beat."""
-    return score(dataset, lambda low: low)
-
-
-def bicubic_alone(dataset: Dataset) -> str:
-    """The table of --bicubic."""
-    rows = {"bicubic": report.Row({"steps": 0}, {}, [[means(score_bicubic(dataset))]])}
-    return summarize(rows, list(dataset.tests))
-
-
-def write_scores(folder: Path, scores: Scores) -> None:
-    """Writes scores.json, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.write(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
-
-
-def means(scores: Scores) -> runs.Line:
-    """Averages over the images of each set: {"Set5 psnr": ..., "Set5 ssim": ..., ...}, null where one is."""
-    line = {}
-    for test, of in scores.items():
-        for name in ("psnr", "ssim"):
-            values = [math.nan if each[name] is None else each[name] for each in of.values()]
-            line[f"{test} {name}"] = runs.number(np.mean(np.asarray(values, np.float64)))
-    return line
-
-
-def read_rows(experiment: Path, names: Sequence[str]) -> dict[str, report.Row]:
-    """Bicubic, and those rows that are trained and scored; the scores are in the last line of each seed."""
-
-    def read(folder: Path) -> runs.Line:
-        return means(json.loads((folder / "scores.json").read_text()))
-
-    rows = {"bicubic": report.Row({"steps": 0}, {}, [[{"step": 0} | read(experiment / "bicubic")]])}
-    for name, row in report.read_rows(experiment, names).items():
-        folders = runs.seed_folders(experiment, name, len(row.seeds))
-        if all((folder / "scores.json").exists() for folder in folders):
-            seeds = [[*lines[:-1], lines[-1] | read(folder)] for lines, folder in zip(row.seeds, folders, strict=True)]
-            rows[name] = row._replace(seeds=seeds)
-    return rows
+def enlarger(folder: Path, network: Network) -> pairs.Enlarge:
+    """What one seed has learned, from its checkpoint."""
+    state, enlarge = loop.trained(folder, network.init), jax.jit(network.enlarge)  # compiles once for each shape
+    return lambda low: np.asarray(enlarge(state, low))
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write_report(experiment: Path, configs: Mapping[str, Config], dataset: Dataset) -> None:
-    """Prints the tables, and writes them with the pictures to report.md and report.html; all is read back."""
-    rows = read_rows(experiment, list(configs))
-    trained = {name: row for name, row in rows.items() if name != "bicubic"}
-    config = next(iter(configs.values()))
-    summary, compared = summarize(rows, list(dataset.tests)), compare(rows, dataset)
-    print(f"\n{summary}\n\n{compared}\n")
+def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) -> report.Report:
+    """Scores on each set beside the published numbers, curves, and a piece of an image of each set."""
+    dataset, config = job.data, next(iter(configs.values()))
+    scores.write(job.folder / "bicubic", scores.score(dataset, scores.bicubic))
+    scored = scores.joined(job.folder, rows)
+    trained = {name: row for name, row in scored.items() if name != "bicubic"}
+    results, compared = tables.each(scored, summary(list(dataset.tests))), compare(scored, dataset)
     watched = next(iter(dataset.tests))
+
+    def late(row: report.Row) -> str:
+        return report.plus_minus(row.curve("test_psnr")[1][:, -5:].ravel().tolist(), 2)
+
+    enlarge: dict[str, pairs.Enlarge] = {"bicubic": scores.bicubic}
+    for name in trained:
+        enlarge[name] = enlarger(runs.seed_folders(job.folder, name, 1)[0], build(configs[name]))
+    drawn = {"images": pictures.draw_images(dataset, enlarge)}
     if trained:
         metrics = {"test_psnr": f"PSNR on {watched} (the first {WATCHED}), dB", "loss": "training loss (log)"}
-        report.save(report.curves(trained, metrics, style, config.evaluate_every), experiment / "curves.png")
-    report.save(draw(experiment, trained, configs, dataset), experiment / "images.png")
-    head = ["row", "normalizer", "alpha", "scale and bias", "learning rate", f"PSNR on {watched}, last 5 evaluations"]
-    lines = []
-    for k, r in trained.items():
-        facts = (r.config["l1"], r.config["affine"], r.config["lr"])
-        late = report.plus_minus(r.curve("test_psnr")[1][:, -5:].ravel().tolist(), 2)
-        lines.append([f"`{k}`", f"`{r.config['normalizer']}`", *map(str, facts), late])
-    settings = ("zoom", "train", "seeds", "steps", "images", "patches")
-    text = REPORT.format(
-        settings=", ".join(f"{name} {getattr(config, name)}" for name in settings),
-        summary=summary,
-        compared=compared,
-        zoom=config.zoom,
-        watched=watched,
-        many=WATCHED,
-        normalizers=report.table(head, lines),
-        environments=report.environments(trained),
-    )
-    report.write_pages(experiment, text)
-    print(f"Report: {experiment / 'report.html'} (and report.md)")
+        drawn["curves"] = report.curves(trained, metrics, style, config.evaluate_every)
+    columns = tables.NORMALIZERS | tables.config({"learning rate": "lr"})
+    columns |= {f"PSNR on {watched}, last 5 evaluations": late}
+    values = {
+        "settings": report.settings(vars(config), "zoom", "train", "seeds", "steps", "images", "patches"),
+        "summary": results,
+        "compared": compared,
+        "zoom": config.zoom,
+        "watched": watched,
+        "many": WATCHED,
+        "normalizers": tables.each(trained, columns),
+    }
+    return report.Report((results, compared), drawn, values)
 
 
-def summarize(rows: Mapping[str, report.Row], tests: Sequence[str]) -> str:
-    """The table of results, one line a row: PSNR and SSIM on each set."""
-    head = ["row", *(f"{test} {name}" for test in tests for name in ("PSNR", "SSIM")), "steps", "seconds"]
-    lines = []
-    for name, row in rows.items():
-        cells = [
-            report.plus_minus(row.last(f"{test} {metric}"), digits)
-            for test in tests
-            for metric, digits in (("psnr", 2), ("ssim", 4))
-        ]
-        seconds = "" if name == "bicubic" else f"{row.last('seconds')[0]:.0f}"
-        lines.append([f"`{name}`", *cells, f"{row.config['steps']:,}", seconds])
-    return report.table(head, lines)
+def summary(tests: Sequence[str]) -> dict[str, tables.Column]:
+    """PSNR and SSIM on each set."""
+    found = {f"{test} {name}": (f"{test} {name.lower()}", digits) for test in tests for name, digits in SCORES}
+    columns = {head: tables.shown(*metric) for head, metric in found.items()}
+    columns["steps"] = lambda row: f"{row.config['steps']:,}"
+    return columns | {"seconds": lambda row: tables.seconds()(row) if row.environment else ""}
 
 
-def compare(rows: Mapping[str, report.Row], dataset: Dataset) -> str:
+def compare(rows: Mapping[str, report.Row], dataset: pairs.Dataset) -> str:
     """Published numbers beside ours where there are any, and differences between rows, paired over seeds."""
     parts = []
     last = list(dataset.tests)[-1]
-    chosen = (
-        tables.Metric(f"{last} psnr", f"PSNR on {last}, dB"),
-        tables.Metric(f"{last} ssim", f"SSIM on {last}", digits=4),
-    )
+    psnr = tables.Metric(f"{last} psnr", f"PSNR on {last}, dB")
+    chosen = (psnr, tables.Metric(f"{last} ssim", f"SSIM on {last}", digits=4))
     published = PUBLISHED.get(dataset.zoom, {})
     for k, metric in enumerate(chosen):
         if last == "BSD200" and published:
@@ -476,91 +339,11 @@ def style(name: str) -> dict:
     return {"color": f"C{list(ROWS).index(name.rstrip('*'))}", "ls": "--" if name.endswith("*") else "-"}
 
 
-def draw(
-    experiment: Path, rows: Mapping[str, report.Row], configs: Mapping[str, Config], dataset: Dataset, width: int = 72
-) -> Figure:
-    """A piece of the first image of each set, bicubic, by seed 0 of each row and the truth, with the image's scores.
-
-    The piece is the one of `width` pixels in which bicubic errs the most.
-    """
-    enlarge = {"bicubic": lambda low: low} | {name: enlarger(experiment, name, configs[name]) for name in rows}
-    figure = Figure(figsize=(2.5 * (len(enlarge) + 1), 2.8 * len(dataset.tests)), layout="constrained")
-    axes = figure.subplots(len(dataset.tests), len(enlarge) + 1, squeeze=False)
-    for line, (test, pairs) in zip(axes, dataset.tests.items(), strict=True):
-        name, pair = next(iter(pairs.items()))
-        corner = images.worst(np.square(pair.high - pair.low), width)
-        piece = tuple(slice(c, c + width) for c in corner)
-        for ax, (row, f) in zip(line, enlarge.items(), strict=False):
-            image = f(pair.low.astype(np.float32))
-            psnr, ssim = images.score(image, pair.high, dataset.zoom).values()
-            ax.imshow(np.clip(image, 0, 1)[piece], cmap="gray", vmin=0, vmax=1)
-            ax.set_title(f"{row}: {psnr:.2f} dB, {ssim:.4f}", fontsize=9)
-        line[-1].imshow(pair.high[piece], cmap="gray", vmin=0, vmax=1)
-        line[-1].set_title(f"{test}: {name}", fontsize=9)
-    for ax in figure.axes:
-        ax.set(xticks=[], yticks=[])
-    return figure
-
-
-def enlarger(experiment: Path, name: str, config: Config) -> Callable[[np.ndarray], np.ndarray]:
-    """What seed 0 of a row has learned, from its checkpoint."""
-    task = build(config)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
-    state = runs.load(runs.seed_folders(experiment, name, 1)[0], shapes)
-    enlarge = jax.jit(task.enlarge)
-    return lambda low: np.asarray(enlarge(state, low))
-
-
-REPORT = """# Super-resolution: SRCNN with and without normalizers
-
-{settings}. Every row starts from the same weights and sees the same patches in the same order.
-
-{summary}
-
-Averages over the images of each set, mean +- standard deviation over seeds; PSNR in decibels and SSIM of the luminance,
-rounded to 8 bits, without a border of {zoom} pixels. Seconds are those of the training steps of all seeds together.
-
-{compared}
-
-Published are averages on BSD200 (Ren et al. 2017), of runs whose length is not known. Their bicubic PSNR is half a decibel
-below what their own definition gives, on any crop of the border, while their SSIM is the one measured here: so
-compare differences between rows. Sigma of dn and dn* and alpha of dn* are the published values, which may have been chosen
-on the test sets; alpha 0 of dn* below is the loss of the published code, without the penalty. Sigma of bn, and the rows
-dn and dn-ms, are ours.
-
-The learning rate is constant, and what a row scores still moves from one evaluation to the next: the last column
-of the table below has the last five of all seeds. Where bn has a smaller rate, by default a tenth, at which it does not
-diverge, differences to it contain that.
-
-## Learning curves
-
-![Learning curves](curves.png)
-
-PSNR on the first {many} images of {watched}, and the loss without the penalty. Mean over seeds, band of one standard
-deviation.
-
-## Images
-
-![Images](images.png)
-
-A piece of the first image of each set, where bicubic errs the most: bicubic, seed 0 of each row, the truth. The scores are
-those of the whole image.
-
-## The rows
-
-{normalizers}
-
-v is centred over the first field and divided by the square root of eps (sigma squared) plus gain times the mean square
-over the second; alpha is the factor of the L1 penalty mean |v|.
-
-## Where the numbers come from
-
-The folders beside this file: config.json, metrics.jsonl, a checkpoint and scores.json (of every image) for each row and
-seed.
-
-{environments}
-"""
-
+DESCRIPTION = "Trains SRCNN with each normalizer on patches, and scores it on whole images beside bicubic."
+EXPERIMENT = experiment.Experiment(
+    "superres", DESCRIPTION, Options, tuple(ROWS), listing, configure, load, train, write, folder, source
+)
+main = functools.partial(experiment.run, EXPERIMENT)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,12 @@
 """A path of a pytree as text: one spelling for linen's dictionaries, `nnx.State`s, nnx modules and optimizer states."""
 
+from typing import Any, TypeAlias
+
 import jax
 from jax.tree_util import KeyPath
+
+PyTree: TypeAlias = Any
+"""Any tree of arrays that JAX's tree functions take: no type says what its leaves are, nor which classes are nodes."""
 
 
 def path_parts(path: KeyPath) -> tuple[str, ...]:

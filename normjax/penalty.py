@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.sharding import axis_size
+from normjax._paths import path_parts
 
 
 def l1_penalty(
@@ -80,7 +81,7 @@ def total_penalty(
     """
     total = jnp.zeros((), np.float32)
     for path, value in jax.tree_util.tree_leaves_with_path(penalties):
-        parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        parts = path_parts(path)
         factor = next((w for name, w in (weights or {}).items() if name in parts), default)
         total = total + jnp.asarray(factor, np.float32) * jnp.sum(jnp.asarray(value).astype(np.float32))
     return total

@@ -314,7 +314,7 @@ def test_probes_of_a_model_whose_layers_jit_knows_already_capture_each_its_own()
 @pytest.mark.slow
 def test_report_of_a_probe_has_every_layer_of_both_libraries_alike():
     model, variables = linen_model()
-    options = {"layers": "block/*"}
+    options: Any = {"layers": "block/*"}
     one = linen_capture(model, **options, loss=lambda out: loss(out[0]))
     two = nnx_capture(nnx_model(), **options, loss=loss)
 

@@ -13,8 +13,11 @@ import optax
 import pytest
 
 from experiments import cifar
-from experiments.common import loop, ren, runs
+from experiments.common import classify, data, loop, runs
+from experiments.networks import cnn, conv, layers
+from experiments.networks.resnet import ResNet
 from normjax import Normalizer
+from tests.commands import contents, kill_here, refused
 
 # --- written out in NumPy -------------------------------------------------------------------------
 
@@ -99,7 +102,7 @@ def applied(model, x):
 def test_cnn_is_the_papers_in_numpy(name):
     row = cifar.ROWS[name]
     config = cifar.configure(name, cifar.Options(dataset="cifar100"))
-    model = ren.CNN(config.normalizers, channels=(3, 4, 5), hidden=6, affine=config.affine, l1=config.l1)
+    model = cnn.ren2017(config.normalizers, channels=(3, 4, 5), hidden=6, affine=config.affine, l1=config.l1)
     x = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
     params, logits, penalty = applied(model, x)
     a, sizes = x.astype(np.float64), []
@@ -121,7 +124,7 @@ def test_resnet_is_the_papers_in_numpy(name):
     row, widths = cifar.ROWS[name], (4, 4, 6)
     config = cifar.configure(name, cifar.Options(dataset="cifar10"))
     learned, more = config.learn_sigma, {"affine": config.affine, "l1": config.l1}
-    model = ren.ResNet(config.normalizers[:3], widths=widths, units=1, learn_sigma=learned, **more)
+    model = ResNet(config.normalizers[:3], widths=widths, units=1, learn_sigma=learned, **more)
     x = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
     params, logits, penalty = applied(model, x)
     sizes = []
@@ -145,7 +148,7 @@ def test_resnet_is_the_papers_in_numpy(name):
 
 def test_resnet_has_32_layers_and_464_154_weights():
     """He et al.'s count for 32 layers of these widths, and no biases but the last: 464,154 kernels and a bias of 10."""
-    model = ren.ResNet((Normalizer(None, None),) * 4, affine=False)
+    model = ResNet((Normalizer(None, None),) * 4, affine=False)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))["params"]
     kernels = [leaf for leaf in jax.tree.leaves(shapes) if len(leaf.shape) > 1]
     assert len(kernels) == 32
@@ -165,7 +168,7 @@ def pulled(f, x, g):
 def test_max_pools_gradient_goes_to_the_first_maximum_of_each_window():
     x = np.random.default_rng(0).integers(0, 3, (2, 8, 6, 3)).astype(np.float32)  # many ties
     g = np.random.default_rng(1).normal(size=(2, 4, 3, 3)).astype(np.float32)
-    y, back = pulled(ren.max_pool, x, g)
+    y, back = pulled(layers.overlapping_max, x, g)
     np.testing.assert_array_equal(y, numpy_pool(x, np.max))
     expected = np.zeros_like(x)
     for n, i, j, c in np.ndindex(*g.shape):
@@ -177,7 +180,7 @@ def test_max_pools_gradient_goes_to_the_first_maximum_of_each_window():
 
 def test_avg_pool_and_its_gradient_count_what_is_there():
     x, g = (np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32) for size in (6, 3))
-    y, back = pulled(ren.avg_pool, x, g)
+    y, back = pulled(layers.overlapping_mean, x, g)
     np.testing.assert_allclose(y, numpy_pool(x, np.mean), atol=1e-6)
     expected = np.zeros_like(x)
     for i, j in np.ndindex(3, 3):
@@ -186,7 +189,7 @@ def test_avg_pool_and_its_gradient_count_what_is_there():
     np.testing.assert_allclose(back, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("pool", [ren.max_pool, ren.avg_pool])
+@pytest.mark.parametrize("pool", [layers.overlapping_max, layers.overlapping_mean])
 def test_odd_maps_are_refused(pool):
     with pytest.raises(ValueError, match=r"pooling takes maps of even size; found \(1, 4, 7, 3\)"):
         pool(jnp.zeros((1, 4, 7, 3)))
@@ -210,7 +213,8 @@ def test_convolution_and_all_its_derivatives_equal_flaxs(n):
         return conv.apply(variables, x), jax.grad(wave, (0, 1))(variables, x), forward, jax.grad(slope)(variables, x)
 
     ours, theirs = (
-        measured(c, variables, x) for c in (ren.Conv(4, stride=stride), nn.Conv(4, (3, 3), (stride, stride)))
+        measured(c, variables, x)
+        for c in (conv.Conv(4, stride=stride, form="halves"), nn.Conv(4, (3, 3), (stride, stride)))
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
@@ -220,7 +224,7 @@ def test_gradients_of_convolutions_reach_xla_in_the_order_that_loops_need():
     """Batch first, features last, kernels (h, w, i, o): all else is slow in a loop on CPUs."""
 
     def loss(x, kernel):
-        return jnp.sum(jnp.square(ren.convolve(x, kernel)))
+        return jnp.sum(jnp.square(conv.convolve(x, kernel)))
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(jnp.ones((5, 6, 6, 4)), jnp.ones((3, 3, 4, 8))).as_text()
     orders = re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", text)
@@ -228,7 +232,7 @@ def test_gradients_of_convolutions_reach_xla_in_the_order_that_loops_need():
 
 
 def test_first_weights_have_the_published_spread():
-    model = ren.CNN((Normalizer(None, None),) * 3, affine=False)
+    model = cnn.ren2017((Normalizer(None, None),) * 3, affine=False)
     params = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), jnp.zeros((1, 8, 8, 3)), train=False))()[
         "params"
     ]
@@ -311,14 +315,14 @@ SMOKE = cifar.Options(smoke=True)
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """Digits, on which every row can be tried."""
-    digits = cifar.data.digits()
-    return cifar.Job(tmp_path_factory.mktemp("cifar"), digits, cifar.mean_image(digits), False, {})
+    return cifar.Job(SMOKE, tmp_path_factory.mktemp("cifar"), data.digits())
 
 
 def test_mean_image_is_that_of_train_and_test(job):
-    pixels = np.concatenate([job.dataset.train["image"], job.dataset.test["image"]]).astype(np.float64)
-    np.testing.assert_allclose(job.mean, pixels.mean(axis=0), rtol=1e-6)
-    assert job.mean.shape == (8, 8, 1)
+    pixels = np.concatenate([job.data.train["image"], job.data.test["image"]]).astype(np.float64)
+    mean = classify.mean_image(job.data)
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-6)
+    assert mean.shape == (8, 8, 1)
 
 
 QUICK = ("base+dropout", "bn*", "dn-ms", "resnet-dn*")
@@ -331,7 +335,7 @@ def test_rows_make_a_step(job, names):
     for name in names:
         row = cifar.ROWS[name]
         config = cifar.configure(name, SMOKE)
-        task = cifar.build(config, job)
+        task = cifar.train(job, config)
         key = jax.eval_shape(lambda: jax.random.key(0))
         before = jax.eval_shape(task.init, key)
         after, metrics = jax.eval_shape(task.step, before, batch, key if task.noise else None)
@@ -352,9 +356,9 @@ def start(task):
 def test_learning_rate_falls_to_a_tenth_at_each_decay_point_and_kernels_alone_decay(job):
     """An update is -rate * trace, the trace of momentum: here almost wholly the decay, 1e6 * kernel."""
     config = dataclasses.replace(cifar.configure("bn", SMOKE), decays=(1, 2), lr=1e-7, weight_decay=1e6)
-    task = cifar.build(config, job)
+    task = cifar.train(job, config)
     state, step, rates = start(task), jax.jit(task.step), []
-    batch = {name: jnp.asarray(column[:8]) for name, column in job.dataset.train.items()}
+    batch = {name: jnp.asarray(column[:8]) for name, column in job.data.train.items()}
     for k in range(3):
         after, _ = step(state, batch)
         (trace,) = (s.trace for s in jax.tree.leaves(after.opt_state, is_leaf=is_trace) if is_trace(s))
@@ -373,7 +377,7 @@ def is_trace(state):
 
 def test_augmented_images_are_crops_of_the_padded_ones_half_of_them_mirrored():
     image = np.random.default_rng(0).integers(1, 256, (64, 6, 6, 3), np.uint8)
-    made = np.asarray(jax.jit(cifar.augment)(jax.random.key(0), image))
+    made = np.asarray(jax.jit(classify.augment)(jax.random.key(0), image))
     padded = np.pad(image, ((0, 0), (4, 4), (4, 4), (0, 0)))
     found = []
     for one, source in zip(made, padded, strict=True):
@@ -396,12 +400,13 @@ def test_last_evaluation_is_on_all_test_images_and_earlier_ones_on_the_first(job
     monkeypatch.setattr(cifar, "BETWEEN", 40)
     monkeypatch.setattr(cifar, "HELD_OUT_BATCH", 20)
     config = dataclasses.replace(cifar.configure("base", SMOKE), batch_size=30)
-    task = cifar.build(config, job)
+    task = cifar.train(job, config)
     state = start(task)
-    test = {name: jnp.asarray(column[:100]) for name, column in job.dataset.test.items()}
+    test = {name: jnp.asarray(column[:100]) for name, column in job.data.test.items()}
     evaluate = jax.jit(task.evaluate)
-    model = ren.CNN(config.normalizers, affine=False)
-    logits = model.apply({"params": state.params}, test["image"].astype(jnp.float32) - job.mean[None], train=False)
+    model = cnn.ren2017(config.normalizers, affine=False)
+    x = test["image"].astype(jnp.float32) - classify.mean_image(job.data)[None]
+    logits = model.apply({"params": state.params}, x, train=False)
     right = np.asarray(logits).argmax(-1) == np.asarray(test["label"])  # type: ignore[union-attr]
     for step, n in ((config.steps - 1, 40), (config.steps, 100)):
         found = evaluate(state._replace(step=jnp.asarray(step, jnp.int32)), test)
@@ -410,13 +415,6 @@ def test_last_evaluation_is_on_all_test_images_and_earlier_ones_on_the_first(job
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        cifar.main(list(arguments))
-    assert caught.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -430,58 +428,35 @@ def refused(capsys, *arguments):
     ],
 )  # fmt: skip
 def test_wrong_command_is_refused_and_writes_nothing(capsys, tmp_path, arguments, message):
-    assert refused(capsys, "--out", str(tmp_path), *arguments).startswith(f"error: {message}")
+    assert refused(capsys, cifar.main, "--out", str(tmp_path), *arguments).startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_truncated_archive_is_named_with_the_expected_size(capsys, tmp_path):
     archive = tmp_path / "cifar-10-binary.tar.gz"
     archive.write_bytes(b"\x1f\x8b\x08\x00" + bytes(100))
-    error = refused(capsys, "--data-dir", str(tmp_path), "--out", str(tmp_path / "runs"))
+    error = refused(capsys, cifar.main, "--data-dir", str(tmp_path), "--out", str(tmp_path / "runs"))
     assert error.startswith(f"error: {archive} is truncated or damaged, 104 bytes where the publisher's has 170052171")
     assert not (tmp_path / "runs").exists()
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing handles it."""
-
-
-def contents(folder):
-    """All that must not change: metrics without the seconds, and every array."""
-    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in runs.read(folder / "metrics.jsonl")]
-    (checkpoint,) = (folder / "checkpoint").iterdir()
-    with runs.ocp.StandardCheckpointer() as checkpointer:
-        arrays = jax.tree.leaves(checkpointer.restore(checkpoint.absolute()))
-    return lines, [np.asarray(a).tobytes() for a in arrays]
-
-
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits_and_the_report_shows_them(tmp_path, monkeypatch):
-    """Rows with and without noise; that a kill at any moment is survived, the shared parts' own tests say."""
-    rows = ["--smoke", "--rows", "bn", "bn*", "base+dropout", "--out"]
-    cifar.main([*rows, str(tmp_path / "a")])
-    calls = []
-
-    def batches(*args, do=loop.batches):
-        calls.append(args)
-        if len(calls) == 8:  # the second chunk of the third row
-            raise Killed
-        return do(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "batches", batches)
-        with pytest.raises(Killed):
-            cifar.main([*rows, str(tmp_path / "b")])
-    cifar.main([*rows, str(tmp_path / "b"), "--resume"])
+    """A row with noise is killed in its second chunk."""
+    rows = ["--smoke", "--out"]
+    cifar.main([*rows, str(tmp_path / "a"), "--rows", "bn", "bn*", "base+dropout"])
+    dropout = [*rows, str(tmp_path / "b"), "--rows", "base+dropout"]
+    kill_here(monkeypatch, loop, "batches", 2, cifar.main, dropout)
+    cifar.main([*dropout, "--resume"])
     a, b = (tmp_path / name / "cifar-digits-smoke" for name in "ab")
-    for row in ("bn", "bn-star", "base+dropout"):
-        for seed in ("seed-0", "seed-1"):
-            assert contents(a / row / seed) == contents(b / row / seed)
-    text = (b / "report.md").read_text()
-    last = [runs.read(b / "bn-star" / f"seed-{k}" / "metrics.jsonl")[-1] for k in (0, 1)]
+    for seed in ("seed-0", "seed-1"):
+        assert contents(a / "base+dropout" / seed) == contents(b / "base+dropout" / seed)
+    text = (a / "report.md").read_text()
+    last = [runs.read(a / "bn-star" / f"seed-{k}" / "metrics.jsonl")[-1] for k in (0, 1)]
     shown = [100 * line["test_accuracy"] for line in last]
     assert f"{np.mean(shown):.2f} +- {np.std(shown, ddof=1):.2f}" in text
     assert "(histograms.png)" in text
-    assert (b / "report.html").read_text().count("data:image/png;base64,") == 3
-    config = json.loads((b / "bn-star" / "seed-1" / "config.json").read_text())
+    assert (a / "report.html").read_text().count("data:image/png;base64,") == 3
+    assert (b / "report.html").read_text().count("data:image/png;base64,") == 2  # no pair of rows
+    config = json.loads((a / "bn-star" / "seed-1" / "config.json").read_text())
     assert config["config"] == runs.as_json(cifar.configure("bn*", SMOKE))

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.common import cli
 from normjax import Normalizer, normalize, train
-from tests.test_experiments import contents
+from tests.commands import contents
 from tests.test_train import alike, maker, masked_data
 
 ROOT = Path(__file__).parents[1]

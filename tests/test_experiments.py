@@ -1,87 +1,22 @@
 """experiments: the command line refuses before it writes, a killed run ends with the same bits, the report is true."""
 
 import json
-import os
 import re
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from experiments import compare
-from experiments.common import loop, models, pictures, report, runs
-
-ROOT = Path(__file__).parents[1]
-
-# Runs the main job, and kills it (no clean-up, as `kill -9`) at the n-th time that a moment comes.
-KILLER = """
-import os, pathlib, shutil, signal, sys
-from experiments import compare
-from experiments.common import loop, runs
-
-moment, n = sys.argv[1], int(sys.argv[2])
-times = 0
-
-def its_time():
-    global times
-    times += 1
-    return times == n
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def batches(*args, do=loop.batches):  # before the steps of a chunk
-    return die() if its_time() else do(*args)
-
-def append(path, lines, do=runs.append):  # half the lines, the last one torn
-    if its_time():
-        do(path, lines)
-        os.truncate(path, path.stat().st_size - 30)
-        die()
-    do(path, lines)
-
-def rename(source, target, do=os.rename):  # a checkpoint is written but not yet named
-    if pathlib.Path(target).parent.name == "checkpoint" and its_time():
-        die()
-    do(source, target)
-
-def rmtree(path, *args, do=shutil.rmtree, **kwargs):  # an old checkpoint is half deleted
-    if its_time():
-        next(p for p in pathlib.Path(path).rglob("*") if p.is_file()).unlink()
-        die()
-    do(path, *args, **kwargs)
-
-if moment == "steps": loop.batches = batches
-if moment == "metrics": runs.append = append
-if moment == "checkpoint": os.rename = rename
-if moment == "deletion": shutil.rmtree = rmtree
-compare.main(sys.argv[3:])
-"""
-
-
-def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    """Runs `python *arguments` in an empty folder, as a user would: under JAX's own settings."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
-
-
-def contents(seed: Path) -> tuple[list[dict], dict[str, bytes]]:
-    """All that must not change: metrics without the seconds, and the bytes of every array."""
-    lines = [json.loads(line) for line in (seed / "metrics.jsonl").read_text().splitlines()]
-    (checkpoint,) = (seed / "checkpoint").iterdir()
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(checkpoint.absolute())
-    arrays = {jax.tree_util.keystr(p): np.asarray(a).tobytes() for p, a in jax.tree_util.tree_leaves_with_path(state)}
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines], arrays
+from experiments.common import loop, pictures, report, runs
+from experiments.networks import layers
+from experiments.networks.conv import Conv
+from tests import toy
+from tests.commands import command, contents, kill, refused
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +72,13 @@ def test_html_report_needs_no_other_file(smoke):
     assert "<em>" not in html  # the stars of the rows' names are no Markdown
 
 
-def killed_and_resumed(undisturbed, folder, moment, n, *options):
-    """What each seed of a run that was killed and resumed left, beside what that of an undisturbed one left."""
-    arguments = ["--smoke", "--rows", "batch*"]
-    killed = command("-c", KILLER, moment, str(n), *arguments, *options, folder=folder)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = command("-m", "experiments.compare", *arguments, "--resume", folder=folder)
-    assert resumed.returncode == 0, resumed.stderr
-    seeds = [Path("runs") / "compare-smoke" / "batch-star" / f"seed-{k}" for k in range(2)]
-    return [(contents(folder / seed), contents(undisturbed / seed)) for seed in seeds]
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Path:
+    """The smallest experiment, run undisturbed."""
+    folder = tmp_path_factory.mktemp("toy")
+    done = command("-m", "tests.toy", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.mark.slow
@@ -159,10 +92,24 @@ def killed_and_resumed(undisturbed, folder, moment, n, *options):
         ("deletion", 3),  # of seed 0's step 2
     ],
 )
-def test_killed_run_resumes_to_the_same_bits(smoke, tmp_path, moment, n):
-    for (lines, arrays), (expected_lines, expected_arrays) in killed_and_resumed(smoke[0], tmp_path, moment, n):
-        assert lines == expected_lines
-        assert arrays == expected_arrays
+def test_killed_run_resumes_to_the_same_bits(toys, tmp_path, moment, n):
+    kill("tests.toy", moment, n, folder=tmp_path)
+    resumed = command("-m", "tests.toy", "--resume", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    for seed in ("slow/seed-0", "slow/seed-1", "fast-star/seed-0", "fast-star/seed-1"):
+        assert contents(tmp_path / "runs" / "toy" / seed) == contents(toys / "runs" / "toy" / seed)
+    tables = [(folder / "runs" / "toy" / "report.md").read_text().split("- `")[0] for folder in (tmp_path, toys)]
+    assert tables[0] == tables[1]
+
+
+def killed_and_resumed(undisturbed, folder, moment, n, *options):
+    """What each seed of the main job, killed and resumed, left, beside what that of an undisturbed one left."""
+    arguments = ["--smoke", "--rows", "batch*"]
+    kill("experiments.compare", moment, n, *arguments, *options, folder=folder)
+    resumed = command("-m", "experiments.compare", *arguments, "--resume", folder=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    seeds = [Path("runs") / "compare-smoke" / "batch-star" / f"seed-{k}" for k in range(2)]
+    return [(contents(folder / seed), contents(undisturbed / seed)) for seed in seeds]
 
 
 @pytest.mark.slow
@@ -181,17 +128,7 @@ def test_run_on_many_devices_resumed_on_one_has_the_numbers_of_one(smoke, tmp_pa
 
 # --- what is refused ------------------------------------------------------------------------------
 
-SMOKE = {
-    name: compare.configure(config, compare.Options(smoke=True)) for name, config in compare.ROWS.items()
-}  # fmt: skip
-
-
-def refused(capsys, *arguments: str) -> str:
-    """What the main job prints to stderr when it refuses."""
-    with pytest.raises(SystemExit) as caught:
-        compare.main(list(arguments))
-    assert caught.value.code == 2
-    return capsys.readouterr().err
+SMOKE = {name: compare.configure(name, compare.Options(smoke=True)) for name in compare.ROWS}
 
 
 @pytest.mark.parametrize(
@@ -215,31 +152,30 @@ def refused(capsys, *arguments: str) -> str:
     ],
 )  # fmt: skip
 def test_wrong_command_is_refused_and_writes_nothing(capsys, tmp_path, arguments, message):
-    assert refused(capsys, "--out", str(tmp_path), *arguments) == f"error: {message}\n"
+    assert refused(capsys, compare.main, "--out", str(tmp_path), *arguments) == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_more_devices_than_a_running_backend_has_are_refused(capsys, tmp_path):
     many = jax.local_device_count() + 1
     device = jax.local_devices()[0]
-    assert refused(capsys, "--out", str(tmp_path), "--devices", str(many)) == (
+    assert refused(capsys, compare.main, "--out", str(tmp_path), "--devices", str(many)) == (
         f"error: --devices {many}: found {many - 1} ({device.platform}: {device.device_kind})\n"
     )
 
 
 def test_misspelt_option_names_the_closest(capsys, tmp_path):
-    error = refused(capsys, "--out", str(tmp_path), "--sedes", "3")
+    error = refused(capsys, compare.main, "--out", str(tmp_path), "--sedes", "3")
     assert "--sedes" in error
     assert "--seeds INT" in error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_results_are_neither_lost_nor_mixed(capsys, tmp_path):
-    configs = {name: compare.configure(config, compare.Options(steps=20)) for name, config in compare.ROWS.items()}
     folder = tmp_path / "compare" / "batch-star"
-    runs.create([folder / "seed-0"], configs["batch*"], {})
+    runs.create([folder / "seed-0"], compare.configure("batch*", compare.Options(steps=20)), {})
     out = ["--out", str(tmp_path), "--steps"]
-    assert refused(capsys, *out, "20", "--rows", "batch-star") == (
+    assert refused(capsys, compare.main, *out, "20", "--rows", "batch-star") == (
         f"error: {folder} already holds a run; --resume continues or keeps it, --overwrite deletes it first, "
         "--out starts elsewhere\n"
     )
@@ -247,12 +183,39 @@ def test_results_are_neither_lost_nor_mixed(capsys, tmp_path):
         f"error: {folder / 'seed-0'} holds a run of another configuration: steps (20 there, 30 here), "
         "evaluate_every (2 there, 3 here), lr (0.05 there, 0.1 here); choose another --out, or the same options\n"
     )
-    assert refused(capsys, *out, "30", "--lr", "0.1", "--rows", "batch-star", "--resume") == differs
-    assert refused(capsys, *out, "30", "--lr", "0.1", "--rows", "layer") == differs
+    assert refused(capsys, compare.main, *out, "30", "--lr", "0.1", "--rows", "batch-star", "--resume") == differs
+    assert refused(capsys, compare.main, *out, "30", "--lr", "0.1", "--rows", "layer") == differs
     assert [p.name for p in folder.rglob("*")] == ["seed-0", "config.json"]
 
 
 # --- the shared parts -----------------------------------------------------------------------------
+
+
+def test_smallest_experiment_lists_trains_resumes_and_reports(capsys, tmp_path):
+    toy.main(["--list"])
+    assert capsys.readouterr().out == "slow, fast*\n"
+    out = ["--out", str(tmp_path)]
+    toy.main([*out, "--rows", "slow"])
+    folder, before = tmp_path / "toy", contents(tmp_path / "toy" / "slow" / "seed-1")
+    assert [line.get("test_error") is not None for line in before[0]] == [True, False, True, False, True, False, True]
+    toy.main([*out, "--resume"])  # rows that are complete stay, and the report has both
+    assert contents(folder / "slow" / "seed-1") == before
+    errors = [runs.read(folder / "fast-star" / f"seed-{k}" / "metrics.jsonl")[-1]["test_error"] for k in range(2)]
+    shown = f"| {np.mean(errors):.3f} +- {np.std(errors, ddof=1):.3f} |"
+    for page in (capsys.readouterr().out, (folder / "report.md").read_text()):
+        assert [shown in line for line in page.splitlines() if line.startswith("| `fast*`")] == [True]
+    mixed = [*out, "--steps", "2", "--rows", "slow", "--overwrite"]
+    assert refused(capsys, toy.main, *mixed).startswith(
+        f"error: {folder / 'fast-star' / 'seed-0'} holds a run of another"
+    )
+    toy.main([*out, "--steps", "2", "--overwrite"])
+    assert len(contents(folder / "slow" / "seed-0")[0]) == 3
+
+
+def test_an_experiment_of_no_steps_measures_the_first_weights(tmp_path):
+    toy.main(["--out", str(tmp_path), "--steps", "0"])
+    ((line,), _) = contents(tmp_path / "toy" / "slow" / "seed-0")
+    assert line.keys() == {"step", "test_error"}
 
 
 def test_torn_line_and_later_steps_are_dropped(tmp_path):
@@ -308,7 +271,7 @@ def test_convolution_equals_flaxs_under_vmap(size):
     x = rng.normal(size=(2, 7, 8, 3)).astype(np.float32)
     params = {"kernel": rng.normal(size=(2, *size, 3, 6)), "bias": rng.normal(size=(2, 6))}
     variables = {"params": jax.tree.map(lambda a: a.astype(np.float32), params)}
-    y = jax.vmap(models.Conv(6, size).apply, in_axes=(0, None))(variables, x)
+    y = jax.vmap(Conv(6, size, form="patches").apply, in_axes=(0, None))(variables, x)
     for k in range(2):
         expected = nn.Conv(6, size).apply(jax.tree.map(lambda a, k=k: a[k], variables), x)
         np.testing.assert_allclose(y[k], expected, atol=1e-5)  # type: ignore[arg-type]
@@ -317,7 +280,7 @@ def test_convolution_equals_flaxs_under_vmap(size):
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 5, 2)])
 def test_max_pool_equals_flaxs(shape):
     x = jax.random.normal(jax.random.key(0), shape)
-    np.testing.assert_array_equal(models.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+    np.testing.assert_array_equal(layers.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
 
 
 @pytest.mark.slow

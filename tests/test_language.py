@@ -1,26 +1,19 @@
 """experiments.language: texts, the recurrent models, the schedule, the paper's test, and the command."""
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import normjax.train
 from experiments import language
-from experiments.common import data, text
-from experiments.common.language_model import LanguageModel, mean_nats
+from experiments.common import cli, data, loop, runs, text
+from experiments.networks.language import LanguageModel, mean_nats
 from normjax.penalty import total_penalty
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import contents, kill_here, refused
 
 # --- texts ----------------------------------------------------------------------------------------
 
@@ -224,7 +217,7 @@ SOME = text.Text("Some text", ZEROS[0], ZEROS[1], ZEROS[2], ("a",) * 10_000, "0"
 
 
 def configured(row: str, *arguments: str) -> language.Config:
-    options = language.cli.parse(language.Options, arguments, prog="", description="")
+    options = cli.parse(language.Options, arguments, prog="", description="")
     return language.configure(row, options, SOME)
 
 
@@ -285,74 +278,29 @@ def test_list_shows_the_published_number_beside_each_row(capsys):
 )
 def test_wrong_command_is_refused_and_writes_nothing(capsys, tmp_path, arguments, message):
     short = write(tmp_path, train="a b\n" * 300, valid="a b c\n", test="a\n")
-    with pytest.raises(SystemExit) as caught:
-        language.main(["--out", str(tmp_path / "runs"), *(argument.format(short=short) for argument in arguments)])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
+    arguments = ["--out", str(tmp_path / "runs"), *(argument.format(short=short) for argument in arguments)]
+    assert refused(capsys, language.main, *arguments) == f"error: {message}\n"
     assert not (tmp_path / "runs").exists()
 
 
-KILLER = """
-import os, signal, sys
-from experiments import language
-from experiments.common import loop
-
-times = 0
-
-def batches(*args, do=loop.batches):  # before the steps of a chunk
-    global times
-    times += 1
-    if times == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return do(*args)
-
-loop.batches = batches
-language.main(sys.argv[1:])
-"""
-
-
-def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
-
-
-def contents(seed: Path) -> tuple[list[dict], list[bytes]]:
-    lines = [json.loads(line) for line in (seed / "metrics.jsonl").read_text().splitlines()]
-    (checkpoint,) = (seed / "checkpoint").iterdir()
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(checkpoint.absolute())
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines], [
-        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)
-    ]
-
-
 @pytest.mark.slow
-def test_killed_run_resumes_to_the_same_bits_and_the_report_shows_them(tmp_path):
-    arguments = ["--smoke", "--cell", "tanh", "--rows", "bn*"]
-    undisturbed, killed = tmp_path / "a", tmp_path / "b"
-    for folder in (undisturbed, killed):
-        folder.mkdir()
-    done = command("-m", "experiments.language", *arguments, folder=undisturbed)
-    assert done.returncode == 0, done.stderr
-    assert command("-c", KILLER, *arguments, folder=killed).returncode == -signal.SIGKILL
-    resumed = command("-m", "experiments.language", *arguments, "--resume", folder=killed)
-    assert resumed.returncode == 0, resumed.stderr
-    for k in range(2):
-        seed = Path("runs") / "language-tanh-smoke" / "bn-star" / f"seed-{k}"
-        lines, arrays = contents(undisturbed / seed)
-        assert (lines, arrays) == contents(killed / seed)
+def test_killed_run_resumes_to_the_same_bits_and_the_report_shows_them(tmp_path, monkeypatch, capsys):
+    arguments = ["--smoke", "--cell", "tanh", "--rows", "bn*", "--out"]
+    language.main([*arguments, str(tmp_path / "a")])
+    printed = capsys.readouterr().out
+    killed = [*arguments, str(tmp_path / "b")]
+    kill_here(monkeypatch, loop, "batches", 3, language.main, killed)
+    language.main([*killed, "--resume"])
+    a, b = (tmp_path / name / "language-tanh-smoke" for name in "ab")
+    for seed in ("bn-star/seed-0", "bn-star/seed-1"):
+        lines, arrays = contents(a / seed)
+        assert (lines, arrays) == contents(b / seed)
         assert [line["step"] for line in lines] == list(range(7))
         assert [line["step"] for line in lines if line.get("test_perplexity")] == [6]
         assert [line["step"] for line in lines if line.get("test_valid_perplexity")] == [0, 2, 4, 6]
         assert all(line["penalty"] > 0 for line in lines[1:])
-    folder = undisturbed / "runs" / "language-tanh-smoke"
-    last = [
-        json.loads((folder / "bn-star" / f"seed-{k}" / "metrics.jsonl").read_text().splitlines()[-1]) for k in range(2)
-    ]
-    ours = [line["test_perplexity"] for line in last]
+    ours = [runs.read(a / "bn-star" / f"seed-{k}" / "metrics.jsonl")[-1]["test_perplexity"] for k in range(2)]
     shown = f"{np.mean(ours):.2f} +- {np.std(ours, ddof=1):.2f}"
-    for page in (done.stdout, (folder / "report.md").read_text()):
+    for page in (printed, (a / "report.md").read_text()):
         assert sum(line.startswith("| `bn*`") and shown in line for line in page.splitlines()) == 1
-    assert "data:image/png;base64," in (folder / "report.html").read_text()
+    assert "data:image/png;base64," in (a / "report.html").read_text()

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +15,10 @@ from scipy import ndimage
 from scipy import signal as scipy_signal
 
 from experiments import superres
-from experiments.common import images, runs, srcnn
+from experiments.common import images, pairs, runs, scores
 from experiments.common.data import DataError
+from experiments.networks.conv import Conv
+from tests.commands import kill_here, refused
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "superres"  # T91, Set5, Set14, BSD200, where they lie beside the checkout
@@ -120,10 +118,10 @@ LITERATURE = [
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no images beside the checkout")
 @pytest.mark.parametrize(("name", "zoom", "psnr", "ssim", "psnr_off", "ssim_off"), LITERATURE)
 def test_bicubic_has_the_literatures_scores(name, zoom, psnr, ssim, psnr_off, ssim_off):
-    pairs = images.pairs(images.files(SHARED / name), zoom).values()
-    scores = [images.score(pair.low, pair.high, zoom) for pair in pairs]
-    assert np.mean([s["psnr"] for s in scores]) == pytest.approx(psnr, abs=psnr_off)
-    assert np.mean([s["ssim"] for s in scores]) == pytest.approx(ssim, abs=ssim_off)
+    read = pairs.pairs(images.files(SHARED / name), zoom).values()
+    found = [images.score(pair.low, pair.high, zoom) for pair in read]
+    assert np.mean([s["psnr"] for s in found]) == pytest.approx(psnr, abs=psnr_off)
+    assert np.mean([s["ssim"] for s in found]) == pytest.approx(ssim, abs=ssim_off)
 
 
 # --- images: files ----------------------------------------------------------------------------------
@@ -176,7 +174,7 @@ def test_unreadable_image_is_refused_by_name(tmp_path, picture, kind, message):
     path = tmp_path / "a.png"
     broken(path, kind, picture)
     with pytest.raises(DataError) as caught:
-        images.pairs(images.files(tmp_path), 3)
+        pairs.pairs(images.files(tmp_path), 3)
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
 
@@ -191,13 +189,13 @@ def test_floating_point_image_is_refused(tmp_path):
 
 
 def test_patches_lie_inside_their_image_at_the_same_place_in_both():
-    pairs = {}
+    made = {}
     for k, shape in enumerate(((33, 50), (40, 34))):
         code = (np.arange(math.prod(shape)).reshape(shape) + 10_000 * k).astype(np.float64)
-        pairs[str(k)] = images.Pair(high=code + 0.5, low=code)
-    stacked = images.stack(pairs)
+        made[str(k)] = images.Pair(high=code + 0.5, low=code)
+    stacked = pairs.stack(made)
     assert stacked["low"].shape == (2, 40, 50)
-    patches = images.cut(jax.tree.map(jnp.asarray, stacked), jax.random.key(0), 20, 33)
+    patches = pairs.cut(jax.tree.map(jnp.asarray, stacked), jax.random.key(0), 20, 33)
     low, high = (np.asarray(patches[name]) for name in ("low", "high"))
     np.testing.assert_array_equal(high, low + 0.5)
     for k, (low_k, width, rows, columns) in enumerate(((low[:20], 50, 1, 18), (low[20:], 34, 8, 2))):
@@ -235,9 +233,14 @@ def published_dn_star(params, image):
     return x[..., 0], penalty
 
 
+def configured(row, **options):
+    options = superres.Options(**options)
+    return superres.configure(row, options, superres.source(options))
+
+
 @pytest.mark.slow
 def test_step_of_dn_star_is_the_published_network_and_loss():
-    config = superres.configure(superres.ROWS["dn*"], superres.Options(patches=2, penalty="paper"))
+    config = configured("dn*", patches=2, penalty="paper")
     task = superres.build(config)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(task.init, jax.random.key(0)).params
@@ -267,7 +270,7 @@ def test_all_forms_of_the_convolution_have_the_same_output_and_gradient(features
     variables = jax.tree.map(np.float32, variables)
 
     def run(form):
-        layer = srcnn.Conv(features, 5, form)
+        layer = Conv(features, (5, 5), padding="VALID", form=form)
 
         def loss(variables, x):
             y: Any = layer.apply(variables, x)
@@ -277,7 +280,7 @@ def test_all_forms_of_the_convolution_have_the_same_output_and_gradient(features
 
     (_, expected), expected_gradients = run("xla")
     np.testing.assert_allclose(expected[0], z, atol=1e-4)
-    for form in ("images", "rows"):
+    for form in ("images", "strips"):
         (_, y), gradients = run(form)
         np.testing.assert_allclose(y, expected, atol=1e-4)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), gradients, expected_gradients)
@@ -293,9 +296,7 @@ def test_first_weights_are_truncated_normal_of_a_thousandth():
 
 
 def test_options_change_the_configuration_as_they_say():
-    def of(**options):
-        return superres.configure(superres.ROWS["dn*"], superres.Options(**options))
-
+    of = partial(configured, "dn*")
     assert (of().normalizer.border, of().normalizer.gain, of().l1) == ("zero", 49 / 25, 0.0)
     assert (of(border="truncate").normalizer.border, of(border="truncate").normalizer.gain) == ("truncate", 1.0)
     assert of(penalty="paper").l1 == 0.1
@@ -303,8 +304,7 @@ def test_options_change_the_configuration_as_they_say():
     assert of(scale=0.01).evaluate_every == superres.Config.steps / 2000
     assert of(data_dir="d").test == "Set5 Set14 BSD200"
     assert (of().lr, of().patches, of().images, of(images=3).images) == (0.1, 1, 6, 3)  # six bundled photographs
-    bn = superres.ROWS["bn"]
-    assert [superres.configure(bn, superres.Options(lr=lr)).lr for lr in (None, 1e-4)] == [0.01, 1e-4]
+    assert [configured("bn", lr=lr).lr for lr in (None, 1e-4)] == [0.01, 1e-4]
 
 
 def test_list_shows_the_published_numbers(capsys):
@@ -335,10 +335,7 @@ def test_wrong_command_is_refused_and_writes_nothing(capsys, tmp_path, picture, 
     (tmp_path / "bad").mkdir()
     broken(tmp_path / "bad" / "a.png", "truncated", picture)
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    with pytest.raises(SystemExit) as caught:
-        superres.main(["--out", str(tmp_path / "runs"), *arguments])
-    assert caught.value.code == 2
-    assert message.format(tmp=tmp_path) in capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in refused(capsys, superres.main, "--out", str(tmp_path / "runs"), *arguments)
     assert not (tmp_path / "runs").exists()
 
 
@@ -354,34 +351,22 @@ def test_folder_of_ones_own_is_scored_without_training(capsys, tmp_path, picture
     assert [cell.strip() for cell in line.split("|")][2:4] == [f"{found['psnr']:.2f}", f"{found['ssim']:.4f}"]
 
 
-# Runs the command, and kills it (as `kill -9`) before the n-th chunk of steps, or before the n-th scores.json.
-KILLER = """
-import os, signal, sys
-from experiments import superres
-from experiments.common import loop
-moment, n, times = sys.argv[1], int(sys.argv[2]), 0
-name, module = {"steps": ("batches", loop), "scores": ("write_scores", superres)}[moment]
-def dying(*args, do=getattr(module, name)):
-    global times
-    times += 1
-    return os.kill(os.getpid(), signal.SIGKILL) if times == n else do(*args)
-setattr(module, name, dying)
-superres.main(sys.argv[3:])
-"""
-SMOKE = ["--smoke", "--rows", "bn", "--train-dir", "mine", "--test-dir", "mine"]
+SMOKE = ["--smoke", "--rows", "bn"]
 
 
-def command(*arguments, folder):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
+def own_images(folder):
+    """Two images: the options that take them to train on and to be scored on."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    (folder / "mine").mkdir()
+    for k in range(2):
+        Image.fromarray(pixels[:, : 50 - 10 * k]).save(folder / "mine" / f"{k}.png")
+    return ["--train-dir", str(folder / "mine"), "--test-dir", str(folder / "mine"), "--out", str(folder)]
 
 
 def left(folder):
     """All that must not change: metrics without the seconds, and the scores."""
     found = {}
-    for path in sorted((folder / "runs" / "superres-smoke").glob("*/seed-*")):
+    for path in sorted((folder / "superres-smoke").glob("*/seed-*")):
         lines = [{k: v for k, v in line.items() if k != "seconds"} for line in runs.read(path / "metrics.jsonl")]
         found[str(path.relative_to(folder))] = lines, json.loads((path / "scores.json").read_text())
     return found
@@ -389,53 +374,36 @@ def left(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A row, tried out undisturbed on two images: the folder, and what was printed."""
+    """The folder of a row, tried out undisturbed on two images."""
     folder = tmp_path_factory.mktemp("whole")
-    own_images(folder)
-    done = command("-m", "experiments.superres", *SMOKE, folder=folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
-
-
-def own_images(folder):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
-    (folder / "mine").mkdir()
-    for k in range(2):
-        Image.fromarray(pixels[:, : 50 - 10 * k]).save(folder / "mine" / f"{k}.png")
+    superres.main([*SMOKE, *own_images(folder)])
+    return folder
 
 
 @pytest.mark.slow
 def test_table_holds_the_means_of_the_scores(whole):
-    folder, printed = whole
-    seeds = left(folder).values()
+    seeds = left(whole).values()
     assert [len(lines) for lines, _ in seeds] == [7, 7]
     means = [float(np.mean([image["psnr"] for image in scores["mine"].values()])) for _, scores in seeds]
-    (row,) = (line for line in printed.splitlines() if line.startswith("| `bn` "))
+    text = (whole / "superres-smoke" / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| `bn` "))
     assert row.split("|")[2].strip() == f"{np.mean(means):.2f} +- {np.std(means, ddof=1):.2f}"
-    assert row in (folder / "runs" / "superres-smoke" / "report.md").read_text()
-    html = (folder / "runs" / "superres-smoke" / "report.html").read_text()
+    html = (whole / "superres-smoke" / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 2
 
 
 @pytest.mark.slow
 def test_overwriting_with_other_test_images_scores_bicubic_on_them(tmp_path):
-    own_images(tmp_path)
-    shutil.copytree(tmp_path / "mine", tmp_path / "other")
-    common = ["-m", "experiments.superres", "--train-dir", "mine", "--rows", "srcnn", "--seeds", "1", "--scale", "1e-5"]
-    assert command(*common, "--test-dir", "other", folder=tmp_path).returncode == 0
-    again = command(*common, "--test-dir", "mine", "--overwrite", folder=tmp_path)
-    assert again.returncode == 0, again.stderr
-    bicubic = json.loads((tmp_path / "runs" / "superres" / "bicubic" / "scores.json").read_text())
+    scores.write(tmp_path / "superres" / "bicubic", {"other": {}})
+    superres.main([*own_images(tmp_path), "--rows", "srcnn", "--seeds", "1", "--scale", "1e-5", "--overwrite"])
+    bicubic = json.loads((tmp_path / "superres" / "bicubic" / "scores.json").read_text())
     assert list(bicubic) == ["mine"]
 
 
-# The third scores are those of seed 1, after bicubic's and seed 0's.
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "n"), [("steps", 2), ("scores", 3)])
-def test_killed_run_resumes_to_the_same_numbers(whole, tmp_path, moment, n):
-    own_images(tmp_path)
-    killed = command("-c", KILLER, moment, str(n), *SMOKE, folder=tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = command("-m", "experiments.superres", *SMOKE, "--resume", folder=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert left(tmp_path) == left(whole[0])
+def test_run_killed_between_the_scores_of_two_seeds_resumes_to_the_same_numbers(whole, tmp_path, monkeypatch):
+    arguments = [*SMOKE, *own_images(tmp_path)]
+    kill_here(monkeypatch, scores, "write", 2, superres.main, arguments)
+    assert len(list(tmp_path.rglob("scores.json"))) == 1
+    superres.main([*arguments, "--resume"])
+    assert left(tmp_path) == left(whole)

@@ -1,24 +1,24 @@
 """What the commands of all experiments share: options, the rows asked for, a folder that loses nothing, one bar.
 
-rows = command.rows_of(options, ROWS)                       # or the closest name, and exit code 2
-data = command.begin(options, experiment, configs, rows, load)
-for name, show in command.each(rows, {name: config.steps for name, config in configs.items()}):
-    loop.train(..., on_chunk=lambda step, metrics: show(step, f"accuracy {metrics['accuracy'].mean():.1%}"))
+`experiment.run` puts them together. An experiment adds its own options in a subclass of `Options` (of `ManyDevices`, if
+a batch may be spread over devices), with what is wrong with them in `check`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.common import cli, data, runs
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Any)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,42 @@ class Options:
     """Delete what the chosen rows hold so far."""
     show: Annotated[bool, tyro.conf.arg(name="list")] = False
     """List the rows, train nothing."""
+
+    @property
+    def only_prints(self) -> bool:
+        """Whether the command prints something (`Experiment.listing`) and trains nothing."""
+        return self.show
+
+    def check(self) -> None:
+        """Exits with code 2 where a value is wrong by itself."""
+        positive(self, "seeds")
+
+    def connect(self) -> Mesh | None:
+        """Joins what the job runs on; None for one device."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyDevices(Options):
+    """Options of an experiment whose batches may be spread over devices and processes."""
+
+    devices: int | None = None
+    """Spread each batch over so many devices (of each process, with --distributed), on a CPU simulated ones."""
+    distributed: bool = False
+    """This is one of several processes, each started with the same options."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0; needless, as the next two, on clusters that jax.distributed knows."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+
+    def connect(self) -> Mesh | None:
+        """Joins the processes, sees that they were started alike, and lays out the devices."""
+        mesh = cli.connect(self.devices, self.distributed, self.coordinator, self.processes, self.process)
+        # Every process its own folders; all else must be alike.
+        cli.agree(replace(self, process=None, out=Path(), data_dir=None), "options")
+        return mesh
 
 
 def rows_of(options: Options, table: Iterable[str]) -> list[str]:
@@ -70,6 +106,12 @@ def scaled(steps: int, scale: float) -> int:
     (1600, 600, 1)
     """
     return max(1, round(steps * scale))
+
+
+def shrunk(config: C, **more: Any) -> C:
+    """A configuration as --smoke has it: two seeds, six steps, and `more` of the configuration's own."""
+    few = {"seeds": min(config.seeds, 2), "steps": min(config.steps, 6), "evaluate_every": 2}
+    return replace(config, **few, **more)
 
 
 def folder(options: Options, name: str) -> Path:

@@ -6,9 +6,9 @@
     cifar10    32 x 32 x 3, 0..255   10        50,000 / 10,000   Krizhevsky 2009
     cifar100   32 x 32 x 3, 0..255   100       50,000 / 10,000   Krizhevsky 2009
 
-digits comes with scikit-learn. The others are read from their publishers' own archives (downloaded
-where there are none) by tensorflow-datasets, without TensorFlow: an archive is prepared once, as
-array_record files under DATA_DIR/tfds, and from then on only those files are read.
+digits comes with scikit-learn. The others are read from their publishers' own archives (downloaded where there are none)
+by tensorflow-datasets, without TensorFlow: an archive is prepared once, as array_record files under DATA_DIR/tfds, and
+from then on only those files are read.
 """
 
 import contextlib
@@ -29,21 +29,17 @@ import numpy as np
 DATASETS = ("digits", "mnist", "cifar10", "cifar100")
 DEFAULT_DATA_DIR = "~/.cache/normjax/data"
 
-# What the archives hold: the shape of an image, the labels with how many values each may take, and
-# the records in each part of a split. A record of CIFAR is its labels, then the planes r, g, b.
+# What the archives hold: the shape of an image, the labels with how many values each may take, and the records in each
+# part of a split. A record of CIFAR is its labels, then the planes r, g, b.
 SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
-LABELS = {"mnist": {"label": 10}, "cifar10": {"label": 10}}
-LABELS["cifar100"] = {"coarse_label": 20, "label": 100}
+LABELS = {"mnist": {"label": 10}, "cifar10": {"label": 10}, "cifar100": {"coarse_label": 20, "label": 100}}
 PARTS = {
     "mnist": {"train": {"train": 60_000}, "test": {"t10k": 10_000}},
     "cifar10": {
         "train": {f"cifar-10-batches-bin/data_batch_{i}.bin": 10_000 for i in range(1, 6)},
         "test": {"cifar-10-batches-bin/test_batch.bin": 10_000},
     },
-    "cifar100": {
-        "train": {"cifar-100-binary/train.bin": 50_000},
-        "test": {"cifar-100-binary/test.bin": 10_000},
-    },
+    "cifar100": {"train": {"cifar-100-binary/train.bin": 50_000}, "test": {"cifar-100-binary/test.bin": 10_000}},
 }
 
 Split = dict[str, np.ndarray]
@@ -53,25 +49,16 @@ class DataError(ValueError):
     """A data set is not there, or a file is not what its publisher describes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled images with their fixed held-out split.
+    """Labelled images with their fixed held-out split."""
 
-    Attributes:
-      name: one of DATASETS.
-      train: {"image": uint8 [n, h, w, c], "label": int32 [n]}, in the publisher's order.
-      test: the held-out split, the same keys.
-      classes: labels are 0..classes-1.
-      high: pixels are 0..high, so `image / high` is 0..1.
-      examples: how many the training split has, of which `train` may be a part.
-    """
-
-    name: str
-    train: Split
-    test: Split
-    classes: int
-    high: int
-    examples: int
+    name: str  # one of DATASETS
+    train: Split  # {"image": uint8 [n, h, w, c], "label": int32 [n]}, in the publisher's order
+    test: Split  # the held-out split, as the one above
+    classes: int  # labels are 0..classes-1
+    high: int  # pixels are 0..high, so `image / high` is 0..1
+    examples: int  # how many the training split has, of which `train` may be a part
 
 
 def load(name: str, data_dir: str | Path | None = None, part: tuple[int, int] = (0, 1)) -> Dataset:
@@ -80,14 +67,11 @@ def load(name: str, data_dir: str | Path | None = None, part: tuple[int, int] = 
     Prepared files win over an archive: delete DATA_DIR/tfds/NAME to have another archive read.
 
     Args:
-      name: one of DATASETS.
-      data_dir: the folder with the publisher's archives (in it, or in a subfolder called `name`),
-        which takes the prepared files too; DEFAULT_DATA_DIR if None. digits does not use it.
-      part: (k, p) reads the training examples k, k + p, k + 2 p, ... only: the part of process k of p. All of
-        them read the whole held-out split.
-
-    Returns:
-      A Dataset; the table at the top of this file gives shapes and counts.
+      name: one of the table above.
+      data_dir: the folder with the publisher's archives (in it, or in a subfolder called `name`), which takes the
+        prepared files too; DEFAULT_DATA_DIR if None. digits does not use it.
+      part: (k, p) reads the training examples k, k + p, k + 2 p, ... only, and the whole held-out split: the part of
+        process k of p.
 
     Raises:
       DataError: no such data set; no archive and no network; or an archive that is damaged.
@@ -96,8 +80,7 @@ def load(name: str, data_dir: str | Path | None = None, part: tuple[int, int] = 
         return digits(part)
     if name not in DATASETS:
         (close,) = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.0)
-        known = ", ".join(DATASETS)
-        raise DataError(f"no data set is called {name!r}; the closest is {close!r} of {known}")
+        raise DataError(f"no data set is called {name!r}; the closest is {close!r} of {', '.join(DATASETS)}")
     root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
     # tfds prepares under another name and renames at the end, so this folder is whole or absent.
     folder = root / "tfds" / name / str(stock(name).VERSION)
@@ -111,7 +94,7 @@ def load(name: str, data_dir: str | Path | None = None, part: tuple[int, int] = 
 
 
 def digits(part: tuple[int, int] = (0, 1)) -> Dataset:
-    """Returns scikit-learn's bundled digits, with every fourth image of each class held out; `part` as for `load`.
+    """Scikit-learn's digits, every fourth image of each class held out; (k, p) as `part` leaves every p-th for training.
 
     The split depends on nothing: no seed, no generator, no version of a library.
 
@@ -167,8 +150,8 @@ def download(name: str, urls: dict[str, str], folder: Path) -> dict[str, Path]:
     for url in urls.values():  # without a network, tfds would knock for over three minutes
         requests.head(url, timeout=5, allow_redirects=True).raise_for_status()
     with quiet():
-        make, known = tfds.download.DownloadManager, stock(name).url_infos
-        manager: Any = make(download_dir=folder, url_infos=known, dataset_name=name)
+        known = stock(name).url_infos
+        manager: Any = tfds.download.DownloadManager(download_dir=folder, url_infos=known, dataset_name=name)
         try:
             return {file: Path(path) for file, path in manager.download(urls).items()}
         except (NonMatchingChecksumError, tfds.download.DownloadError) as error:
@@ -185,11 +168,8 @@ def read_mnist(paths: dict[str, Path]) -> dict[str, Split]:
             header = np.array([0x800 + len(sizes), *sizes], ">u4").tobytes()
             raw, whole = gunzip("mnist", path), len(header) + math.prod(sizes)
             if not raw.startswith(header) or len(raw) != whole:
-                starts = raw[: len(header)].hex()
-                raise DataError(
-                    f"{path} unpacks to {len(raw)} bytes that start with {starts}, "
-                    f"expected {whole} that start with {header.hex()}"
-                )
+                found = f"{len(raw)} bytes that start with {raw[: len(header)].hex()}"
+                raise DataError(f"{path} unpacks to {found}, expected {whole} that start with {header.hex()}")
             columns[key] = np.frombuffer(raw, np.uint8, offset=len(header)).reshape(sizes)
     return splits
 
@@ -241,8 +221,8 @@ def check_labels(name: str, splits: dict[str, Split], where: Path) -> None:
 def prepare(name: str, splits: dict[str, Split], root: Path) -> None:
     """Writes arrays as the tfds data set `name` below `root`, in their order: all or nothing.
 
-    Name, version and features are the stock builder's, so `tfds.data_source(name, data_dir=root,
-    download=False)` reads the files too. A killed process leaves a folder called incomplete.*.
+    Name, version and features are the stock builder's, so `tfds.data_source(name, data_dir=root, download=False)` reads
+    the files too. A killed process leaves a folder called incomplete.*.
     """
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -273,13 +253,13 @@ def prepare(name: str, splits: dict[str, Split], root: Path) -> None:
                         example["id"] = f"{split}_{i:05d}"
                     yield i, example
 
-    with quiet():
-        builder: Any = Builder(data_dir=root, file_format="array_record")
-        try:
+    builder: Any = Builder(data_dir=root, file_format="array_record")
+    try:
+        with quiet():
             builder.download_and_prepare()
-        except OSError:
-            if not builder.data_path.exists():  # else another process was first: the same files
-                raise
+    except OSError:
+        if not builder.data_path.exists():  # else another process was first: the same files
+            raise
 
 
 def read_prepared(name: str, split: str, folder: Path, part: tuple[int, int] = (0, 1)) -> Split:
@@ -290,16 +270,14 @@ def read_prepared(name: str, split: str, folder: Path, part: tuple[int, int] = (
     n, shape = sum(PARTS[name][split].values()), SHAPES[name]
     mine = range(n)[part[0] :: part[1]]
     image, label = np.empty((len(mine), *shape), np.uint8), np.empty(len(mine), np.int32)
-    # Decoded here: tfds takes twice as long, and warns where OpenCV is missing.
-    decoders = {"image": tfds.decode.SkipDecoding()}
+    decoders = {"image": tfds.decode.SkipDecoding()}  # tfds takes twice as long, and warns where OpenCV is missing
     try:
         builder: Any = tfds.builder_from_directory(folder)
         source = builder.as_data_source(split, decoders=decoders)
         if len(source) != n:
             raise DataError(f"{len(source)} images in {split}, expected {n}")
         for start in range(0, len(mine), 1000):
-            keys = mine[start : start + 1000]
-            for i, example in enumerate(source.__getitems__(keys), start):
+            for i, example in enumerate(source.__getitems__(mine[start : start + 1000]), start):
                 png = Image.open(io.BytesIO(example["image"]), formats=("PNG",))
                 image[i], label[i] = np.asarray(png).reshape(shape), example["label"]
     except Exception as error:  # array_record raises what it likes on a damaged file

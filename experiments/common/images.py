@@ -6,11 +6,9 @@ rounded to integers; an antialiased cubic whose border is mirrored; metrics of t
 """
 
 import math
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from PIL import Image
 from skimage import metrics
@@ -78,23 +76,6 @@ def files(folder: Path) -> list[Path]:
     if not found:
         raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     return found
-
-
-def pairs(paths: Iterable[Path], zoom: int, smallest: int = SMALLEST) -> dict[str, Pair]:
-    """Reads images, and makes what super-resolution is given of each; by file name.
-
-    Raises:
-      DataError: an image that cannot be read, or whose sides are shorter than `smallest` once cropped.
-    """
-    made = {}
-    for path in paths:
-        made[path.name] = pair = degrade(luminance(read(path)), zoom)
-        if min(pair.high.shape) < smallest:
-            h, w = pair.high.shape
-            raise DataError(
-                f"{path} is {h} x {w} pixels, cropped to a multiple of {zoom}; expected {smallest} at least"
-            )
-    return made
 
 
 def luminance(image: np.ndarray) -> np.ndarray:
@@ -182,44 +163,6 @@ def score(image: np.ndarray, truth: np.ndarray, crop: int) -> dict[str, float]:
         truth, image, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     return {"psnr": float(-10 * np.log10(square)) if square else math.inf, "ssim": float(ssim)}
-
-
-def stack(pairs: Mapping[str, Pair]) -> dict[str, np.ndarray]:
-    """Images as arrays of one size: {"high", "low": float32 [n, h, w], zeros after each image, "size": int32 [n, 2]}."""
-    size = np.array([pair.high.shape for pair in pairs.values()], np.int32)
-    h, w = size.max(axis=0)
-    both = {}
-    for field in Pair._fields:
-        both[field] = np.zeros((len(pairs), h, w), np.float32)
-        for k, pair in enumerate(pairs.values()):
-            both[field][k, : size[k, 0], : size[k, 1]] = getattr(pair, field)
-    return both | {"size": size}
-
-
-def cut(batch: Mapping[str, jax.Array], key: jax.Array, patches: int, width: int) -> dict[str, jax.Array]:
-    """Cuts patches at random places of each image, the same from both.
-
-    Args:
-      batch: images from `stack`.
-      key: of the places.
-      patches: how many of each image.
-      width: of a patch, in pixels; no more than an image's.
-
-    Returns:
-      {"low": [images * patches, width, width], "high": the same}.
-    """
-
-    def one(low: jax.Array, high: jax.Array, size: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        corner = jax.random.randint(key, (patches, 2), 0, size[None] - (width - 1))
-
-        def at(image: jax.Array) -> jax.Array:
-            return jax.vmap(lambda c: jax.lax.dynamic_slice(image, (c[0], c[1]), (width, width)))(corner)
-
-        return at(low), at(high)
-
-    keys = jax.random.split(key, len(batch["size"]))
-    low, high = jax.vmap(one)(batch["low"], batch["high"], batch["size"], keys)
-    return {"low": low.reshape(-1, width, width), "high": high.reshape(-1, width, width)}
 
 
 def worst(error: np.ndarray, width: int) -> tuple[int, int]:

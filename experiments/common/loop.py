@@ -1,6 +1,6 @@
 """The loop of every experiment: all seeds of a row at once, a chunk of steps as one lax.scan.
 
-    train(folders, init, step, evaluate, data, test, steps=..., batch_size=..., evaluate_every=...)
+    train(folders, Task(init, step, evaluate, data, test, batch_size=...), steps=..., evaluate_every=...)
 
 The data lie on the device. The seeds run side by side (one vmap) or one after the other (one lax.map).
 Between chunks the states are evaluated, and metrics and checkpoints are committed (`runs.py`); a killed run
@@ -15,122 +15,139 @@ number of devices. Of several processes, each holds its part of the data, and pr
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import normjax.train
-from experiments.common import cli, runs
+from experiments.common import cli, place, runs
 
 State = Any
 Batch = Any  # a pytree of arrays with a leading axis of examples
 Metrics = dict[str, jax.Array]
 
 
-def train(
-    folders: Sequence[Path],
-    init: Callable[[jax.Array], State],
-    step: Callable[[State, Batch], tuple[State, Metrics]],
-    evaluate: Callable[[State, Batch], Metrics],
-    data: Batch,
-    test: Batch,
-    *,
-    steps: int,
-    batch_size: int,
-    evaluate_every: int,
-    examples: int | None = None,
-    mesh: Mesh | None = None,
-    shuffle: bool = True,
-    side_by_side: bool = True,
-    noise: bool = False,
-    on_chunk: Callable[[int, dict[str, np.ndarray]], None] = lambda step, metrics: None,
-) -> State:
-    """Trains one row to `steps`, from where its folders say that it stopped.
+@dataclass(frozen=True)
+class Task:
+    """How a row is trained: functions of one seed, and what they are given.
 
-    A line of metrics.jsonl holds what `step` returned for that step (1, 2, ...). The last line of a
-    chunk also holds what `evaluate` says of the state then, as test_<name>, and the seconds spent
-    in training steps so far, all seeds together, compilation, evaluation and writing left out.
-    Line 0 holds the evaluation of the initial state.
-
-    Args:
-      folders: a folder for each seed, made by `runs.create`.
-      init: makes the state of one seed from a key.
-      step: one training step of one seed.
-      evaluate: metrics (scalars) of one seed's state on all of `test`.
+    Attributes:
+      init: makes the state from a key.
+      step: one training step.
+      evaluate: metrics (scalars) of a state on all of `test`.
       data: training examples; of process k of p, the examples k, k + p, k + 2 p, ... of all.
       test: held-out examples, all of them in every process.
-      steps: number of training steps.
       batch_size: examples a step.
-      evaluate_every: steps in a chunk; the last one may be shorter.
-      examples: number of training examples in all processes, by default those in `data`.
-      mesh: the devices that each batch is spread over, for which `step` was made as well; None for one alone.
+      examples: number of training examples in all processes; None for those in `data`.
       shuffle: whether an epoch is a permutation of the examples; else it takes them as they come.
       side_by_side: whether the seeds train in one vmap, or one after the other. Small networks are faster side by
         side; large ones, whose convolutions XLA turns into slow grouped ones, are not.
       noise: whether `step` takes a key as well, another one for each step, for dropout and augmentation.
-      on_chunk: called as on_chunk(step, evaluation) with each evaluation, [seeds] each.
-
-    Returns:
-      The states after the last step, with a leading axis of seeds.
+      say: what the bar shows of an evaluation, [seeds] each.
+      finish: called with the seeds' folders and the bar after the last step, and again where a complete row is resumed.
     """
-    init_keys, order_keys, noise_keys = keys(len(folders))
-    examples = len(jax.tree.leaves(data)[0]) if examples is None else examples
-    first_process = jax.process_index() == 0
 
-    shapes = jax.eval_shape(jax.vmap(init), init_keys)
-    nothing = np.int64(-1), np.float64(0), jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
-    done, seconds, states = _from_process_0(lambda: _restore(folders, nothing), nothing)
-    done, seconds = int(done), float(seconds)
+    init: Callable[[jax.Array], State]
+    step: Callable[..., tuple[State, Metrics]]
+    evaluate: Callable[[State, Batch], Metrics]
+    data: Batch
+    test: Batch
+    batch_size: int
+    examples: int | None = None
+    shuffle: bool = True
+    side_by_side: bool = True
+    noise: bool = False
+    say: Callable[[dict[str, np.ndarray]], str] = lambda metrics: ""
+    finish: Callable[[Sequence[Path], Callable[[int, str], None]], None] = lambda folders, show: None
+
+
+def train(
+    folders: Sequence[Path],
+    task: Task,
+    *,
+    steps: int,
+    evaluate_every: int,
+    mesh: Mesh | None = None,
+    on_chunk: Callable[[int, dict[str, np.ndarray]], None] = lambda step, metrics: None,
+) -> State:
+    """Trains one row to `steps`, from where its folders (of each seed, made by `runs.create`) say that it stopped.
+
+    A line of metrics.jsonl holds what `step` returned for that step (1, 2, ...). The last line of a chunk of
+    `evaluate_every` also holds what `evaluate` says of the state then, as test_<name>, and the seconds spent in
+    training steps so far, all seeds together, compilation, evaluation and writing left out. Line 0 holds the evaluation
+    of the initial state. `on_chunk` is called with each evaluation, [seeds] each. On a mesh, `task` was made for it too.
+
+    Returns the states after the last step, with a leading axis of seeds.
+    """
+    _, order_keys, noise_keys = keys(len(folders))
+    done, seconds, states = _begin(folders, task.init)
     if done == steps:
         return states
-    if fresh := done < 0:
-        # Not under jit: that would compile the generators anew for every row, for seconds.
-        done, states = 0, jax.vmap(init)(init_keys)
+    fresh, done = done < 0, max(done, 0)
+    examples = len(jax.tree.leaves(task.data)[0]) if task.examples is None else task.examples
     # Through the host, so that first and restored states are alike to the compiler.
-    states = _everywhere(jax.tree.map(np.asarray, states), mesh)
-    data, test = _spread(data, examples, mesh), _everywhere(test, mesh)
+    states = place.everywhere(jax.tree.map(np.asarray, states), mesh)
+    data, test = place.spread(task.data, examples, mesh), place.everywhere(task.test, mesh)
+    judge, compiled = _programs(task, mesh)
+    noise = noise_keys if task.noise else None
 
-    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    judge = jax.jit(_over_seeds(evaluate, side_by_side), out_shardings=replicated)
-    epoch = normjax.train.epoch(step, mesh=mesh)
-    advance = jax.jit(
-        _over_seeds(lambda own, data: epoch(own[0], data, *own[1:]), side_by_side), out_shardings=replicated
-    )
-    noise_keys = noise_keys if noise else None
-
-    @functools.cache
-    def compiled(length: int) -> Callable[..., tuple[State, Metrics]]:
-        order = jax.ShapeDtypeStruct((len(folders), length, batch_size), jnp.int32, sharding=replicated)
-        return advance.lower((states, order, noise_keys), data).compile()
-
-    def evaluated() -> dict[str, np.ndarray]:
-        metrics = jax.device_get(judge(states, test))
-        on_chunk(done, metrics)
-        return metrics
-
-    def commit(first: int, metrics: Metrics, evaluation: dict[str, np.ndarray]) -> None:
+    def commit(first: int, metrics: Metrics) -> None:
+        evaluation = jax.device_get(judge(states, test))
+        on_chunk(done, evaluation)
         with cli.together():
-            if first_process:
+            if jax.process_index() == 0:
                 runs.commit(folders, done, _lines(first, metrics, evaluation, seconds), states)
 
     if fresh:
-        commit(0, {}, evaluated())
+        commit(0, {})
     while done < steps:
         stop = min(done + evaluate_every - done % evaluate_every, steps)
-        run = compiled(stop - done)
-        rows = batches(order_keys, examples, batch_size, done, stop, shuffle)
-        order = _everywhere(_rows(rows, examples, mesh), mesh)
+        run = compiled(states, stop - done, noise, data)
+        rows = batches(order_keys, examples, task.batch_size, done, stop, task.shuffle)
+        order = place.everywhere(place.rows(rows, examples, mesh), mesh)
         start = time.perf_counter()
-        states, metrics = jax.block_until_ready(run((states, order, noise_keys), data))
+        states, metrics = jax.block_until_ready(run((states, order, noise), data))
         seconds += time.perf_counter() - start
         first, done = done + 1, stop
-        commit(first, metrics, evaluated())
+        commit(first, metrics)
     return states
+
+
+def _begin(folders: Sequence[Path], init: Callable[[jax.Array], State]) -> tuple[int, float, State]:
+    """The step, the seconds so far and the states at the last common checkpoint; step -1 and first states without."""
+    init_keys = keys(len(folders))[0]
+    shapes = jax.eval_shape(jax.vmap(init), init_keys)
+    nothing = np.int64(-1), np.float64(0), jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    done, seconds, states = place.from_process_0(lambda: _restore(folders, nothing), nothing)
+    if done < 0:
+        # Not under jit: that would compile the generators anew for every row, for seconds.
+        states = jax.vmap(init)(init_keys)
+    return int(done), float(seconds), states
+
+
+def _programs(task: Task, mesh: Mesh | None) -> tuple[Callable[..., Metrics], Callable[..., Any]]:
+    """What evaluates the states, and what compiles a chunk of so many steps, once for each length."""
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    judge = jax.jit(_over_seeds(task.evaluate, task.side_by_side), out_shardings=replicated)
+    epoch = normjax.train.epoch(task.step, mesh=mesh)
+    advance = jax.jit(
+        _over_seeds(lambda own, data: epoch(own[0], data, *own[1:]), task.side_by_side), out_shardings=replicated
+    )
+    programs: dict[int, Any] = {}
+
+    def compiled(states: State, length: int, noise: jax.Array | None, data: Batch) -> Any:
+        if length not in programs:
+            shape = len(jax.tree.leaves(states)[0]), length, task.batch_size
+            order = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
+            programs[length] = advance.lower((states, order, noise), data).compile()
+        return programs[length]
+
+    return judge, compiled
 
 
 def _restore(folders: Sequence[Path], nothing: tuple) -> tuple:
@@ -140,58 +157,6 @@ def _restore(folders: Sequence[Path], nothing: tuple) -> tuple:
         return nothing
     seconds = runs.read(folders[0] / "metrics.jsonl")[-1]["seconds"]
     return np.int64(restored[0]), np.float64(seconds), restored[1]
-
-
-def _from_process_0(make: Callable[[], Any], like: Any) -> Any:
-    """What `make` returns in process 0, bit for bit in all: a pytree of NumPy arrays of the shapes of `like`."""
-    with cli.together():
-        made = make() if jax.process_index() == 0 else like
-    if jax.process_count() == 1:
-        return made
-    leaves, tree = jax.tree.flatten(made)
-    # As bytes: what is sent is added up, and a sum knows no -0.0.
-    sent = np.concatenate([np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
-    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
-    pieces = np.split(received, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
-    whole = [piece.view(leaf.dtype).reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)]
-    return jax.tree.unflatten(tree, whole)
-
-
-def _everywhere(tree: Any, mesh: Mesh | None) -> Any:
-    """The arrays on every device of the mesh."""
-    return jax.tree.map(jnp.asarray, tree) if mesh is None else normjax.train.place(tree, mesh)
-
-
-def _spread(data: Batch, examples: int, mesh: Mesh | None) -> Batch:
-    """The training examples on the devices: all on each, or where there are several processes, a part on each."""
-    if mesh is None or jax.process_count() == 1:
-        return _everywhere(data, mesh)
-    rows = _rows_each(examples, mesh)
-    padded = jax.tree.map(lambda a: np.pad(a, [(0, rows - len(a)), *[(0, 0)] * (a.ndim - 1)]), data)
-    return normjax.train.shard(padded, mesh)
-
-
-def _rows_each(examples: int, mesh: Mesh) -> int:
-    """How many rows each process adds to the whole array: its examples, and padding for equal parts on its devices."""
-    return -(-examples // mesh.size) * (mesh.size // jax.process_count())
-
-
-def _rows(order: np.ndarray, examples: int, mesh: Mesh | None) -> np.ndarray:
-    """Where the examples with these numbers lie in the whole array of `_spread`."""
-    if mesh is None or jax.process_count() == 1:
-        return order
-    return order % jax.process_count() * _rows_each(examples, mesh) + order // jax.process_count()
-
-
-def total(counts: np.ndarray) -> np.ndarray:
-    """Sums integer counts below 2 ** 31 over the processes.
-
-    >>> total(np.array([1, 2]))
-    array([1, 2])
-    """
-    if jax.process_count() == 1:
-        return counts
-    return multihost_utils.process_allgather(counts.astype(np.int32)).astype(np.int64).sum(0)
 
 
 def _over_seeds(f: Callable[[Any, Any], Any], side_by_side: bool) -> Callable[[Any, Any], Any]:
@@ -244,6 +209,11 @@ def _permutations(order_keys: jax.Array, epoch: int, examples: int) -> jax.Array
         return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
 
     return jax.vmap(one)(order_keys)
+
+
+def trained(folder: Path, init: Callable[[jax.Array], State]) -> State:
+    """The state of one seed at its last checkpoint; `init` says what it looks like."""
+    return runs.load(folder, jax.eval_shape(init, jax.random.key(0)))
 
 
 def mean_over(evaluate: Callable[[State, Batch], Metrics], state: State, data: Batch, size: int) -> Metrics:

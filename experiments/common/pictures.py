@@ -1,4 +1,4 @@
-"""Pictures of what normalizers do to units: joint histograms of two of them, and DN with ReLU as an activation."""
+"""Pictures: joint histograms of two units, divisive norm with ReLU as an activation function, pieces of images."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.common import images
+from experiments.common.pairs import Dataset, Enlarge
 from normjax import Normalizer, diagnostics, normalize
 
 
@@ -58,4 +60,27 @@ def draw_responses() -> Figure:
         ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("ReLU(divisive norm)")
     figure.axes[0].legend(fontsize=9)
+    return figure
+
+
+def draw_images(dataset: Dataset, enlarge: Mapping[str, Enlarge], width: int = 72) -> Figure:
+    """A piece of the first image of each set, enlarged in each way, and the truth, with the image's scores.
+
+    The piece is the one of `width` pixels in which bicubic errs the most.
+    """
+    figure = Figure(figsize=(2.5 * (len(enlarge) + 1), 2.8 * len(dataset.tests)), layout="constrained")
+    axes = figure.subplots(len(dataset.tests), len(enlarge) + 1, squeeze=False)
+    for line, (test, pairs) in zip(axes, dataset.tests.items(), strict=True):
+        name, pair = next(iter(pairs.items()))
+        corner = images.worst(np.square(pair.high - pair.low), width)
+        piece = tuple(slice(c, c + width) for c in corner)
+        for ax, (row, f) in zip(line, enlarge.items(), strict=False):
+            image = f(pair.low.astype(np.float32))
+            psnr, ssim = images.score(image, pair.high, dataset.zoom).values()
+            ax.imshow(np.clip(image, 0, 1)[piece], cmap="gray", vmin=0, vmax=1)
+            ax.set_title(f"{row}: {psnr:.2f} dB, {ssim:.4f}", fontsize=9)
+        line[-1].imshow(pair.high[piece], cmap="gray", vmin=0, vmax=1)
+        line[-1].set_title(f"{test}: {name}", fontsize=9)
+    for ax in figure.axes:
+        ax.set(xticks=[], yticks=[])
     return figure

@@ -1,7 +1,6 @@
-"""From run folders to a report: tables, differences paired over seeds, learning curves, one HTML page.
+"""From run folders to a report: rows read back, learning curves, a text of experiments/reports, one HTML page.
 
-Everything shown is read back from the folders of `runs.py`; a number without a run folder is not
-shown.
+Everything shown is read back from the folders of `runs.py`; a number without a run folder is not shown.
 """
 
 import base64
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 
 from experiments.common import runs
 
+TEXTS = Path(__file__).parents[1] / "reports"
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; } td, th { padding: .2em .7em; border-bottom: 1px solid #ddd; }
 img { max-width: 100%; } code { background: #f4f4f4; }"""
@@ -88,6 +88,15 @@ def environments(rows: Mapping[str, Row]) -> str:
         facts = ", ".join(f"{k} {v}" for k, v in row.environment.items() if k != "date")
         trained.setdefault(facts, []).append(f"`{name}`")  # as code: a bare * may set the rest in italics
     return "\n".join(f"- {', '.join(names)}: {facts}" for facts, names in trained.items())
+
+
+def settings(config: Mapping[str, object], *names: str) -> str:
+    """Some fields of a configuration.
+
+    >>> settings({"seeds": 3, "steps": 100, "lr": 0.1}, "seeds", "lr")
+    'seeds 3, lr 0.1'
+    """
+    return ", ".join(f"{name} {config[name]}" for name in names)
 
 
 def spread(values: Sequence[float]) -> float:
@@ -187,6 +196,44 @@ def curves(
         ax.grid(alpha=0.3)
     figure.axes[-1].legend(ncols=2, fontsize=9)
     return figure
+
+
+def page(path: Path, values: Mapping[str, object]) -> str:
+    """Fills the text of a report.
+
+    {x} is a value. What stands between <!-- if x --> and <!-- end --> stays if x is not empty. <!-- include y --> is
+    experiments/reports/y.md.
+
+    >>> page(TEXTS / "numbers.md", {"environments": ""}).splitlines()[0]
+    '## Where the numbers come from'
+    """
+    text = path.read_text()
+    text = re.sub(r"<!-- include (\w+) -->\n", lambda match: (TEXTS / f"{match[1]}.md").read_text(), text)
+    optional = re.compile(r"<!-- if (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+    return optional.sub(lambda match: match[2] if values[match[1]] else "", text).format_map(values)
+
+
+class Report(NamedTuple):
+    """What an experiment reports.
+
+    Attributes:
+      printed: what the terminal shows too; empty parts are left out.
+      pictures: by the name of their file, without .png.
+      values: for the text of the experiment, see `page`.
+    """
+
+    printed: Sequence[str]
+    pictures: Mapping[str, Figure]
+    values: Mapping[str, object]
+
+
+def publish(folder: Path, text: Path, made: Report, rows: Mapping[str, Row]) -> None:
+    """Prints a report, and writes it with its pictures to report.md and report.html."""
+    print("\n" + "\n\n".join(part for part in made.printed if part) + "\n")
+    for file, figure in made.pictures.items():
+        save(figure, folder / f"{file}.png")
+    write_pages(folder, page(text, {**made.values, "environments": environments(rows)}))
+    print(f"Report: {folder / 'report.html'} (and report.md)")
 
 
 def write_pages(folder: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import scipy.stats
@@ -41,6 +41,58 @@ class Metric:
         """A difference: "+1.20 +- 0.30"; without the spread where there is none."""
         spread = "" if math.isnan(std) else f" +- {std:.{self.digits}f}"
         return f"{mean:+.{self.digits}f}{spread}"
+
+
+Column = Callable[[report.Row], str]
+
+
+def shown(metric: str, digits: int, factor: float = 1.0, when: str = "last") -> Column:
+    """A column of `each`: mean +- standard deviation over seeds of a metric.
+
+    Args:
+      metric: its name in metrics.jsonl.
+      digits: decimals.
+      factor: of the values, 100 for per cent.
+      when: its "last" value, its "first", before training, or the mean over the "recent" steps, since the last but one
+        evaluation.
+    """
+
+    def column(row: report.Row) -> str:
+        if when == "recent":
+            values = row.recent(metric, row.config["evaluate_every"])
+        else:
+            values = row.first(metric) if when == "first" else row.last(metric)
+        return report.plus_minus([factor * value for value in values], digits)
+
+    return column
+
+
+def seconds(digits: int = 0) -> Column:
+    """A column of `each`: the seconds of training steps, of all seeds together."""
+    return lambda row: f"{row.last('seconds')[0]:.{digits}f}"
+
+
+def config(fields: Mapping[str, str]) -> dict[str, Column]:
+    """Columns of `each`: {what is above it: a field of the configuration}."""
+    return {head: lambda row, name=name: str(row.config[name]) for head, name in fields.items()}
+
+
+NORMALIZERS: dict[str, Column] = {
+    "normalizer": lambda row: f"`{row.config['normalizer']}`",
+    **config({"alpha": "l1", "scale and bias": "affine"}),
+}
+
+
+def each(rows: Mapping[str, report.Row], columns: Mapping[str, Column], code: bool = True) -> str:
+    """A line for each row, with a function of it in each column; `code` sets the rows' names as such.
+
+    >>> print(each({"bn": report.Row({"lr": 0.1}, {}, [])}, config({"rate": "lr"})))
+    | row  | rate |
+    | :--- | ---: |
+    | `bn` |  0.1 |
+    """
+    lines = [[f"`{name}`" if code else name, *(of(row) for of in columns.values())] for name, row in rows.items()]
+    return report.table(["row", *columns], lines)
 
 
 def published(
@@ -94,6 +146,15 @@ def differences(rows: Mapping[str, report.Row], metric: Metric) -> str:
 
     body = [[a, *("" if a == b else cell(a, b) for b in rows)] for a in rows]
     return report.table(["row minus column", *rows], body)
+
+
+def claims(text: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of rows, of which the first is said to be the better.
+
+    >>> claims("dn* > bn, bn* > bn")
+    (('dn*', 'bn'), ('bn*', 'bn'))
+    """
+    return tuple((a, b) for a, _, b in (claim.partition(" > ") for claim in text.split(", ")))
 
 
 def pairs(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tuple[str, str]]) -> str:

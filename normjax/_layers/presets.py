@@ -103,12 +103,16 @@ class DivisiveNorm(Preset):
     use_scale: bool = dataclasses.field(default=False, kw_only=True)
     use_bias: bool = dataclasses.field(default=False, kw_only=True)
 
+    def _check(self) -> None:
+        self._start = self.sigma  # in nnx a learned sigma takes the name
+        super()._check()
+
     def _row(self) -> Normalizer:
         field = Field((Span("...", window=self.window), Span("c", window=self.channels)))
-        return Normalizer(field, field, eps=self.sigma**2, border=self.border)
+        return Normalizer(field, field, eps=self._start**2, border=self.border)
 
     def _first_sigma(self) -> float:
-        return self.sigma if self.sigma_init is None else self.sigma_init
+        return self._start if self.sigma_init is None else self.sigma_init
 
 
 @description
@@ -484,9 +488,15 @@ class GhostTopKBatchNorm(TopKBatchNorm):
     """Batch norm by a moving average of the mean of the k largest |v|, in training too; see `batch_extremes.ghost_top`.
 
     Attributes:
+      k: how many.
+      size: elements behind each statistic in training, examples * positions, on which the constant depends. Required.
+      epsilon: added to the spread. [units of x]
+      calibrated: whether the constant is that of Gaussian data, rather than the published one.
+      field: what is averaged; with mapped axes "@data n ...".
+      layout: name of each axis of the input.
       beta: weight of the average before, stored as `top`, from 0 on.
 
-    All other options are those of `TopKBatchNorm` and `Norm`. The stored `var` averages the moving average.
+    All other options are those of `Norm`. The stored `var` averages the moving average.
 
     Source: Hoffer et al. 2018, their code.
 

@@ -26,6 +26,7 @@ from normjax.running import (
     renormalized,
     require_renormalizable,
     slots,
+    stores,
 )
 from normjax.theory import Normalizer, Stats
 
@@ -163,7 +164,9 @@ class RunningLayer(Layer):
         running = Running(**{name: value for name, value in held.items() if name in found})
         limits = None if starting else self._limits() if renorm is None else renorm
         if limits is not None:
-            self._check_renorm(limits)
+            if row is None:
+                raise ValueError(f"renorm needs statistics that are stored, and {type(self).__name__} stores none")
+            require_renormalizable(_divided_by(row, "mean" in found), limits)
         training = bool(found) and not used and not starting
         if training and limits is not None:
             correct = functools.partial(
@@ -177,13 +180,6 @@ class RunningLayer(Layer):
         if self.l1 and not starting:
             self._leave_penalty(out, mask)
         return out.y
-
-    def _check_renorm(self, limits: Limits) -> None:
-        """Raises ValueError where batch renormalization has no meaning."""
-        row = self._row()
-        if row is None:
-            raise ValueError(f"renorm needs statistics that are stored, and {type(self).__name__} stores none")
-        require_renormalizable(row, limits)
 
     def _remember(self, out: Taken, running: Running, shape: tuple[int, ...]) -> None:
         """Stores the statistics of a training batch, and leaves its record."""
@@ -218,10 +214,14 @@ def _corrections(
     limits: Limits,
     eps: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The corrections r and d; d is 0 for a layer that stores no mean, since it divides alone."""
-    if running.mean is None and row.mean is not None:
-        row = Normalizer(None, row.var, eps=row.eps, gain=row.gain, power=row.power, order=row.order)
-    return corrections(stats, running, row, layout, shape, limits, eps)
+    """The corrections r and d."""
+    return corrections(stats, running, _divided_by(row, running.mean is not None), layout, shape, limits, eps)
+
+
+def _divided_by(row: Normalizer, stores_mean: bool) -> Normalizer:
+    """The row as batch renormalization sees it: a layer that leaves the mean out divides alone, so d is 0."""
+    left_out = stores(row)[0] and not stores_mean
+    return dataclasses.replace(row, mean=None, keep_mean=False) if left_out else row
 
 
 def _moved(

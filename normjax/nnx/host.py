@@ -14,6 +14,7 @@ The face has the docstring of the description and its methods.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar
 from types import MappingProxyType
@@ -102,14 +103,19 @@ class Host(Bare):
                 f"features, the number of channels, comes first in nnx: {type(self).__name__}(64, ...); "
                 f"found features={self.features!r}"
             )
-        self.features = self.features if isinstance(self.features, int) else tuple(self.features)
+        features: Any = self.features
+        self.features = operator.index(features) if hasattr(features, "__index__") else tuple(features)
         self._check()
         learns = self._learns(*self._shapes())
         if unknown := [name for name, given in metadata.items() if given and name not in learns]:
             raise ValueError(f"{type(self).__name__} learns no {unknown[0]} that {unknown[0]}_metadata could be of")
         for name, parameter in learns.items():
-            setattr(self, name, self._parameter(parameter, rngs, metadata.get(name, NO_METADATA)))
-        self._names = tuple(learns)
+            if parameter is not None:
+                made = self._parameter(parameter, rngs, metadata.get(name, NO_METADATA))
+                setattr(self, name, nnx.data(made))  # said to be data: an option may have had the name
+            elif name not in vars(self):
+                setattr(self, name, nnx.data(None))
+        self._names = tuple(name for name, parameter in learns.items() if parameter is not None)
         for name, inside in self._parts().items():
             setattr(self, name, nnx.data(None) if inside is None else self._inside(inside, rngs=rngs, **others))
         for field in dataclasses.fields(self):
@@ -121,9 +127,7 @@ class Host(Bare):
         """The shapes of the inputs, as far as they are known when the layer is made."""
         return (whole_shape(self.features, self.layout),)
 
-    def _parameter(self, parameter: Parameter | None, rngs: nnx.Rngs, metadata: Metadata) -> Any:
-        if parameter is None:
-            return nnx.data(None)
+    def _parameter(self, parameter: Parameter, rngs: nnx.Rngs, metadata: Metadata) -> nnx.Param:
         shape, init = parameter
         made = (
             init(rngs.params(), shape, self.param_dtype) if callable(init) else jnp.full(shape, init, self.param_dtype)

@@ -1,39 +1,43 @@
 """Where a training state and its batches lie on the devices of a mesh.
 
-`place` puts a state, `shard` a batch; `Spread` is what the steps of `train.py` know of the mesh. Everything is done with
-the shardings of global arrays: the compiler sends what has to be sent, and a statistic over the examples is one over all.
+`place` puts a state, `shard` a batch; `BatchSharding` is what a step knows of the mesh. Everything is done with the
+shardings of global arrays: the compiler sends what has to be sent, and a statistic over the examples is one over all.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
-Batch = Any  # a pytree of arrays with the examples along their first axis
+from normjax._paths import PyTree, path_parts
+from normjax.train.metadata import annotated_spec, is_boxed, unboxed
+
 Axis = str | tuple[str, ...]
+Tree = TypeVar("Tree")
+Function = TypeVar("Function", bound=Callable[..., PyTree])
 
 
-def place(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
+def place(tree: Tree, mesh: Mesh, specs: PyTree = None) -> Tree:
     """Puts a State, or any pytree, on the devices of a mesh: copies, so that a step may take them as donated.
 
     Args:
       tree: a `normjax.train.State` with values that all processes have alike, of a fresh start or of a checkpoint.
       mesh: the devices.
-      specs: see `shardings`.
+      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them, as `shardings` takes them.
 
     Returns:
       The same with arrays on all devices of the mesh.
 
     Raises:
-      ValueError: see `shardings`.
+      ValueError: an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> place({"w": jnp.ones(3)}, mesh)["w"].sharding.spec
@@ -42,7 +46,7 @@ def place(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
     return jax.tree.map(_put, tree, shardings(tree, mesh, specs))
 
 
-def _put(a: Any, sharding: NamedSharding) -> jax.Array:
+def _put(a: ArrayLike, sharding: NamedSharding) -> jax.Array:
     """A copy of an array where its sharding says."""
     if not isinstance(a, jax.Array):
         return jax.device_put(a, sharding)
@@ -55,7 +59,7 @@ def _put(a: Any, sharding: NamedSharding) -> jax.Array:
     return jax.device_put(np.asarray(a), sharding)
 
 
-def shard(batch: Batch, mesh: Mesh, axis: Axis = "data") -> Batch:
+def shard(batch: Tree, mesh: Mesh, axis: Axis = "data") -> Tree:
     """Spreads the examples of a batch, or of a data set, over an axis of a mesh.
 
     With several processes each gives the examples of its own devices, in their order along the axis; the result is all
@@ -66,6 +70,9 @@ def shard(batch: Batch, mesh: Mesh, axis: Axis = "data") -> Batch:
       mesh: the devices.
       axis: the axis of the mesh, or several.
 
+    Returns:
+      The same with arrays whose first axis lies along the axis of the mesh.
+
     Raises:
       ValueError: the examples do not divide over the devices, or the mesh lacks the axis.
 
@@ -73,13 +80,13 @@ def shard(batch: Batch, mesh: Mesh, axis: Axis = "data") -> Batch:
     >>> shard(jnp.ones((4, 3)), mesh).sharding.spec
     P('data',)
     """
-    size = Spread(mesh, axis).size  # which refuses an axis that the mesh lacks
+    size = BatchSharding(mesh, axis).devices  # which refuses an axis that the mesh lacks
     sharding = NamedSharding(mesh, PartitionSpec(axis))
     held = sharding.addressable_devices_indices_map((size,)).values()
     mine = len({(index or (slice(0, 1),))[0].start for index in held})
 
-    def one(a: Any) -> jax.Array:
-        _divides(a.shape[0], mine, axis)
+    def one(a: np.ndarray | jax.Array) -> jax.Array:
+        _check_divides(a.shape[0], mine, axis)
         if jax.process_count() == 1:
             return jax.device_put(a, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(a))
@@ -87,7 +94,7 @@ def shard(batch: Batch, mesh: Mesh, axis: Axis = "data") -> Batch:
     return jax.tree.map(one, batch)
 
 
-def shardings(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
+def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> PyTree:
     """Where each array of a State lies: for `place`, and for `jax.jit(init, out_shardings=...)`.
 
     A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else it
@@ -114,36 +121,56 @@ def shardings(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
     >>> found.params["w"].spec, found.opt_state["trace"]["w"].spec, found.step.spec
     (P(None, 'model'), P(None, 'model'), P())
     """
-    given = {_names(path): _unboxed(spec) for path, spec in _leaves(specs)}
-    known: dict[tuple, tuple] = {}
-    if given:
-        for path, leaf in _leaves(tree.params):
-            for start in sorted((g for g in given if _names(path)[: len(g)] == g), key=len):
-                known[_names(path)] = (jnp.shape(_unboxed(leaf)), given[start], start)
-        if unused := set(given) - {start for _, _, start in known.values()}:
-            raise ValueError(f"specs name {'.'.join(min(unused))!r}, but no parameter is left there")
+    given = {path_parts(path): unboxed(spec) for path, spec in _leaves(specs)}
+    known = _specified(given, tree.params) if given else {}
 
-    def one(path: tuple, leaf: Any) -> Any:
-        names, shape = _names(path), jnp.shape(_unboxed(leaf))
+    def one(path: KeyPath, leaf: PyTree) -> PyTree:
+        names, shape = path_parts(path), jnp.shape(unboxed(leaf))
         tails = (known.get(names[k:]) for k in range(1, len(names)) if names[0] in ("params", "opt_state"))
-        spec = next((spec for found, spec, _ in filter(None, tails) if found == shape), None)
+        spec = next((spec for found, spec in filter(None, tails) if found == shape), None)
         if spec is None:
-            spec = _annotated(leaf)
-        _check(spec, shape, mesh, ".".join(names))
+            spec = annotated_spec(leaf)
+        _check_spec(spec, shape, mesh, ".".join(names))
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_box)
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_boxed)
 
 
-class Spread(NamedTuple):
-    """Where a batch goes: over some axes of a mesh, or nowhere (mesh None)."""
+def _specified(
+    given: dict[tuple[str, ...], PartitionSpec], params: PyTree
+) -> dict[tuple[str, ...], tuple[tuple[int, ...], PartitionSpec]]:
+    """Shape and spec of each parameter that has one, by path: the spec under the longest beginning of its path."""
+    known, used = {}, set()
+    for path, leaf in _leaves(params):
+        names = path_parts(path)
+        if starts := [start for start in given if names[: len(start)] == start]:
+            start = max(starts, key=len)
+            known[names] = jnp.shape(unboxed(leaf)), given[start]
+            used.add(start)
+    if unused := set(given) - used:
+        raise ValueError(f"specs name {'.'.join(min(unused))!r}, but no parameter is left there")
+    return known
+
+
+class BatchSharding(NamedTuple):
+    """Where the batches of a step lie: along some axes of a mesh, or nowhere (mesh None).
+
+    Attributes:
+      mesh: the devices, or None.
+      axis: the axis of the mesh, or several, that the examples are spread over.
+      specs: PartitionSpecs of the parameters, as `shardings` takes them.
+
+    >>> where = BatchSharding(jax.make_mesh((1,), ("data",)), "data")
+    >>> where.devices, where.divides(jnp.ones((4, 3)))
+    (1, True)
+    """
 
     mesh: Mesh | None
     axis: Axis
-    specs: Any = None
+    specs: PyTree = None
 
     @property
-    def size(self) -> int:
+    def devices(self) -> int:
         """Over how many devices the examples are spread."""
         if self.mesh is None:
             return 1
@@ -153,108 +180,80 @@ class Spread(NamedTuple):
                 raise ValueError(f"the mesh has the axes {', '.join(map(repr, self.mesh.axis_names))}; found {name!r}")
         return math.prod(self.mesh.shape[name] for name in names)
 
-    def fits(self, batch: Batch) -> bool:
+    def divides(self, batch: PyTree) -> bool:
         """Whether the examples divide over the devices."""
-        return all(a.shape[0] % self.size == 0 for a in jax.tree.leaves(batch))
+        return all(a.shape[0] % self.devices == 0 for a in jax.tree.leaves(batch))
 
-    def __call__(self, batch: Batch, dim: int = 0) -> Batch:
+    def constrain_batch(self, batch: Tree, dim: int = 0) -> Tree:
         """The batch with its axis `dim` over the devices; how the other axes lie is left open."""
         if (mesh := self._here()) is None:
             return batch
 
         def one(a: jax.Array) -> jax.Array:
-            _divides(a.shape[dim], self.size, self.axis, "micro-batch" if dim else "batch")
+            _check_divides(a.shape[dim], self.devices, self.axis, "micro-batch" if dim else "batch")
             spec = [self.axis if i == dim else PartitionSpec.UNCONSTRAINED for i in range(a.ndim)]
             return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*spec)))
 
         return jax.tree.map(one, batch)
 
-    def settle(self, state: Any) -> Any:
+    def constrain_state(self, state: Tree) -> Tree:
         """The state where `place` put it."""
         mesh = self._here()
         return state if mesh is None else lax.with_sharding_constraint(state, shardings(state, mesh, self.specs))
 
-    def _here(self) -> Any:
+    def _here(self) -> Mesh | AbstractMesh | None:
         """The mesh as constraints want it: as the surroundings see it, if they set one."""
         here = jax.sharding.get_abstract_mesh()
         return self.mesh if self.mesh is None or here.empty else here
 
-    def automatic(self, run: Callable, out: Callable[[Any], Any]) -> Callable:
+    def with_auto_axes(self, run: Function, out: Callable[[PyTree], PyTree]) -> Function:
         """The function `run(state, ...)` with Explicit axes made Auto inside; `out(state)` are the specs of its results.
 
         So that any model runs on any mesh: types refuse what is ambiguous, such as a product summed over a sharded axis.
         """
-        self.size  # noqa: B018  (refuses an axis that the mesh lacks before anything is traced)
+        self.devices  # noqa: B018  (refuses an axis that the mesh lacks before anything is traced)
         mesh = self.mesh
         if mesh is None or AxisType.Explicit not in mesh.axis_types:
             return run
 
         @functools.wraps(run)
-        def outside(state: Any, *args: Any) -> Any:
+        def outside(state: PyTree, *args: PyTree) -> PyTree:
             here = jax.sharding.get_abstract_mesh()
             if not here.empty and AxisType.Explicit not in here.axis_types:  # an epoch has done it for its steps
                 return run(state, *args)
             layout = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out(state), is_leaf=_is_spec)
             return jax.sharding.auto_axes(run, out_sharding=layout)(state, *args)
 
-        return outside
+        return cast(Function, outside)
 
 
-def as_it_came(state: Any) -> Any:
-    """Specs of the results of a step: the state lies as before, metrics are replicated."""
+def as_it_came(state: PyTree) -> tuple[PyTree, PartitionSpec]:
+    """Specs of the results of a step: the state lies as before, metrics are replicated.
+
+    >>> as_it_came({"w": jnp.ones(3)})
+    ({'w': P(None,)}, P())
+    """
     return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, state), PartitionSpec()
 
 
-def _divides(length: int, devices: int, axis: Axis, what: str = "batch") -> None:
+def _is_spec(leaf: object) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
+def _leaves(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
+    """Paths and leaves; boxes and specs are leaves."""
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: is_boxed(leaf) or _is_spec(leaf))
+
+
+def _check_divides(length: int, devices: int, axis: Axis, what: str = "batch") -> None:
+    """Raises ValueError where examples do not divide over the devices."""
     if length % devices:
         raise ValueError(
             f"a {what} of {length} examples does not divide over the {devices} devices of mesh axis {axis!r}"
         )
 
 
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
-
-
-def _is_box(x: Any) -> bool:
-    """Whether Flax's metadata surround the array: a linen box or an nnx variable."""
-    return isinstance(x, nn.meta.AxisMetadata | nnx.Variable)
-
-
-def bare(tree: Any) -> Any:
-    """The tree with its arrays out of Flax's boxes, as they are: `nn.unbox` would also constrain where they lie.
-
-    >>> bare({"mean": nn.Partitioned(jnp.ones(2), names=("model",))})
-    {'mean': Array([1., 1.], dtype=float32)}
-    """
-    return jax.tree.map(_unboxed, tree, is_leaf=_is_box)
-
-
-def _unboxed(x: Any) -> Any:
-    if isinstance(x, nn.Partitioned):
-        return x.value
-    return x.unbox() if isinstance(x, nn.meta.AxisMetadata) else x.get_value() if isinstance(x, nnx.Variable) else x
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    """Paths and leaves; boxes and specs are leaves."""
-    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: _is_box(x) or _is_spec(x))
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-
-
-def _annotated(leaf: Any) -> PartitionSpec:
-    """The spec that Flax's metadata give, in names of the mesh; replicated without."""
-    if isinstance(leaf, nnx.Variable):
-        return nnx.spmd.get_var_pspec(leaf) or PartitionSpec()
-    if isinstance(leaf, nn.LogicallyPartitioned):
-        return nn.spmd.logical_to_mesh_axes(leaf.names) or PartitionSpec()
-    return leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else PartitionSpec()
-
-
-def _check(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str) -> None:
+def _check_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, name: str) -> None:
     """Raises ValueError where an array cannot lie as its spec says."""
     if len(spec) > len(shape):
         raise ValueError(f"{name} of shape {shape} has fewer axes than {spec}")
@@ -262,9 +261,9 @@ def _check(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str) -
         names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         for one in names:
             if one not in mesh.shape:
-                raise ValueError(f"{name} is to lie along {one!r}; the mesh has the axes "
-                                 f"{', '.join(map(repr, mesh.axis_names))}")  # fmt: skip
+                axes = ", ".join(map(repr, mesh.axis_names))
+                raise ValueError(f"{name} is to lie along {one!r}; the mesh has the axes {axes}")
         devices = math.prod(mesh.shape[one] for one in names)
         if shape[i] % devices:
-            raise ValueError(f"{name} of shape {shape} does not divide: axis {i} of length {shape[i]} over the "
-                             f"{devices} devices of mesh axis {entry!r}")  # fmt: skip
+            over = f"axis {i} of length {shape[i]} over the {devices} devices of mesh axis {entry!r}"
+            raise ValueError(f"{name} of shape {shape} does not divide: {over}")

@@ -1,0 +1,165 @@
+"""The probe of linen models: calls are intercepted, what passes is sown."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from flax import linen as nn
+from flax.core.scope import CollectionFilter, union_filters
+
+from normjax._paths import PyTree
+from normjax.capture import probe
+from normjax.capture.probe import SOWN, Calls, Captured, Layers, Loss, Matches, Run
+
+ZEROS = "capture_zeros"
+# Whether zeros were added is said by the name under which a call is sown, not by a flag: nn.jit may know the call already,
+# and then runs no Python.
+_KEPT, _KEPT_WITH_ZEROS = "__captured__", "__captured_with_zeros__"
+_probes = itertools.count()
+
+
+def linen_capture(
+    model: nn.Module, *, layers: Layers[nn.Module] = None, at: str = "output", loss: Loss | None = None
+) -> Callable[..., Captured]:
+    """Makes a function that runs a linen model and captures its layers.
+
+    Layers inside a lifted `nn.scan` or `nn.vmap` are captured, stacked along its axis, where its `variable_axes` let the
+    collection "intermediates" through, and their gradients where they let "capture_zeros" through; else they are left
+    out. `nn.remat` and `nn.jit` let everything through.
+
+    Args:
+      model: a linen module.
+      layers: which: a name or a pattern ("encoder/*", as of file names), a type of module, several of these, or a function
+        of name and module, which is asked once for layers that share an `nn.jit`; None is all.
+      at: "output", or "input" for the first positional argument.
+      loss: function of the model's output to a scalar, for gradients.
+
+    Returns:
+      `probe(variables, *args, **kwargs) -> Captured`; arguments as of `model.apply` (`train=`, `rngs=`, `mutable=`,
+      `method=`), and so is the output. Pure: jit, vmap and grad apply.
+
+    Raises:
+      TypeError: the model is no linen module, or `layers` none of the above.
+      ValueError: from the probe, if no layer that is called matches; `at` is neither place.
+
+    >>> model = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
+    >>> x = jnp.ones((4, 5))
+    >>> found = linen_capture(model, layers=nn.Dense, loss=jnp.sum)(model.init(jax.random.key(0), x), x)
+    >>> {name: z.shape for name, z in found.activations.items()}
+    {'layers_0': (4, 3), 'layers_2': (4, 2)}
+    >>> found.gradients["layers_2"].tolist()[0]
+    [1.0, 1.0]
+    """
+    probe.check_arguments("linen", model, nn.Module, layers, at)
+    # nn.jit runs the Python of one of several alike modules alone. It knows a module by what that may change, so a
+    # collection of this name keeps probes apart; and names are looked at afterwards.
+    by_name = isinstance(layers, str) or (isinstance(layers, Sequence) and all(isinstance(la, str) for la in layers))
+    sown = (SOWN, f"capture_{next(_probes)}")
+
+    def captured(
+        variables: Mapping[str, PyTree], /, *args: PyTree, mutable: CollectionFilter = False, **kwargs: PyTree
+    ) -> Captured:
+        given = {name: value for name, value in variables.items() if name not in (SOWN, ZEROS)}
+
+        def run(zeros: Calls | None, matches: Matches) -> Run:
+            with_zeros = given if zeros is None else {**given, ZEROS: _as_collection(zeros)}
+            with nn.intercept_methods(_Recorder(layers, at, by_name, matches).watch):
+                output, state = model.apply(with_zeros, *args, mutable=union_filters(mutable, sown), **kwargs)
+            found = _from_collection(state.get(SOWN) or {})
+            calls = {
+                name: each for name, each in found.calls.items() if not by_name or probe.is_meant(layers, name, model)
+            }
+            if mutable is not False:
+                kept = {name: value for name, value in state.items() if name not in (SOWN, ZEROS)}
+                output = (output, {**kept, SOWN: found.rest} if found.rest else kept)
+            return Run(output, calls, found.reached)
+
+        return probe.capture(run, layers, loss)
+
+    return captured
+
+
+@dataclass
+class _Recorder:
+    """Watches one run of a model, and keeps what passes its layers."""
+
+    layers: Layers[nn.Module]
+    at: str
+    by_name: bool  # names are looked at after the run, and every layer is kept here
+    matches: Matches
+    open: list[tuple[str, ...]] = field(
+        default_factory=list
+    )  # paths of the modules whose calls have begun and not ended
+
+    def watch(
+        self,
+        call: Callable[..., PyTree],
+        args: tuple[PyTree, ...],
+        kwargs: dict[str, PyTree],
+        context: nn.module.InterceptorContext,
+    ) -> PyTree:
+        """Every call of a method of a module, as `nn.intercept_methods` hands it on."""
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        name = probe.layer_name(module.path)
+        # A lifted class, or a call of super(), calls a module of the same path again: the outer one counts.
+        outer = self.open[-1:] != [module.path]
+        self.matches.called[name] = None
+        self.open.append(module.path)
+        try:
+            if meant := probe.is_meant(self.layers, name, module):
+                self.matches.matched[name] = None
+            if outer and (meant or self.by_name):
+                return probe.pass_through(functools.partial(self.keep, module), self.at, call, args, kwargs)
+            return call(*args, **kwargs)
+        finally:
+            self.open.pop()
+
+    def keep(self, module: nn.Module, value: PyTree) -> PyTree:
+        """Sows what passes a layer, the zeros of this call added to it where there are any."""
+        scope = module.scope
+        assert scope is not None  # the module is being called
+        number = sum(len(scope.get_variable(SOWN, slot, ())) for slot in (_KEPT, _KEPT_WITH_ZEROS))
+        added = scope.get_variable(ZEROS, f"{_KEPT}{number}")
+        if added is not None:
+            value = probe.map_floating(lambda place, leaf: leaf + added[place], value)
+        module.sow(SOWN, _KEPT if added is None else _KEPT_WITH_ZEROS, probe.floating_leaves(value))
+        return value
+
+
+def _as_collection(zeros: Calls) -> dict[str, PyTree]:
+    """The zeros as linen stores them: nested by path, one variable for each call."""
+    collection: dict[str, PyTree] = {}
+    for name, calls in zeros.items():
+        inner = collection
+        for key in () if name == "." else name.split("/"):
+            inner = inner.setdefault(key, {})
+        inner |= {f"{_KEPT}{number}": leaves for number, leaves in enumerate(calls)}
+    return collection
+
+
+class _Sown(NamedTuple):
+    """What was sown: here by layer, the layers that zeros reached, and what the model itself had sown."""
+
+    calls: Calls
+    reached: set[str]
+    rest: dict[str, PyTree]
+
+
+def _from_collection(collection: Mapping[str, PyTree], path: tuple[str, ...] = ()) -> _Sown:
+    found = _Sown({}, set(), {})
+    for key, value in collection.items():
+        if key in (_KEPT, _KEPT_WITH_ZEROS):
+            found.calls[probe.layer_name(path)] = tuple(dict(leaves) for leaves in value)
+            found.reached.update({probe.layer_name(path)} if key == _KEPT_WITH_ZEROS else ())
+        elif isinstance(value, Mapping):
+            below = _from_collection(value, (*path, key))
+            found.calls.update(below.calls)
+            found.reached.update(below.reached)
+            found.rest.update({key: below.rest} if below.rest else {})
+        else:
+            found.rest[key] = value
+    return found

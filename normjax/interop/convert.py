@@ -1,0 +1,208 @@
+"""Whole checkpoints: reads their normalization layers, and writes these as another library keeps them."""
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from normjax.interop import libraries
+from normjax.interop.layer import Array, Record, Said, other_way, to_parts, to_record
+from normjax.interop.libraries import ADDRESSES, KINDS, Path, choose, listed, numbers_of, refuse
+
+Entries: TypeAlias = Mapping[Any, Any]  # arrays, or whatever the library keeps, in dictionaries that may be nested
+Options: TypeAlias = Mapping[str, Said]
+
+
+def read(entries: Entries, library: str, layers: Options | None = None) -> tuple[dict[str, Record], dict]:
+    """Reads the normalization layers of a checkpoint.
+
+    A dictionary does not say what its layers are. Unless told, `read` takes a layer with running statistics for "batch",
+    one with scale and bias of the same shape and nothing else for "layer" ("group" and "instance" store no more), and a
+    scale alone, which may be RMS norm or a PReLU, for none.
+
+    Args:
+      entries: the checkpoint: for "linen" `{"params": ..., "batch_stats": ...}`; for "nnx" `nnx.to_pure_dict(state)`; for
+        "torch" the flat state_dict; for "keras" `{v.path: v.numpy() for v in model.variables}`; for "haiku" `{"params":
+        ..., "state": ...}`; for "equinox" nested dictionaries that end in a layer's attributes, a `StateIndex` replaced
+        by `state.get(index)`. Values are anything `np.array` takes. It is not changed, and no memory is shared with it.
+      library: its name.
+      layers: patterns of paths (`fnmatch`), and what the dictionary does not say of these layers: `kind` (None leaves a
+        layer in the rest), epsilon and momentum by the library's names and meaning, `elements` for torch, `averaging`
+        for normjax's counted averages ("debiased" or "cumulative"). Later patterns override earlier ones.
+
+    Returns:
+      A dictionary from paths to Records, and the rest of the checkpoint.
+
+    Raises:
+      ValueError: no such library, kind or option; a pattern that no layer has; a layer that lacks a part or has another.
+
+    Source: the table of `normjax.interop`, as measured in `tests/test_interop.py`.
+
+    >>> state = {"0.weight": np.ones((8, 3, 5, 5)), "1.running_mean": np.zeros(8), "1.running_var": np.ones(8)}
+    >>> records, rest = read(state, "torch", {"1": {"momentum": 0.25}})
+    >>> records["1"].kind, records["1"].momentum, list(rest)
+    ('batch', 0.75, ['0.weight'])
+    >>> list(write(records, "linen")["batch_stats"]["1"])
+    ['mean', 'var']
+    """
+    names = numbers_of(library)[:2]
+    layers = layers or {}
+    wanted = libraries.COLLECTIONS.get(library, ())
+    if wanted and entries and not set(wanted) & set(entries):
+        refuse(f"a {library} checkpoint", f"the collections {listed(entries)}", listed(wanted))
+    flat = dict(_flatten(entries))
+    found: dict[str, dict[str, Path]] = {}
+    for path in flat:
+        layer, part = libraries.locate(path, library)
+        found.setdefault(layer, {})[part] = path
+    records = {}
+    for layer, parts in found.items():
+        said = _said(layers, layer)
+        values = {part: _array(flat[path], part) for part, path in parts.items() if part in ADDRESSES[library]}
+        kind = said.get("kind", _guess(values, parts))
+        if kind is None:
+            continue
+        where = f"{library} layer {layer!r}"
+        choose(f"{where}: kind", kind, KINDS)
+        strange = [part[1:] for part in parts if part not in values]
+        if strange:
+            refuse(where, f"entries {listed(strange)}", listed(at.split("*/")[1] for at in ADDRESSES[library].values()))
+        records[layer] = to_record(where, library, kind, values, said)
+        for path in parts.values():
+            del flat[path]
+    _check(layers, library, ("kind", *names, *libraries.READS.get(library, ())), records)
+    return records, _nest(flat)
+
+
+def write(
+    records: Mapping[str, Record], library: str, layers: Options | None = None, rest: Entries | None = None
+) -> dict:
+    """The checkpoint of a library with these normalization layers.
+
+    Args:
+      records: Records by path, slashes between names; rename layers by renaming keys.
+      library: whose checkpoint.
+      layers: patterns of paths, and what Records do not say: for "torch" `elements`; for "haiku" the `shape` of batch
+        norm's arrays, such as (1, 1, 1, -1); for "equinox" the `mode`, "batch" (default) or "ema"; for a layer of normjax
+        its `averaging`: unless "exponential" (default, as Flax) the counts go along.
+      rest: entries in the library's own form to lay beside the layers, such as those that `read` returned.
+
+    Returns:
+      A dictionary in the form that `read` takes, of new arrays. (Equinox loads it by `state.set` and `eqx.tree_at`.)
+
+    Raises:
+      ValueError: no such library or option; a pattern that no layer has; a layer that the library cannot hold; an entry
+        that `rest` has too.
+
+    Source: the table of `normjax.interop`.
+
+    >>> records, _ = read({"params": {"n": {"scale": np.ones(2), "bias": np.zeros(2)}}}, "linen")
+    >>> write(records, "haiku")["params"]["n"]["offset"]
+    array([0., 0.])
+    """
+    numbers_of(library)
+    layers = layers or {}
+    _check(layers, library, libraries.WRITES.get(library, ()), records)
+    flat = dict(_flatten(rest or {}))
+    joined = {libraries.joined(path, library) for path in flat}
+    for layer, record in records.items():
+        where = f"{library} layer {layer!r}"
+        parts = to_parts(where, library, record, _said(layers, layer))
+        for part, value in parts.items():
+            at = ADDRESSES[library][part].replace("*/", f"{layer}/" if layer else "")
+            if at in joined:
+                refuse(where, f"the entry {at!r} in the rest too", "one of the two")
+            flat[libraries.keys_of(at, library)] = value
+    return _nest(flat)
+
+
+def arguments(record: Record, library: str) -> dict[str, Any]:
+    """Arguments with which the library builds this layer; sizes, axes and groups are yours to add.
+
+    Args:
+      record: what `read` returned.
+      library: whose arguments.
+
+    Raises:
+      ValueError: no such library.
+
+    Source: the table of `normjax.interop`.
+
+    >>> arguments(Record("batch", np.ones(3), np.ones(3), epsilon=1e-3, momentum=0.75), "torch")
+    {'eps': 0.001, 'momentum': 0.25, 'affine': True, 'track_running_stats': False}
+    """
+    numbers, kind, tracked = numbers_of(library), record.kind, record.mean is not None
+    out: dict[str, Any] = {} if record.epsilon is None else {numbers.epsilon: record.epsilon}
+    if library == "torch" and (kind == "batch" or tracked) and record.averaging == "cumulative":
+        out[numbers.momentum] = None
+    elif record.momentum is not None and (kind == "batch" or tracked):
+        out[numbers.momentum] = other_way(record.momentum) if library == "torch" else record.momentum
+    scale, bias, alone = record.scale is not None, record.bias is not None, kind in ("layer", "rms")
+    if library in ("linen", "nnx"):
+        return out | {"use_scale": scale} | ({"use_bias": bias} if kind != "rms" or bias else {})
+    if library == "keras":
+        return out if kind == "rms" else out | {"scale": scale, "center": bias}
+    if library == "haiku":
+        return out | {"create_scale": scale} | ({} if kind == "rms" else {"create_offset": bias})
+    if library == "equinox" and alone:
+        return out | {"use_weight": scale, "use_bias": bias}
+    if library == "equinox":
+        return out | {"channelwise_affine": scale or bias} | ({"mode": "batch"} if kind == "batch" else {})
+    if alone:
+        return out | {"elementwise_affine": scale or bias} | ({"bias": bias} if kind == "layer" else {})
+    return out | {"affine": scale or bias} | ({"track_running_stats": tracked} if kind != "group" else {})
+
+
+def _guess(values: Mapping[str, Array], parts: Mapping[str, Path]) -> str | None:
+    """The kind of a layer that was not told, by what it holds; None for what may be no normalization layer."""
+    if len(values) < len(parts):
+        return None
+    if {"mean", "var"} <= set(values) or {"sums", "averages"} & set(values):
+        return "batch"
+    same = set(values) == {"scale", "bias"} and values["scale"].shape == values["bias"].shape
+    return "layer" if same else None
+
+
+def _array(value: Array, part: str) -> Array:
+    """A copy of an array; running statistics in float32 or wider, for averages in bfloat16 stop moving."""
+    if part in ("sums", "averages"):
+        return tuple(_array(one, "mean") for one in value)
+    value = np.array(value)
+    return value.astype(np.promote_types(value.dtype, np.float32)) if part in ("mean", "var") else value
+
+
+def _said(layers: Options, layer: str) -> Said:
+    """What the caller says of a layer; later patterns override earlier ones."""
+    fitting = [options for pattern, options in layers.items() if fnmatch.fnmatchcase(layer, pattern)]
+    return {name: value for options in fitting for name, value in options.items()}
+
+
+def _check(layers: Options, library: str, accepted: tuple[str, ...], records: Iterable[str]) -> None:
+    """Refuses options that mean nothing here, and patterns that fit no normalization layer (or leave it in the rest)."""
+    for pattern, options in layers.items():
+        strange = [name for name in options if name not in accepted]
+        if strange:
+            refuse(f"{library} layers {pattern!r}", f"options {listed(strange)}", listed(accepted) or "none")
+        if options.get("kind", "") is not None and not fnmatch.filter(records, pattern):
+            refuse(f"{library} layers {pattern!r}", "no such normalization layer", listed(records) or "none")
+
+
+def _flatten(entries: Entries, above: Path = ()) -> Iterable[tuple[Path, object]]:
+    """Pairs of a path and a value; None is how Equinox and nnx say that there is nothing."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*above, key))
+        elif value is not None:
+            yield (*above, key), value
+
+
+def _nest(flat: Mapping[Path, object]) -> dict:
+    """Nested dictionaries of values by path."""
+    out: dict = {}
+    for path, value in flat.items():
+        inner = out
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = value
+    return out

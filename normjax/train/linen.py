@@ -1,0 +1,266 @@
+"""Training, evaluation and recalibration of linen models."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import jax
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from normjax._paths import PyTree
+from normjax.penalty import total_penalty
+from normjax.running import merge_trees, recalibrated
+from normjax.train import step
+from normjax.train.mesh import Axis, BatchSharding
+from normjax.train.metadata import bare
+from normjax.train.step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
+
+_SOWN = ("losses", "moments", "intermediates")
+
+Source: TypeAlias = Literal["asked", "batch", "stored"]
+"""What layers normalize with: what the model asks of each, or, whatever it asks, the batch's statistics or stored ones."""
+Call: TypeAlias = Callable[..., PyTree]
+"""The model as a function, `call(*args, **kwargs)`, with its variables looked after."""
+
+
+def linen_init(
+    model: nn.Module, tx: optax.GradientTransformation, key: jax.Array, *inputs: PyTree, **kwargs: PyTree
+) -> State:
+    """Initializes a linen model and its optimizer.
+
+    Args:
+      model: a linen module.
+      tx: an optax transformation.
+      key: a PRNG key, for parameters and dropout.
+      *inputs: passed to the model.
+      **kwargs: passed to the model.
+
+    Returns:
+      The first State.
+
+    >>> linen_init(nn.Dense(2), optax.sgd(0.1), jax.random.key(0), jnp.ones((1, 3))).params["kernel"].shape
+    (3, 2)
+    """
+    variables = dict(model.init({"params": key, "dropout": jax.random.fold_in(key, 1)}, *inputs, **kwargs))
+    params = variables.pop("params", {})
+    return step.start_state(params, {name: value for name, value in variables.items() if name not in _SOWN}, tx)
+
+
+def linen_step(
+    model: nn.Module,
+    loss: Loss[Call],
+    tx: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    statistics: str = "update",
+    penalty_weights: Mapping[str, ArrayLike] | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis = "data",
+    specs: PyTree = None,
+) -> Step:
+    """Makes the training step of a linen model.
+
+    Args:
+      model: a linen module.
+      loss: `loss(call, batch, train)`; `call` is `model.apply` with the variables bound, running statistics and sown
+        penalties looked after, and `rngs={"dropout": key}` unless the caller gives others.
+      tx: an optax transformation.
+      micro_batches: the batch is split into so many equal parts, whose gradients and metrics are averaged: part k of p
+        takes the examples k, k + p, k + 2 p, ..., so that every device has its share of it. Each part is normalized by
+        itself; what is stored are the statistics of all parts together, merged exactly where the row
+        allows it (order 2, A = B or None, no windows), else averaged. Layers that are lifted (`nn.scan`,
+        `nn.vmap`) merge if the collection `moments` is lifted with them; statistics of recurrent cells are averaged.
+      statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
+        the stored ones and leave them (fine-tuning).
+      penalty_weights: factors of the layers' penalties by path component, see `total_penalty`.
+      mesh: the devices to spread each batch over, with the state placed there by `place`. Axes of either type, Auto or
+        Explicit: how what is inside the step lies on the devices is left to XLA. A model that states its own shardings
+        in types does without `mesh`, since the step follows types.
+      axis: the axis of the mesh, or several, that the examples are spread over; all devices along the others see them.
+      specs: those given to `place`, so that the state stays where it is: XLA might move it, and compile again.
+
+    Returns:
+      `step(state, batch, key=None) -> (state, metrics)`. metrics: "loss" (of the task), "penalty", and the user's.
+
+    Raises:
+      ValueError: an unknown way with statistics; a batch that does not divide into micro-batches, or these over the
+        devices; an axis that the mesh lacks; metrics that are called loss or penalty.
+
+    >>> def loss(call, batch, train):
+    ...     return jnp.mean((call(batch["x"]) - batch["y"]) ** 2), {}
+    >>> model, tx = nn.Dense(1, use_bias=False), optax.sgd(0.25)
+    >>> data = {"x": jnp.array([[1.0], [1.0]]), "y": jnp.array([[3.0], [3.0]])}
+    >>> state = linen_init(model, tx, jax.random.key(0), data["x"])
+    >>> state = state._replace(params={"kernel": jnp.ones((1, 1))})
+    >>> state, metrics = jax.jit(linen_step(model, loss, tx))(state, data)
+    >>> state.params["kernel"].item(), metrics["loss"].item()
+    (2.0, 4.0)
+    """
+    source: Source = "stored" if statistics == "frozen" else "asked"
+    trained = _LinenModel(model, loss, source, penalty_weights=penalty_weights)
+    return step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
+
+
+def linen_eval(model: nn.Module, loss: Loss[Call], *, mesh: Mesh | None = None, axis: Axis = "data") -> Evaluation:
+    """Makes the evaluation `evaluate(state, batch) -> metrics` of a linen model, "loss" among them.
+
+    Args:
+      model: a linen module.
+      loss: `loss(call, batch, train)`, called with train=False; `call` is `model.apply` with the variables bound.
+      mesh: the devices to spread a batch over; one that does not divide is evaluated by each.
+      axis: the axis of the mesh, or several, that the examples are spread over.
+
+    Raises:
+      ValueError: an axis that the mesh lacks.
+
+    >>> evaluate = linen_eval(nn.Dense(1), lambda call, batch, train: (jnp.sum(call(batch)), {"train": train}))
+    >>> evaluate(linen_init(nn.Dense(1), optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 3))), jnp.zeros((2, 3)))
+    {'loss': Array(0., dtype=float32), 'train': False}
+    """
+
+    def run(state: State, batch: Batch) -> tuple[ArrayLike, step.Metrics]:
+        return loss(functools.partial(model.apply, {"params": state.params, **state.stats}), batch, False)
+
+    return step.make_evaluation(run, BatchSharding(mesh, axis))
+
+
+def linen_recalibrate(
+    model: nn.Module, loss: Loss[Call], *, mesh: Mesh | None = None, axis: Axis = "data"
+) -> Recalibration:
+    """Makes `recalibrate(state, data, order) -> state`: the running statistics of the parameters as they are now.
+
+    An average over the steps of training mixes the statistics of many earlier parameters. This one evaluates the model
+    (`train` is False: no dropout) on every batch, except that each layer normalizes with the batch's own statistics, and
+    stores those of all batches together: exact where the row merges (order 2, A = B or None, no windows), else their mean.
+
+    Args:
+      model: a linen module.
+      loss: `loss(call, batch, train)`, called with train=False; only what the layers see matters.
+      mesh: the devices to spread each batch over.
+      axis: the axis of the mesh, or several, that the examples are spread over.
+
+    Returns:
+      A function of the state, data and order, which are those of `epoch`. Statistics of elements that no batch has
+      seen, and everything else of the state, stay.
+
+    Raises:
+      ValueError: a layer with running statistics saw no batch: it is not one of normjax's.
+
+    Source: Wu & Johnson 2021, section 3 ("precise" batch norm statistics).
+
+    >>> from normjax.linen import BatchNorm
+    >>> model, data = BatchNorm(), jnp.array([[1.0], [3.0], [5.0], [7.0]])
+    >>> state = linen_init(model, optax.sgd(0.1), jax.random.key(0), data, use_running_average=True)
+    >>> loss = lambda call, batch, train: (jnp.sum(call(batch, use_running_average=not train)), {})
+    >>> state = linen_recalibrate(model, loss)(state, data, jnp.array([[0, 1], [2, 3]]))
+    >>> state.stats["batch_stats"]["mean"], state.stats["batch_stats"]["var"]
+    (Array([4.], dtype=float32), Array([5.], dtype=float32))
+    """
+    return step.make_recalibration(_LinenModel(model, loss, "batch", train=False), BatchSharding(mesh, axis))
+
+
+@dataclass(eq=False)
+class Collections:
+    """The variables of a linen model during one forward pass, which may call it several times.
+
+    Attributes:
+      model, params: the module and its parameters.
+      stats, losses, moments: the collections beside them, as the last call left them; the penalties that the layers have
+        sown; what they saw of the batch.
+      key: for dropout.
+      source: what the layers normalize with.
+
+    >>> from normjax.linen import Norm
+    >>> norm, x = Norm("batch", use_running_average=False, momentum=0.5), jnp.array([[1.0], [3.0]])
+    >>> variables = norm.init(jax.random.key(0), x)
+    >>> held = Collections(norm, variables["params"], {"batch_stats": variables["batch_stats"]})
+    >>> held.call(x).ravel().round(3), held.stats["batch_stats"]["mean"]
+    (Array([-1.,  1.], dtype=float32), Array([1.], dtype=float32))
+    """
+
+    model: nn.Module
+    params: PyTree
+    stats: Mapping[str, PyTree]
+    key: jax.Array | None = None
+    source: Source = "asked"
+    losses: Mapping[str, PyTree] = field(default_factory=dict, init=False)
+    moments: Mapping[str, PyTree] = field(default_factory=dict, init=False)
+
+    def call(self, *args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
+        """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""
+        if self.key is not None:
+            kwargs.setdefault("rngs", {"dropout": self.key})
+        asked = [mutable] if isinstance(mutable, str) else mutable
+        variables = {"params": self.params, **self.stats, "losses": self.losses, "moments": self.moments}
+        with _normalizing_with(self.source):
+            output, changed = self.model.apply(
+                variables, *args, mutable=[*self.stats, "losses", "moments", *asked], **kwargs
+            )
+        changed = dict(changed)
+        self.losses, self.moments = changed.pop("losses", {}), changed.pop("moments", {})
+        self.stats = {name: changed.pop(name, value) for name, value in self.stats.items()}
+        return (output, changed) if asked else output
+
+
+@dataclass(frozen=True, eq=False)
+class _LinenModel:
+    """A linen model as a step asks for it; `train` is what the loss is told."""
+
+    model: nn.Module
+    loss: Loss[Call]
+    source: Source
+    train: bool = True
+    penalty_weights: Mapping[str, ArrayLike] | None = None
+
+    def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
+        """One forward pass."""
+        held = Collections(self.model, params, stats, key, self.source)
+        value, metrics = self.loss(held.call, batch, self.train)
+        penalty = total_penalty(held.losses, self.penalty_weights)
+        return Pass(value, metrics, penalty, held.stats, held.moments)
+
+    def keep(self, before: PyTree, after: PyTree) -> PyTree:
+        """The collections afterwards, but running statistics from before."""
+        return {**after, **{name: value for name, value in before.items() if name == "batch_stats"}}
+
+    def merge(self, before: PyTree, after: PyTree, seen: PyTree) -> PyTree:
+        """The collections after micro-batches, running statistics merged."""
+        if "batch_stats" not in before:
+            return after
+        old, new = (bare(stats["batch_stats"]) for stats in (before, after))
+        return {**after, "batch_stats": nn.meta.replace_boxed(before["batch_stats"], merge_trees(old, new, seen))}
+
+    def recalibrate(self, stats: PyTree, seen: PyTree) -> PyTree:
+        """The collections with the running statistics of all that was seen."""
+        stored = stats.get("batch_stats", {})
+        pure = recalibrated(bare(stored), seen)
+        return {**stats, "batch_stats": nn.meta.replace_boxed(stored, pure)} if stored else stats
+
+
+@contextlib.contextmanager
+def _normalizing_with(source: Source) -> Iterator[None]:
+    """Makes every layer that can normalize with stored statistics do so, or not, whatever the model asks of it."""
+    if source == "asked":
+        yield
+        return
+
+    def intercept(
+        call: Call, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], context: nn.module.InterceptorContext
+    ) -> PyTree:
+        module = context.module
+        if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
+            return call(*args, **kwargs)
+        if module.use_running_average is not None:
+            # The layer is bound afresh at every apply.
+            object.__setattr__(module, "use_running_average", source == "stored")
+            return call(*args, **kwargs)
+        kwargs.pop("use_running_average", None)
+        return call(*args[:1], use_running_average=source == "stored", **kwargs)
+
+    with nn.intercept_methods(intercept):
+        yield

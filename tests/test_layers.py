@@ -1,0 +1,323 @@
+"""Every described layer in both faces: documents itself, is the same layer in linen and nnx, and keeps what Flax expects."""
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as fl
+from flax import nnx as fx
+from flax.nnx import bridge
+
+from normjax import linen, nnx
+from normjax._layers.describe import Layer
+from normjax._layers.statistics import RunningLayer
+
+C = 6
+X = jnp.asarray(np.random.default_rng(0).normal(2, 3, (8, C)), jnp.float32)
+
+# name: (options, one that differs from its default, as `repr` shows it)
+LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "Norm": ({"normalizer": "batch", "momentum": 0.5}, "Norm(normalizer='batch', momentum=0.5)"),
+    "BatchRenorm": ({"r_max": 2.0}, "BatchRenorm(r_max=2.0)"),
+    "DivisiveNorm": ({"channels": 3, "use_scale": True}, "DivisiveNorm(channels=3, use_scale=True)"),
+    "L1BatchNorm": ({"normalized": False}, "L1BatchNorm(normalized=False)"),
+    "LpBatchNorm": ({"p": 3}, "LpBatchNorm(p=3)"),
+    "TopKBatchNorm": ({"k": 2, "size": 8}, "TopKBatchNorm(k=2, size=8)"),
+    "LinfBatchNorm": ({"size": 8}, "LinfBatchNorm(size=8)"),
+    "VarianceNorm": ({"use_bias": False}, "VarianceNorm(use_bias=False)"),
+    "ExtendedBatchNorm": ({"epsilon": 0.5}, "ExtendedBatchNorm(epsilon=0.5)"),
+    "PositionNorm": ({}, "PositionNorm()"),
+    "LocalContextNorm": ({"groups": 2}, "LocalContextNorm(groups=2)"),
+    "GhostBatchNorm": ({"examples": 4}, "GhostBatchNorm(examples=4)"),
+    "RangeBatchNorm": ({"parts": 2, "size": 4}, "RangeBatchNorm(parts=2, size=4)"),
+    "GhostTopKBatchNorm": ({"k": 2, "size": 8, "beta": 0.5}, "GhostTopKBatchNorm(k=2, size=8, beta=0.5)"),
+    "LocalResponseNorm": ({"size": 3}, "LocalResponseNorm(size=3)"),
+    "LocalContrastNorm": ({"shape": "box"}, "LocalContrastNorm(shape='box')"),
+    "TLU": ({}, "TLU()"),
+    "DyT": ({"alpha_init": 0.3}, "DyT(alpha_init=0.3)"),
+    "Derf": ({"shift_init": 0.1}, "Derf(shift_init=0.1)"),
+    "EvoNormB0": ({"instance": "c"}, "EvoNormB0(instance='c')"),
+    "EvoNormS0": ({"field": "c/2"}, "EvoNormS0(field='c/2')"),
+    "GRN": ({"space": "n"}, "GRN(space='n')"),
+}
+RUNNING = [name for name in LAYERS if issubclass(getattr(linen, name), RunningLayer)]
+SPACE = ("DivisiveNorm", "LocalContextNorm", "LocalContrastNorm")
+QUICK = ("Norm", "EvoNormB0", "DyT", "GhostTopKBatchNorm", "LocalContrastNorm")
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS]
+EACH_RUNNING = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNNING]
+
+
+def given(name):
+    return X.reshape(2, 4, C) if name in SPACE else X
+
+
+def of_linen(name, **options):
+    return getattr(linen, name)(**LAYERS[name][0], **options)
+
+
+def of_nnx(name, **options):
+    make = getattr(nnx, name)
+    if not issubclass(make, nnx.host.Host):
+        return make(**LAYERS[name][0], **options)
+    return make(C, **LAYERS[name][0], **options, rngs=fx.Rngs(0))
+
+
+def training(name):
+    return {"use_running_average": False} if name in RUNNING else {}
+
+
+def started(name, **options):
+    """A linen layer and its variables."""
+    layer = of_linen(name, **training(name), **options)
+    return layer, layer.init(jax.random.key(0), given(name))
+
+
+def values(layer, kind):
+    """The variables of an nnx layer, by name."""
+    return {str(path[-1]): variable[...] for path, variable in fx.to_flat_state(fx.state(layer, kind))}
+
+
+def after(name, **options):
+    """The output of a training batch and what was stored, in linen and in nnx."""
+    layer, variables = started(name, **options)
+    y, changed = layer.apply(variables, given(name), mutable=["batch_stats"])
+    twin = of_nnx(name, **options)
+    z = twin(given(name))
+    kept = values(twin, fx.BatchStat)
+    return (y, dict(changed.get("batch_stats", {}))), (z, kept)
+
+
+def close(a, b, atol=1e-5):
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-5, atol=atol), a, b)
+
+
+def test_every_described_layer_is_in_the_table():
+    found = {name for name in linen.__all__ if issubclass(getattr(linen, name), Layer)}
+    assert found == set(LAYERS)
+    assert found == {name for name in nnx.__all__ if issubclass(getattr(nnx, name), Layer)}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_both_faces_have_the_documentation_and_the_call_of_the_description(name):
+    one, two = getattr(linen, name), getattr(nnx, name)
+    assert one.__doc__ == two.__doc__
+    assert "Source: " in one.__doc__ or name == "Norm"
+    assert ">>> " in one.__doc__
+    assert one.__call__.__doc__ == two.__call__.__doc__
+    assert one.__call__.__doc__
+    assert inspect.signature(one.__call__) == inspect.signature(two.__call__)
+    assert (one.__module__, two.__module__) == ("normjax.linen.layers", "normjax.nnx.layers")
+    own = [p.name for p in inspect.signature(one).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    theirs = [p.name for p in inspect.signature(two.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert theirs == ["self", *(["features"] if issubclass(two, nnx.host.Host) else []), *own]
+    missing = [option for option in own if f"\n      {option}: " not in one.__doc__]
+    assert not missing, "options without a line of documentation"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_shows_what_differs_from_the_defaults_and_refuses_what_it_has_not(name):
+    assert repr(of_linen(name)) == LAYERS[name][1]
+    shown = repr(of_nnx(name))
+    assert "_init" not in shown.replace("alpha_init", "").replace("shift_init", "")
+    for option in LAYERS[name][0]:
+        assert f"{option}=" in shown
+    for make in (of_linen, of_nnx):
+        with pytest.raises(TypeError, match="momentun"):
+            make(name, momentun=0.9)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_linen_and_nnx_start_alike_and_give_the_same(name):
+    (y, stored), (z, kept) = after(name)
+    close((y, stored), (z, kept))
+    params = started(name)[1].get("params", {})
+    close(dict(params), values(of_nnx(name), fx.Param))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_layers_are_pickled_copied_displayed_and_tabulated(name):
+    layer, variables = started(name)
+    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), layer.clone()):
+        assert twin == layer
+        assert hash(twin) == hash(layer)
+    mutable = ["batch_stats"]
+    y, _ = layer.apply(variables, given(name), mutable=mutable)
+    other = of_nnx(name)
+    for twin in (pickle.loads(pickle.dumps(other)), copy.deepcopy(other), fx.clone(other)):
+        close(twin(given(name)), y)
+    assert name in fl.tabulate(layer, jax.random.key(0))(given(name))
+    assert name in fx.tabulate(other, given(name))
+    fx.display(other)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_layers_are_lifted_and_bridged(name):
+    def stack(lift: Any, **settings):
+        class Stack(fl.Module):
+            @fl.compact
+            def __call__(self, x):
+                return lift(getattr(linen, name), **settings)(**LAYERS[name][0], **training(name), name="inner")(x)
+
+        return Stack()
+
+    x, layer = given(name), started(name)[0]
+    y, _ = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+    for module, inputs, pick in (
+        (stack(fl.remat), x, lambda y: y),
+        (stack(fl.jit), x, lambda y: y),
+        (stack(fl.vmap, **axes), jnp.stack([x, 2 * x]), lambda y: y[0]),
+    ):
+        variables = module.init(jax.random.key(0), inputs)
+        close(pick(module.apply(variables, inputs, mutable=["batch_stats"])[0]), y)
+    inside = bridge.ToNNX(layer, rngs=fx.Rngs(0)).lazy_init(x)
+    close(inside(x, **({"mutable": ["batch_stats"]} if name in RUNNING else {})), y)
+
+    @fx.vmap(in_axes=0, out_axes=0, axis_size=2)
+    def made(key):
+        return of_nnx(name)
+
+    many = made(jnp.arange(2))
+    close(fx.vmap(lambda layer, x: layer(x), in_axes=(0, None), axis_size=2)(many, x)[1], y)
+
+
+def test_a_second_nnx_layer_made_alike_is_the_same_to_jit_whatever_functions_start_it():
+    one = nnx.Norm(C, "batch", scale_init=lambda *a: jnp.ones(*a[1:]), rngs=fx.Rngs(0))
+    two = nnx.Norm(C, "batch", scale_init=lambda *a: 2 * jnp.ones(*a[1:]), rngs=fx.Rngs(0))
+    assert fx.graphdef(one) == fx.graphdef(two)
+    pickle.dumps(one)
+
+
+def test_nnx_takes_features_first_and_says_so():
+    for make in (nnx.Norm, nnx.BatchRenorm, nnx.DyT):
+        with pytest.raises(
+            TypeError, match=r"features, the number of channels, comes first in nnx: \w+\(64, ...\); found"
+        ):
+            make("batch", 64, rngs=fx.Rngs(0))  # pyright: ignore
+    with pytest.raises(ValueError, match="TLU learns no scale that scale_metadata could be of"):
+        nnx.TLU(3, scale_metadata={"mine": 1}, rngs=fx.Rngs(0))
+    assert nnx.Norm(np.int64(3), "batch", rngs=fx.Rngs(0)).scale.shape == (3,)  # pyright: ignore[reportArgumentType]
+
+
+# --- the options of every layer with running statistics -------------------------------------------
+
+STORES_NOTHING = ("DivisiveNorm", "PositionNorm", "LocalContextNorm")
+STORING = [name for name in RUNNING if name not in STORES_NOTHING]
+EACH_STORING = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STORING]
+# Options that a layer refuses, and why.
+REFUSED = {
+    ("VarianceNorm", "renorm"): "neither floor nor keep_mean",
+    ("BatchRenorm", "renorm"): "the limits of BatchRenorm are r_max and d_max",
+    **{(name, "renorm"): "a row that stores all its moments" for name in STORES_NOTHING},
+    **{
+        (name, "unbiased"): "unbiased=True needs a variance"
+        for name in ("L1BatchNorm", "LpBatchNorm", "TopKBatchNorm", "LinfBatchNorm", "RangeBatchNorm")
+    },
+    **{(name, "unbiased"): "unbiased=True needs a variance" for name in ("GhostTopKBatchNorm", "ExtendedBatchNorm")},
+}
+
+
+@pytest.mark.parametrize("name", EACH_STORING)
+def test_every_layer_with_running_statistics_has_the_same_options(name):
+    (_, plain), _ = after(name, **({} if name == "Norm" else {"momentum": 0.5}))
+    start = started(name)[1]["batch_stats"]
+    for of in after(name, averaging="cumulative"):
+        for key in ("mean", "var"):
+            if key in plain:  # the first batch itself, twice as far as half of the way
+                close(of[1][key] - start[key], 2 * (plain[key] - start[key]))
+                assert (of[1][f"{key}_count"] == 1).all()
+    for of in after(name, update_running_average=False):
+        assert {key: value.tolist() for key, value in of[1].items()} == {k: v.tolist() for k, v in start.items()}
+    first = started(name, mean_init=2.0, var_init=3.0)[1]["batch_stats"]
+    assert all((first[key] == value).all() for key, value in (("mean", 2.0), ("var", 3.0)) if key in first)
+    names = (None,) if name == "ExtendedBatchNorm" else ("model",)
+    if name != "ExtendedBatchNorm":
+        boxed = started(name, stats_names=names)[1]["batch_stats"]
+        assert {box.names for box in jax.tree.leaves(boxed, is_leaf=lambda a: isinstance(a, fl.Partitioned))} == {names}
+    twin = of_nnx(name, stats_metadata={"mine": 3})
+    assert all(getattr(twin, key).get_metadata("mine") == 3 for key in plain)
+    view = fx.view(of_nnx(name), use_running_average=True, update_running_average=False)
+    assert (view.use_running_average, view.update_running_average) == (True, False)
+
+
+@pytest.mark.parametrize("name", EACH_RUNNING)
+def test_every_layer_with_running_statistics_leaves_a_penalty_and_a_record(name):
+    x = given(name)
+    layer, variables = started(name, l1=0.5)
+    _, left = layer.apply(variables, x, mutable=["batch_stats", "losses", "moments"])
+    assert ("moments" in left) == (name in STORING)
+    _, sown = fx.capture(of_nnx(name, l1=0.5), nnx.Penalty)(x)
+    if name in STORING or name == "PositionNorm":
+        axis = 1 if name == "PositionNorm" else 0
+        parts = x.reshape(2, 4, C) if name == "GhostBatchNorm" else x
+        axis += name == "GhostBatchNorm"
+        close(left["losses"]["l1"], 0.5 * jnp.abs(parts - parts.mean(axis, keepdims=True)).mean())
+    close(sown["l1"][...], left["losses"]["l1"])
+
+
+@pytest.mark.parametrize("name", EACH_STORING)
+def test_renorm_within_no_limits_is_inference_and_within_the_narrowest_is_plain(name):
+    if (name, "renorm") in REFUSED:
+        return
+    layer, variables = started(name)
+    stored = {k: v + 1.5 if k in ("mean", "var") else v for k, v in variables["batch_stats"].items()}
+    variables, x = {**variables, "batch_stats": stored}, given(name)
+    kept = ["batch_stats"]
+    plain, changed = layer.apply(variables, x, mutable=kept)
+    same, _ = layer.apply(variables, x, renorm=(1.0, 0.0), mutable=kept)
+    wide, moved = layer.apply(variables, x, renorm=(1e6, 1e6), mutable=kept)
+    close(same, plain)
+    assert float(jnp.abs(wide - plain).max()) > 0.1
+    close(wide, of_linen(name).apply(variables, x, use_running_average=True), 1e-4)
+    close(moved, changed)  # the batch's own statistics are stored
+    twin = of_nnx(name)
+    fx.update(twin, {k: v + 1.5 for k, v in variables["batch_stats"].items() if k in ("mean", "var")})
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(layer.apply(variables, x, renorm=(1.1, 0.1), mutable=kept)[0])))(x)
+    assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("name", "option"), REFUSED)
+def test_an_option_without_meaning_is_refused_by_name(name, option):
+    value = {"renorm": (3.0, 5.0), "unbiased": True}[option]
+    with pytest.raises(ValueError, match=REFUSED[name, option]):
+        of_nnx(name, **{option: value})(given(name))
+
+
+# --- what a checker sees --------------------------------------------------------------------------
+
+PROGRAM = """
+import normjax.linen as L
+import normjax.nnx as N
+from flax import nnx
+
+L.DyT(0.5, alpha_int=1.0)
+L.Norm("batch", momentum="a")
+L.GhostBatchNorm(exampels=3)
+N.DyT(3, alpha_int=1.0, rngs=nnx.Rngs(0))
+N.Norm("batch", 3, rngs=nnx.Rngs(0))
+N.EvoNormB0(3, averageing="debiased", rngs=nnx.Rngs(0))
+N.DyT(3)
+L.Norm("batch")(1.0, use_runing_average=True)
+N.Norm(3, "batch", rngs=nnx.Rngs(0))(1.0, renorn=(1.0, 0.0))
+L.Norm("batch", "n c", momentum=0.9, name="norm").apply({}, 1.0)
+N.Norm(3, "batch", averaging="debiased", stats_metadata={}, rngs=nnx.Rngs(0))(1.0, mask=True).sum()
+"""
+
+
+@pytest.mark.slow
+def test_a_checker_finds_misspelt_and_mistyped_arguments_in_both_faces(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    lines = {int(line.split(":")[1]) for line in io.StringIO(done.stdout) if " - error: " in line}
+    assert lines == set(range(6, 15)), done.stdout
