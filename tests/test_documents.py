@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def blocks(document):
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+BLOCKS = blocks("README.md")
 
 
 def test_readme_code_runs(capsys):
@@ -35,6 +41,16 @@ def test_readme_code_runs(capsys):
     assert "the block of 2 of axis 'c'" in capsys.readouterr().out
     block = names["NNXBlock"](names["nnx"].Rngs(0))
     assert block(jnp.ones((2, 4, 4, 3))).shape == (2, 4, 4, 64)
+
+
+def test_the_walk_that_adds_a_layer_runs():
+    names = {}
+    for block in blocks("CONTRIBUTING.md"):
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    parts = jnp.array([0.0, 2.0, 0.0, 4.0, 0.0, 8.0]).reshape(6, 1)  # variances 1, 4 and 16
+    layer = names["NNXFace"](1, 3, momentum=0.0, rngs=names["nnx"].Rngs(0))
+    assert (layer(parts) * 2).round(3).tolist() == (parts - parts.mean()).round(3).tolist()
+    assert layer.var[...].tolist() == [4.0]
 
 
 def test_readme_import_lines_are_flax_s_names():

@@ -1,9 +1,10 @@
-"""The rooms of the house: who imports whom, what importing costs, what every file and public name must have."""
+"""The rules of the house: who imports whom, what importing costs, how long files and functions are, what is said of names."""
 
 import ast
 import doctest
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,72 +14,61 @@ import pytest
 import normjax
 
 ROOT = Path(__file__).parents[1]
-FLAX = ("linen", "nnx", "mesh", "train", "capture")  # the rooms that know Flax
-BELOW_LAYERS = {
-    *("field", "moments", "theory", "running", "penalty", "layer", "rows", "around", "conditional", "reversible"),
-    *("switchable", "gdn", "weights", "spectral", "reparametrize", "selu", "units", "belief", "kalman", "recurrent"),
-}
-# Each room, and the rooms of the package it may import.
-ROOMS = {
-    "field": set(),
-    "window": set(),
-    "moments": {"field", "window"},
-    "kernels": {"moments"},
-    "order": {"field", "moments"},
-    "derivative": {"moments"},
-    "theory": {"field", "moments", "kernels", "order", "derivative"},
-    "explain": {"field", "order", "theory"},
-    "running": {"field", "moments", "theory"},
-    "renorm": {"moments", "theory", "running"},
-    "seen": {"theory", "running"},
-    "penalty": {"field", "moments", "theory"},
-    "layer": {"field", "moments", "theory", "running", "renorm", "seen", "penalty"},
-    # more normalizers, each of them pure functions
-    "gaussian": set(),
-    "gain": set(),
-    "rows": {"field", "order", "theory", "gaussian"},
-    "around": {"field", "moments", "theory", "running", "gaussian", "rows"},
-    "dialects": {"moments", "theory", "running"},
-    "conditional": {"field", "moments", "theory", "running"},
-    "reversible": {"field", "moments", "theory", "conditional"},
-    "switchable": {"field", "moments", "theory", "running", "seen", "layer"},
-    "gdn": {"field", "moments"},
-    "weights": {"field", "moments", "theory", "gain"},
-    "spectral": {"field", "moments"},
-    "selection": {"field", "moments"},
-    "reparametrize": {"field", "moments", "theory", "weights", "selection"},
-    "selu": {"moments"},
-    "units": {"field", "moments", "theory", "running", "selu"},
-    "belief": {"field", "moments", "theory"},
-    "kalman": {"field", "moments", "theory", "running", "belief"},
-    "recurrent": {"field", "moments", "theory", "running", "penalty", "layer"},
-    # what training does to a model, and what normalization does to it
-    "projection": {"moments", "selection"},
-    "information": {"field", "moments"},
-    "similarity": {"field", "moments", "theory", "information"},
-    "diagnostics": {"field", "moments", "theory", "running", "selection", "information", "similarity"},
-    "capture": {"moments"},
-    # the layers
-    "_layers": {"field", "moments", "theory", "running", "layer"},
-    "linen": BELOW_LAYERS | {"_layers"},
-    "nnx": BELOW_LAYERS | {"_layers"},
-    "mesh": set(),
-    "train": {"seen", "penalty", "linen", "nnx", "mesh"},
-    "interop": set(),
+# The rooms of the package from the ground up: each imports only rooms that stand before it.
+ROOMS = (
+    *("_leaves", "field", "theory", "_expect", "kernels", "_normalize", "_explain"),
+    *("_paths", "_parameters", "penalty", "running"),
+    # families of methods: pure functions
+    *("gaussian", "gain", "batch", "batch_extremes", "response", "tokens", "unbiased", "conditional", "spade"),
+    *("reversible", "switchable", "gdn", "selu", "units", "weights", "spectral", "selection", "reparametrize"),
+    *("propagate", "kalman", "recurrent"),
+    # what normalization does to a network, and checkpoints of other libraries
+    *("diagnostics", "interop"),
+    # layers, and training
+    *("_layers", "linen", "nnx", "projection", "capture", "train"),
+)
+FLAX = {"linen", "nnx", "train", "capture"}
+OPTAX = {"train", "projection"}
+STRANGERS = ({"linen", "nnx"},)  # rooms that never import each other
+LINES = {"normjax/theory.py": 250}  # the budget of a file, where it is another than its folder's
+FOLDERS = {"normjax": 300, "experiments": 350}
+FUNCTION = 50  # lines of a function without its docstring
+PUBLIC = {
+    *("TABLE", "Field", "FieldError", "Normalized", "Normalizer", "Span", "Stats", "__version__"),
+    *("expect", "explain", "l1_penalty", "normalize", "top"),
+    *(
+        "batch",
+        "batch_extremes",
+        "capture",
+        "conditional",
+        "diagnostics",
+        "gain",
+        "gaussian",
+        "gdn",
+        "interop",
+        "kalman",
+    ),
+    *("kernels", "linen", "nnx", "projection", "propagate", "recurrent", "reparametrize", "response", "reversible"),
+    *(
+        "running",
+        "selection",
+        "selu",
+        "spade",
+        "spectral",
+        "switchable",
+        "tokens",
+        "train",
+        "unbiased",
+        "units",
+        "weights",
+    ),
 }
 
 
 def files(room):
     """The file of a room, or the files of its folder."""
     folder = ROOT / "normjax" / room
-    return sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-
-
-MODULES = [
-    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
-    for room in ROOMS
-    for path in files(room)
-]
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
 def imports(path):
@@ -91,6 +81,17 @@ def imports(path):
             yield from (alias.name for alias in node.names)
 
 
+def libraries(path):
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def sources(*folders):
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+# Who imports whom.
+
+
 def test_every_room_is_known():
     modules = {path.stem for path in (ROOT / "normjax").glob("*.py")} - {"__init__"}
     assert modules | {path.parent.name for path in (ROOT / "normjax").glob("*/__init__.py")} == set(ROOMS)
@@ -98,68 +99,104 @@ def test_every_room_is_known():
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_room_imports_only_the_rooms_below_it(room):
-    names = [name for path in files(room) for name in imports(path)]
-    found = {name.split(".")[1] for name in names if name.startswith("normjax.")}
-    assert found <= ROOMS[room] | {room}
+    below = set(ROOMS[: ROOMS.index(room) + 1])
+    for path in files(room):
+        found = {name.split(".")[1] for name in imports(path) if name.startswith("normjax.")}
+        assert found <= below, path
+        assert not any({room} < {room, other} <= pair for pair in STRANGERS for other in found - {room}), path
+        known = libraries(path) & {"flax", "optax"}
+        assert known <= ({"flax"} if room in FLAX else set()) | ({"optax"} if room in OPTAX else set()), path
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room not in FLAX])
-def test_room_below_the_layers_knows_neither_flax_nor_optax(room):
-    names = {name.split(".")[0] for path in files(room) for name in imports(path)}
-    allowed = {"optax"} if room == "projection" else set()
-    assert not names & {"flax", "optax", "tensorflow_datasets", "experiments"} - allowed
+def test_theory_knows_no_evaluation():
+    found = {name for name in imports(ROOT / "normjax" / "theory.py") if name.startswith("normjax")}
+    assert found <= {"normjax._leaves", "normjax.field"}
 
 
 def test_field_needs_the_standard_library_alone():
-    assert {name.split(".")[0] for name in imports(ROOT / "normjax" / "field.py")} <= set(sys.stdlib_module_names)
+    assert libraries(ROOT / "normjax" / "field.py") <= set(sys.stdlib_module_names)
 
 
 def test_interop_needs_the_standard_library_and_numpy_alone():
-    names = {name.split(".")[0] for name in imports(ROOT / "normjax" / "interop.py")}
-    assert names - set(sys.stdlib_module_names) == {"numpy"}
+    names = set().union(*(libraries(path) for path in files("interop")))
+    assert names - set(sys.stdlib_module_names) - {"normjax"} == {"numpy"}
 
 
-@pytest.mark.parametrize("folder", ["normjax", "experiments"])
-def test_nothing_imports_from_the_rooms_above(folder):
-    above = {"normjax": {"experiments", "notebooks", "tests"}, "experiments": {"notebooks", "tests"}}[folder]
-    for path in (ROOT / folder).rglob("*.py"):
-        assert not {name.split(".")[0] for name in imports(path)} & above, path
+def test_nothing_imports_from_the_rooms_above():
+    for folder, above in (("normjax", {"experiments", "notebooks", "tests"}), ("experiments", {"notebooks", "tests"})):
+        for path in sources(folder):
+            assert not libraries(path) & above, path
 
 
-def test_importing_normjax_imports_none_of_flax_optax_pallas_tensorflow_datasets():
+# What importing costs and shows.
+
+
+def test_importing_normjax_imports_none_of_flax_optax_pallas_and_shows_the_rooms_of_users():
     heavy = ("flax", "optax", "tensorflow_datasets", "jax.experimental.pallas")
-    code = f"import sys, normjax; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, normjax; print([m for m in {heavy} if m in sys.modules]); print(*dir(normjax))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    loaded, shown = out.stdout.splitlines()
+    assert loaded == "[]"
+    assert set(shown.split()) == PUBLIC
+    assert all(getattr(normjax, name) is not None for name in PUBLIC)
 
 
-def public_functions_and_classes():
-    for module in MODULES:
-        for name, thing in vars(module).items():
-            mine = getattr(thing, "__module__", None) == module.__name__
-            if not name.startswith("_") and mine and (inspect.isfunction(thing) or inspect.isclass(thing)):
-                yield pytest.param(thing, id=f"{module.__name__}.{name}")
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'normjax' has no attribute 'wieghts'"):
+        getattr(normjax, "wieghts")  # noqa: B009
 
 
-@pytest.mark.parametrize("thing", list(public_functions_and_classes()))
-def test_public_name_has_a_docstring(thing):
-    assert thing.__doc__
-    first = thing.__doc__.strip().splitlines()[0]
-    assert first.endswith((".", ":", ";", ",", "?"))
+# How long a file and a function may be.
 
 
-@pytest.mark.parametrize("name", normjax.__all__)
-def test_exported_function_has_a_doctest(name):
-    thing = getattr(normjax, name)
+@pytest.mark.parametrize("path", sources("normjax", "experiments"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_and_functions_fit_the_head(path):
+    name = str(path.relative_to(ROOT))
+    text = path.read_text()
+    assert len(text.splitlines()) <= LINES.get(name, FOLDERS[name.split("/")[0]])
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            said = ast.get_docstring(node) is not None
+            lines = node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if said else 0)
+            assert lines <= FUNCTION, node.name
+
+
+# What is said of public names.
+
+
+def public_things():
+    """Functions and classes whose name, module and folders start with no underscore, once each."""
+    for room in ROOMS:
+        for path in files(room):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if any(part.startswith("_") and part != "__init__" for part in parts):
+                continue
+            module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+            for name, thing in vars(module).items():
+                mine = getattr(thing, "__module__", None) == module.__name__
+                if not name.startswith("_") and mine and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                    yield pytest.param(name, thing, id=f"{module.__name__}.{name}")
+
+
+THINGS = list(public_things())
+ELLIPTICAL = re.compile(r": (the same|as there|as for `[\w.]+`|see there)[.;,]?$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "thing"), THINGS)
+def test_public_name_is_documented(name, thing):
+    text = thing.__doc__ or ""
+    first = text.strip().splitlines()[0] if text else ""
+    assert first.endswith((".", ":", "?")), first
+    assert not ELLIPTICAL.search(text)
     if inspect.isfunction(thing):
-        assert doctest.DocTestParser().get_examples(thing.__doc__ or ""), name
+        assert doctest.DocTestParser().get_examples(text)
+        arguments = [p for p in inspect.signature(thing).parameters if not p.startswith("_")]
+        if "Args:" in text:
+            said = re.findall(r"^ +\*{0,2}(\w+)(?:, (\w+))*:", text[text.index("Args:") :], re.MULTILINE)
+            assert {a for a in arguments} <= {word for words in said for word in words if word}
 
 
 @pytest.mark.parametrize("name", normjax.__all__)
 def test_exported_name_is_in_the_readme(name):
     assert name in (ROOT / "README.md").read_text()
-
-
-def test_every_row_of_the_table_is_in_the_readme():
-    text = (ROOT / "README.md").read_text()
-    assert [row for row in normjax.TABLE if f"`{row}`" not in text] == []

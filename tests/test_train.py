@@ -21,6 +21,9 @@ from normjax import Normalizer, normalize, train
 from normjax import linen as nl
 from normjax import nnx as nx
 
+FAST: Any = {"xla_backend_optimization_level": 0}  # less compiling; the claims are about numbers and where they lie
+jit: Any = functools.partial(jax.jit, compiler_options=FAST)
+
 
 class Net(nn.Module):
     """Dense, norm, dense; the norm is our batch norm with a penalty."""
@@ -87,8 +90,8 @@ def test_step_is_gradient_descent_on_the_loss_plus_the_penalty():
         y, changed = jnp.asarray(y), dict(changed)
         return jnp.mean((y[:, 0] - batch["y"]) ** 2) + changed["losses"]["Norm_0"]["l1"], changed
 
-    (value, changed), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    after, metrics = jax.jit(train.linen_step(model, loss, tx))(state, batch)
+    (value, changed), grads = jit(jax.value_and_grad(objective, has_aux=True))(state.params)
+    after, metrics = jit(train.linen_step(model, loss, tx))(state, batch)
     close(after.params, jax.tree.map(lambda p, g: p - 0.05 * g, state.params, grads))
     close(after.stats["batch_stats"], changed["batch_stats"])
     np.testing.assert_allclose(metrics["loss"] + metrics["penalty"], value, rtol=1e-6)
@@ -100,7 +103,7 @@ def test_step_is_gradient_descent_on_the_loss_plus_the_penalty():
 def test_linen_and_nnx_steps_agree():
     model, tx, state = start()
     structure, other = twin(state)
-    one, two = jax.jit(train.linen_step(model, loss, tx)), jax.jit(train.nnx_step(structure, loss, optax.sgd(0.05)))
+    one, two = jit(train.linen_step(model, loss, tx)), jit(train.nnx_step(structure, loss, optax.sgd(0.05)))
     for seed in range(3):
         state, m1 = one(state, data(seed))
         other, m2 = two(other, data(seed))
@@ -115,8 +118,8 @@ def test_an_epoch_is_its_steps_one_after_another():
     model, tx, state = start(Net(dropout=0.5))
     step, key = train.linen_step(model, loss, tx), jax.random.key(3)
     order = jnp.asarray(np.random.default_rng(0).permutation(24).reshape(4, 6), jnp.int32)
-    last, metrics = jax.jit(train.epoch(step))(state, data(), order, key)
-    single = jax.jit(step)
+    last, metrics = jit(train.epoch(step))(state, data(), order, key)
+    single = jit(step)
     for i in range(4):
         batch = jax.tree.map(lambda a, i=i: a[order[i]], data())
         state, m = single(state, batch, jax.random.fold_in(key, i))
@@ -130,9 +133,9 @@ def test_seeds_side_by_side_are_the_seeds_alone():
     states = [start(seed=k)[2] for k in range(3)]
     orders = jnp.stack([jax.random.permutation(jax.random.key(k), 24).reshape(4, 6) for k in range(3)])
     run = train.epoch(train.linen_step(model, loss, tx))
-    together = jax.jit(jax.vmap(run, in_axes=(0, None, 0)))
+    together = jit(jax.vmap(run, in_axes=(0, None, 0)))
     stacked, metrics = together(jax.tree.map(lambda *a: jnp.stack(a), *states), data(), orders)
-    alone = jax.jit(run)
+    alone = jit(run)
     for k in range(3):
         last, m = alone(states[k], data(), orders[k])
         close((last, m), jax.tree.map(lambda a, k=k: a[k], (stacked, metrics)))
@@ -152,7 +155,7 @@ def test_micro_batches_merge_their_statistics(api):
         step = train.linen_step(model, loss, tx, micro_batches=4)
         kernel, bias = state.params["Dense_0"]["kernel"], state.params["Dense_0"]["bias"]
     z = np.asarray(batch["x"] @ kernel + bias.reshape(1, -1), np.float64)
-    after, metrics = jax.jit(step)(state, batch)
+    after, metrics = jit(step)(state, batch)
     got = after.stats["norm"] if api == "nnx" else after.stats["batch_stats"]["Norm_0"]
     np.testing.assert_allclose(got["mean"][...], 0.9 + 0.1 * z.mean(0), rtol=1e-5)
     np.testing.assert_allclose(got["var"][...], 0.9 + 0.1 * z.var(0), rtol=1e-5)
@@ -166,8 +169,8 @@ def test_micro_batches_average_gradients_of_layers_without_shared_statistics():
             return nn.Dense(1)(nl.LayerNorm()(nn.Dense(4)(x)))
 
     model, tx, state = start(Plain())
-    whole, _ = jax.jit(train.linen_step(model, loss, tx))(state, data())
-    parts, _ = jax.jit(train.linen_step(model, loss, tx, micro_batches=3))(state, data())
+    whole, _ = jit(train.linen_step(model, loss, tx))(state, data())
+    parts, _ = jit(train.linen_step(model, loss, tx, micro_batches=3))(state, data())
     close(whole.params, parts.params, rtol=1e-4)
 
 
@@ -184,7 +187,7 @@ def test_every_micro_batch_draws_its_own_dropout(api):
         model = nn.Dropout(0.5)
         state = train.linen_init(model, optax.sgd(0.1), jax.random.key(0), data()["x"], deterministic=True)
         step = train.linen_step(model, kept, optax.sgd(0.1), micro_batches=4)
-    _, metrics = jax.jit(step)(state, {"x": jnp.ones((64, 3))}, jax.random.key(1))
+    _, metrics = jit(step)(state, {"x": jnp.ones((64, 3))}, jax.random.key(1))
     assert len(np.unique(metrics["kept"])) > 2  # means of four masks, not one mask four times
 
 
@@ -201,8 +204,8 @@ def test_frozen_statistics_normalize_with_the_stored_ones(layer, at):
     with jax.numpy_rank_promotion("allow"):
         model, tx, state = start(Frozen())
         state.stats["batch_stats"]["BatchNorm_0"]["mean"] = jnp.ones(3) * 5
-        frozen, m1 = jax.jit(train.linen_step(model, loss, tx, statistics="frozen"))(state, data())
-        _, m2 = jax.jit(train.linen_step(model, loss, tx))(state, data())
+        frozen, m1 = jit(train.linen_step(model, loss, tx, statistics="frozen"))(state, data())
+        _, m2 = jit(train.linen_step(model, loss, tx))(state, data())
         evaluated = train.linen_eval(model, loss)(state, data())
     close(frozen.stats, state.stats)
     close(m1["loss"], evaluated["loss"])
@@ -212,12 +215,12 @@ def test_frozen_statistics_normalize_with_the_stored_ones(layer, at):
 def test_kept_statistics_normalize_with_the_batch_and_store_nothing():
     model, tx, state = start()
     structure, other = twin(state)
-    kept, m1 = jax.jit(train.linen_step(model, loss, tx, statistics="keep"))(state, data())
-    updated, m2 = jax.jit(train.linen_step(model, loss, tx))(state, data())
+    kept, m1 = jit(train.linen_step(model, loss, tx, statistics="keep"))(state, data())
+    updated, m2 = jit(train.linen_step(model, loss, tx))(state, data())
     close(kept.stats, state.stats)
     close(kept.params, updated.params)
     close(m1, m2)
-    nnx_kept, _ = jax.jit(train.nnx_step(structure, loss, tx, statistics="keep"))(other, data())
+    nnx_kept, _ = jit(train.nnx_step(structure, loss, tx, statistics="keep"))(other, data())
     close(nnx_kept.stats["norm"]["mean"][...], jnp.zeros(4))
 
 
@@ -225,7 +228,7 @@ def test_frozen_nnx_statistics_stay():
     _, tx, state = start()
     structure, other = twin(state)
     other.stats["norm"]["mean"][...] = jnp.ones(4) * 3
-    after, metrics = jax.jit(train.nnx_step(structure, loss, tx, statistics="frozen"))(other, data())
+    after, metrics = jit(train.nnx_step(structure, loss, tx, statistics="frozen"))(other, data())
     close(after.stats["norm"]["mean"][...], jnp.ones(4) * 3)
     close(metrics["loss"], train.nnx_eval(structure, loss)(other, data())["loss"])
 
@@ -326,6 +329,13 @@ SETTINGS = {  # shape of the mesh, axis of the examples, how parameters are laid
 }
 
 
+@functools.cache
+def one_devices(api, annotated, micro_batches):
+    """A first state, how to make its step, and the step of one device, compiled once for all meshes."""
+    state, make = maker(api, KERNELS if annotated else None)
+    return state, make, jit(make(micro_batches=micro_batches))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -333,11 +343,10 @@ SETTINGS = {  # shape of the mesh, axis of the examples, how parameters are laid
 def test_a_step_on_many_devices_is_one_devices_and_leaves_the_state_where_it_was(api, kind, setting):
     shape, axis, laid, micro_batches = SETTINGS[setting]
     mesh = jax.make_mesh(shape, ("data", "model"), (getattr(AxisType, kind),) * 2)
-    state, make = maker(api, KERNELS if laid == "metadata" else None)
+    state, make, alone = one_devices(api, laid == "metadata", micro_batches)
     specs = GIVEN[api] if laid == "specs" else None
     batch, keys = masked_data(), jax.random.split(jax.random.key(7))
-    alone = jax.jit(make(micro_batches=micro_batches))
-    together = jax.jit(make(micro_batches=micro_batches, mesh=mesh, axis=axis, specs=specs), donate_argnums=0)
+    together = jit(make(micro_batches=micro_batches, mesh=mesh, axis=axis, specs=specs), donate_argnums=0)
     placed, spread = train.place(state, mesh, specs), train.shard(batch, mesh, axis)
     before = jax.tree.map(lambda a: a.sharding, placed)
     expected = state
@@ -358,8 +367,8 @@ def test_an_epoch_on_many_devices_is_one_devices_however_the_data_lie(kind):
     mesh = jax.make_mesh((8,), ("data",), (getattr(AxisType, kind),))
     (state, make), key = maker("linen", None), jax.random.key(7)
     order = jnp.asarray(np.random.default_rng(0).permutation(32).reshape(2, 16), jnp.int32)
-    expected = jax.jit(train.epoch(make(micro_batches=2)))(state, masked_data(), order, key)
-    run = jax.jit(train.epoch(make(micro_batches=2, mesh=mesh), mesh=mesh))
+    expected = jit(train.epoch(make(micro_batches=2)))(state, masked_data(), order, key)
+    run = jit(train.epoch(make(micro_batches=2, mesh=mesh), mesh=mesh))
     placed, copies = train.place(state, mesh), train.place(masked_data(), mesh)
     compiled = run.lower(placed, copies, order, key).compile()
     alike(expected, compiled(placed, copies, order, key))
@@ -377,8 +386,8 @@ def test_evaluation_on_many_devices_is_one_devices_also_of_a_batch_that_does_not
     placed = train.place(state, mesh, GIVEN["linen"])
     for size in (32, 30):
         batch = jax.tree.map(lambda a, n=size: a[:n], masked_data())
-        expected = jax.jit(train.linen_eval(model, masked_loss))(state, batch)
-        alike(expected, jax.jit(train.linen_eval(model, masked_loss, mesh=mesh))(placed, train.place(batch, mesh)))
+        expected = jit(train.linen_eval(model, masked_loss))(state, batch)
+        alike(expected, jit(train.linen_eval(model, masked_loss, mesh=mesh))(placed, train.place(batch, mesh)))
 
 
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -401,9 +410,9 @@ def test_in_shard_map_a_step_that_averages_both_loss_and_gradient_is_one_devices
     state = train.linen_init(whole, tx, jax.random.key(0), batch["x"], train=False)
     local = train.linen_step(model, averaged, tx)
     specs = {"mesh": mesh, "in_specs": (P(), P("data")), "out_specs": P(), "check_vma": check_vma}
-    got = jax.jit(jax.shard_map(local, **specs))(train.place(state, mesh), train.shard(batch, mesh))
+    got = jit(jax.shard_map(local, **specs))(train.place(state, mesh), train.shard(batch, mesh))
     alone = state._replace(opt_state=state.opt_state[1:])
-    expected, metrics = jax.jit(train.linen_step(whole, loss, optax.chain(MOMENTUM)))(alone, batch)
+    expected, metrics = jit(train.linen_step(whole, loss, optax.chain(MOMENTUM)))(alone, batch)
     alike((expected.params, expected.stats, metrics), (got[0].params, got[0].stats, got[1]))
 
 
@@ -426,7 +435,7 @@ def test_in_shard_map_one_average_is_right_under_one_setting_only():
             yield mapped(w, x) / 51.0
 
     cases = [((a, b), check_vma) for a, b, check_vma in itertools.product((True, False), repeat=3)]
-    found = jax.jit(lambda w, x: list(ratios(w, x)))(w, train.shard(x, mesh))
+    found = jit(lambda w, x: list(ratios(w, x)))(w, train.shard(x, mesh))
     assert jax.grad(lambda w: jnp.mean((w * x) ** 2))(w) == 51
     own = np.arange(1, 9) ** 2 / 25.5
     factors = {  # (the loss is averaged, the gradient is averaged), check_vma
@@ -442,7 +451,7 @@ def test_in_shard_map_one_average_is_right_under_one_setting_only():
 def test_a_placed_state_shares_no_memory_with_the_one_it_came_from():
     mesh = jax.make_mesh((8,), ("data",))
     first = jnp.ones(3)
-    jax.jit(lambda a: a + 1, donate_argnums=0)(train.place(first, mesh)).block_until_ready()
+    jit(lambda a: a + 1, donate_argnums=0)(train.place(first, mesh)).block_until_ready()
     assert first.tolist() == [1, 1, 1]
 
 
@@ -453,7 +462,7 @@ def test_a_large_state_is_made_where_it_is_to_lie():
         return train.linen_init(nn.Dense(8), MOMENTUM, jax.random.key(0), jnp.ones((1, 3)))
 
     layout = train.shardings(jax.eval_shape(init), mesh, {"kernel": P(None, "model")})
-    state = jax.jit(init, out_shardings=layout)()
+    state = jit(init, out_shardings=layout)()
     assert [s.data.shape for s in state.params["kernel"].addressable_shards] == [(3, 4)] * 8
     assert state.opt_state[0].trace["kernel"].sharding.spec == P(None, "model")
     alike(init(), state)
@@ -478,10 +487,10 @@ def test_what_does_not_lie_on_the_devices_is_refused_by_name_and_number():
 
     batch = "a batch of 30 examples does not divide over the 4 devices of mesh axis 'data'"
     refused(batch, train.shard, data(size=30), mesh)
-    refused(batch, jax.jit(train.linen_step(model, loss, tx, mesh=mesh)), state, data(size=30))
+    refused(batch, jit(train.linen_step(model, loss, tx, mesh=mesh)), state, data(size=30))
     refused(
         "a micro-batch of 4 examples does not divide over the 8 devices of mesh axis ('data', 'model')",
-        jax.jit(train.linen_step(model, loss, tx, micro_batches=4, mesh=mesh, axis=("data", "model"))),
+        jit(train.linen_step(model, loss, tx, micro_batches=4, mesh=mesh, axis=("data", "model"))),
         state,
         data(size=16),
     )
@@ -521,7 +530,7 @@ class Two(nn.Module):
 def test_recalibrated_statistics_are_those_of_the_data_set(second, unbiased):
     model, _, state = start(Two(unbiased, second))
     order = jnp.arange(24, dtype=jnp.int32).reshape(4, 6)
-    after = jax.jit(train.linen_recalibrate(model, loss))(state, data(), order)
+    after = jit(train.linen_recalibrate(model, loss))(state, data(), order)
     stored = after.stats["batch_stats"]
     x = np.asarray(data()["x"], np.float64)
     first = {name: box.unbox() for name, box in stored["Norm_0"].items()}
@@ -552,9 +561,7 @@ def test_nnx_models_and_meshes_recalibrate_alike():
     close(before, other.stats)  # the caller's variables are as they were
     mesh = jax.make_mesh((4,), ("data",))
     spread = train.linen_recalibrate(model, loss, mesh=mesh)
-    close(
-        one, jax.jit(spread)(train.place(state, mesh), train.place(data(), mesh), order).stats["batch_stats"]["Norm_0"]
-    )
+    close(one, jit(spread)(train.place(state, mesh), train.place(data(), mesh), order).stats["batch_stats"]["Norm_0"])
 
 
 def test_a_layer_that_leaves_nothing_is_named():
@@ -572,8 +579,8 @@ def test_a_layer_that_leaves_nothing_is_named():
 @pytest.mark.slow
 def test_micro_batches_merge_statistics_that_carry_names_and_counts():
     model, tx, state = start(Two(unbiased=True))
-    whole, _ = jax.jit(train.linen_step(model, loss, tx))(state, data(), jax.random.key(1))
-    parts, _ = jax.jit(train.linen_step(model, loss, tx, micro_batches=3))(state, data(), jax.random.key(1))
+    whole, _ = jit(train.linen_step(model, loss, tx))(state, data(), jax.random.key(1))
+    parts, _ = jit(train.linen_step(model, loss, tx, micro_batches=3))(state, data(), jax.random.key(1))
     close(parts.stats["batch_stats"]["Norm_0"], whole.stats["batch_stats"]["Norm_0"])
     assert parts.stats["batch_stats"]["Norm_0"]["var_count"].unbox().tolist() == [1] * 3
 
@@ -622,7 +629,7 @@ def test_micro_batches_merge_whatever_layers_are_called_and_however_they_are_lif
         else:
             structure, state = train.nnx_init(model(), tx)
             step = train.nnx_step(structure, square, tx, micro_batches=parts)
-        stats = jax.jit(step)(state, batch)[0].stats
+        stats = jit(step)(state, batch)[0].stats
         seen.append(stats if isinstance(model, nn.Module) else nnx.to_pure_dict(stats))
     close(*seen)
 
@@ -632,7 +639,7 @@ def test_windows_beside_examples_are_averaged_over_micro_batches():
     x = jnp.asarray(np.random.default_rng(0).normal(np.arange(5.0), 1, (8, 5)).astype(np.float32)[..., None])
     model, tx = Named(Normalizer("n ...:3", "n ...:3")), optax.sgd(0.1)
     state = train.linen_init(model, tx, jax.random.key(0), x)
-    after, _ = jax.jit(train.linen_step(model, square, tx, micro_batches=2))(state, {"x": x})
+    after, _ = jit(train.linen_step(model, square, tx, micro_batches=2))(state, {"x": x})
     parts = [normalize(x[k::2], model.normalizer).stats.var[0] for k in range(2)]
     close(after.stats["batch_stats"]["batch"]["var"], 0.99 + 0.01 * (parts[0] + parts[1]) / 2)
 
@@ -647,11 +654,11 @@ def test_statistics_with_names_of_the_mesh_train_inside_it(kind):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32))
     model, tx = Boxed(), optax.sgd(0.1)
     state = train.linen_init(model, tx, jax.random.key(0), x)
-    want, _ = jax.jit(train.linen_step(model, square, tx))(state, {"x": x})
+    want, _ = jit(train.linen_step(model, square, tx))(state, {"x": x})
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):
         placed = train.place(state, mesh)
         assert placed.stats["batch_stats"]["Norm_0"]["mean"].value.sharding.spec == P("model")
-        step = jax.jit(train.linen_step(model, square, tx, micro_batches=2, mesh=mesh))
+        step = jit(train.linen_step(model, square, tx, micro_batches=2, mesh=mesh))
         got, _ = step(placed, train.shard({"x": x}, mesh))
     close(got.stats, want.stats)

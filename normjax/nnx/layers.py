@@ -186,7 +186,8 @@ class RevIN(reversible.RevIN, Host): ...
 
 @nnx.dataclass(eq=False)
 class Conditioned(Keeping):
-    # A host of layers with a condition `[n, condition_features]`.
+    """A host of layers with a condition `[n, condition_features]`."""
+
     condition_features: int
 
     def _shapes(self) -> tuple[Shape, ...]:
@@ -195,7 +196,8 @@ class Conditioned(Keeping):
 
 @nnx.dataclass(eq=False)
 class Labelled(Keeping):
-    # A host of layers with a map of labels of so many channels, on so many axes of space.
+    """A host of layers with a map of labels: so many channels, on so many axes of space."""
+
     label_features: int
     space: int = 2
 
