@@ -15,30 +15,11 @@ from jax.scipy.special import log_ndtr, ndtr
 from jax.typing import ArrayLike, DTypeLike
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._expect.arrays import require_real, statistics_dtype
 
 ALPHA = 1.6732632423543772848170429916717
 SCALE = 1.0507009873554804934193349852946  # lambda in the paper
 LOW = -1.7580993408473768599402175208123  # -SCALE * ALPHA, the value far below zero; what alpha dropout drops to
-
-
-def as_real(x: ArrayLike, caller: str) -> jax.Array:
-    """The argument as an array of real floats.
-
-    Args:
-      x: array of any shape.
-      caller: name of the function that was called, for the error.
-
-    Raises:
-      TypeError: it holds integers or complex numbers.
-
-    >>> as_real(1.5, "selu")
-    Array(1.5, dtype=float32, weak_type=True)
-    """
-    x = require_float(x, caller)
-    if jnp.iscomplexobj(x):
-        raise TypeError(f"{caller} takes real floating-point arrays, found {x.dtype}")
-    return x
 
 
 def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype: DTypeLike | None = None) -> jax.Array:
@@ -62,7 +43,7 @@ def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype
     >>> selu(jnp.array([-200.0, 0.0, 2.0]))
     Array([-1.7580993,  0.       ,  2.101402 ], dtype=float32)
     """
-    x = as_real(x, "selu")
+    x = require_real(x, "selu")
     work = x.astype(statistics_dtype(x.dtype))
     alpha, scale = jnp.asarray(alpha, work.dtype), jnp.asarray(scale, work.dtype)
     above = work > 0
@@ -152,7 +133,7 @@ def selu_moments(
     (0.65, 6.11)
     """
     arguments = (mean, var, omega, tau, alpha, scale)
-    typed = [as_real(a, "selu_moments").dtype for a in arguments if not isinstance(a, int | float)]
+    typed = [require_real(a, "selu_moments").dtype for a in arguments if not isinstance(a, int | float)]
     work = functools.reduce(np.promote_types, map(statistics_dtype, typed)) if typed else jnp.asarray(0.0).dtype
     mean, var, omega, tau, alpha, scale = (jnp.asarray(a, work) for a in arguments)
     z, s2 = mean * omega, jnp.maximum(var * tau, 1e-12)
@@ -245,7 +226,7 @@ def alpha_dropout(
     >>> alpha_dropout(jax.random.key(0), jnp.zeros(2), 0.0).tolist()
     [0.0, 0.0]
     """
-    x = as_real(x, "alpha_dropout")
+    x = require_real(x, "alpha_dropout")
     a, b = alpha_dropout_affine(rate, mean, var, low)
     if rate == 0:
         return x

@@ -32,6 +32,18 @@ def require_float(x: ArrayLike, caller: str) -> jax.Array:
     return x
 
 
+def require_real(x: ArrayLike, caller: str) -> jax.Array:
+    """The argument as an array of real floats; TypeError for integers, booleans and complex numbers.
+
+    >>> require_real(1.5, "selu")
+    Array(1.5, dtype=float32, weak_type=True)
+    """
+    x = require_float(x, caller)
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"{caller} takes real floating-point arrays, found {x.dtype}")
+    return x
+
+
 def statistics_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype of statistics: float32 or wider.
 

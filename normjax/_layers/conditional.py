@@ -1,7 +1,6 @@
 """The layers of `normjax.conditional`: any row, with a scale and a bias that a condition decides."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import conditional
 from normjax._expect.arrays import require_float
 from normjax._layers import norm
-from normjax._layers.describe import (
-    Initializer,
-    Layer,
-    Parameter,
-    Shape,
-    channel_shape,
-    description,
-    ones,
-    zeros,
-)
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, channel_shape, description, ones, zeros
 from normjax._layers.statistics import RunningLayer
 from normjax.conditional import Modulation
 from normjax.theory import Normalizer
@@ -31,7 +21,7 @@ class AdaIN(Layer):
 
     Attributes:
       epsilon: added to the variances. [units of x squared]
-      style_epsilon: replaces it for the style; the authors' Lua code has 0.
+      style_epsilon: added to the variance of the style instead; the authors' Lua code has 0. [units of x squared]
       unbiased: whether the variances are unbiased, as in a well-known PyTorch version.
       layout: name of each axis of both inputs.
 
@@ -168,146 +158,3 @@ class ConditionalNorm(Modulated):
         x = require_float(x, "ConditionalNorm")
         modulation = conditional.by_class(labels, **self._learned(x.shape))
         return self._modulated(x, modulation, use_running_average, mask)
-
-
-@description
-class FiLM(Modulated):
-    """Feature-wise linear modulation: a linear map of a condition gives the scale and the bias.
-
-    Attributes:
-      normalizer: what is done before, a Normalizer or the name of a row; None does nothing.
-      layout: name of each axis of the input.
-      order: the parts of the map's output, in the order of the checkpoint, see `normjax.conditional.split_modulation`.
-      around: added to the scale.
-      activation: applied to the condition first.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
-      bias_init: initializer of its bias, `[parts * c]`.
-
-    The options of running statistics are those of `Norm`; what is stored lies under `norm`. In nnx `condition_features`, the
-    length k of the condition, follows `features`.
-
-    Source: Perez et al. 2018, equations 1 and 2.
-
-    >>> from normjax.linen import FiLM
-    >>> x, condition = jnp.ones((2, 5, 5, 3)), jnp.ones((2, 4))
-    >>> variables = FiLM().init(jax.random.key(0), x, condition)
-    >>> jax.tree.map(jnp.shape, variables["params"])
-    {'bias': (6,), 'kernel': (4, 6)}
-    >>> bool((FiLM().apply(variables, x, condition) == x).all())
-    True
-    """
-
-    normalizer: Normalizer | str | None = None
-    layout: str = "n ... c"
-    order: tuple[str, ...] = ("scale", "bias")
-    around: float = 1.0
-    activation: Callable[[jax.Array], jax.Array] | None = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    kernel_init: Initializer = zeros
-    bias_init: Initializer = zeros
-
-    def _learns(self, shape: Shape, condition: Shape) -> dict[str, Parameter]:
-        (channels,) = channel_shape(self.layout, shape)
-        width = len(self.order) * channels
-        return {
-            "kernel": Parameter((condition[-1], width), self.kernel_init),
-            "bias": Parameter((width,), self.bias_init),
-        }
-
-    def _with_gate(
-        self, x: ArrayLike, condition: ArrayLike, use_running_average: bool | None, mask: ArrayLike | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The modulated array, and the gate if the map gives one."""
-        x, condition = require_float(x, type(self).__name__), require_float(condition, type(self).__name__)
-        learned = self._learned(x.shape, condition.shape)
-        modulation = conditional.project(
-            condition, order=self.order, around=self.around, activation=self.activation, **learned
-        )
-        return self._modulated(x, modulation, use_running_average, mask), modulation.gate
-
-    def __call__(
-        self,
-        x: ArrayLike,
-        condition: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Modulates x by the condition.
-
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          condition: floating-point array `[n, k]`.
-          use_running_average: whether to use the stored statistics, for rows that have any.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
-        """
-        return self._with_gate(x, condition, use_running_average, mask)[0]
-
-
-@description
-class AdaLN(FiLM):
-    """Adaptive layer norm: each token is normalized, and a condition gives scale and bias. Attributes as for `FiLM`.
-
-    Source: Peebles & Xie 2023 (DiT), section 3.2.
-
-    >>> from normjax.linen import AdaLN
-    >>> layer, x = AdaLN(), jnp.array([[[1.0, 3.0]]])
-    >>> layer.apply(layer.init(jax.random.key(0), x, jnp.ones((1, 4))), x, jnp.ones((1, 4))).round(3).tolist()
-    [[[-1.0, 1.0]]]
-    """
-
-    normalizer: Normalizer | str | None = conditional.TOKEN
-    order: tuple[str, ...] = ("bias", "scale")
-    activation: Callable[[jax.Array], jax.Array] | None = jax.nn.silu
-
-
-@description
-class AdaLNZero(AdaLN):
-    """Adaptive layer norm with a gate for the residual branch that follows; the gate starts at zero.
-
-    The call returns `(y, gate)`, for `normjax.conditional.gated(x, branch(y), gate)`. Attributes as for `FiLM`.
-
-    Source: Peebles & Xie 2023 (DiT), section 3.2, adaLN-Zero.
-
-    >>> from normjax import conditional
-    >>> from normjax.linen import AdaLNZero
-    >>> layer, x, condition = AdaLNZero(), jnp.array([[[1.0, 3.0]]]), jnp.ones((1, 4))
-    >>> y, gate = layer.apply(layer.init(jax.random.key(0), x, condition), x, condition)
-    >>> conditional.gated(x, jnp.sin(y), gate).tolist()
-    [[[1.0, 3.0]]]
-    """
-
-    order: tuple[str, ...] = ("bias", "scale", "gate")
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        x: ArrayLike,
-        condition: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        mask: ArrayLike | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Modulates x by the condition.
-
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          condition: floating-point array `[n, k]`.
-          use_running_average: whether to use the stored statistics, for rows that have any.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x, and the gate `[n, c]`.
-
-        Raises:
-          TypeError: integer input.
-        """
-        return self._with_gate(x, condition, use_running_average, mask)

@@ -18,7 +18,7 @@ class GDN(Layer):
 
     Attributes:
       alpha: exponent inside the pool; the initial value of a learned one, which stays above 1.
-      epsilon: exponent of the pool; the initial value of a learned one.
+      epsilon: exponent of the pool, as in the papers (not a small addend); the initial value of a learned one.
       inverse: multiply by the pool, as decoders do.
       learn_alpha: whether alpha is learned, one scalar a layer.
       learn_epsilon: whether epsilon is learned, one scalar a layer.

@@ -25,7 +25,7 @@ class FilterResponseNorm(Layer):
     """Filter response norm and its thresholded linear unit; see `normjax.response.filter_response`.
 
     Attributes:
-      epsilon: added to the mean square, and where `eps` starts if it is learned. [units of x squared]
+      epsilon: added to the mean square; the initial value of a learned one, `eps`. [units of x squared]
       learn_eps: whether eps is learned, one scalar a layer of which the absolute value counts. Lubana et al. 2021 do so
         from 1e-5; the paper where maps are a single element.
       use_tau: whether the unit max(y, tau) follows, tau learned, `[c]`.

@@ -5,16 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import reversible
-from normjax._layers.describe import (
-    Initializer,
-    Layer,
-    Parameter,
-    Shape,
-    description,
-    ones,
-    scale_and_bias,
-    zeros,
-)
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, scale_and_bias, zeros
 from normjax.reversible import Reversible
 from normjax.theory import Normalizer, Stats
 
@@ -27,8 +18,8 @@ class RevIN(Layer):
         forecast = revin.denormalize(model(y), stats)
 
     Attributes:
-      centre: "mean", or "last" to subtract the last value instead.
-      normalizer: the row, of whole axes.
+      centre: "mean", or "last" to subtract the last value that is not masked instead.
+      normalizer: a Normalizer or the name of a row of TABLE; its fields are whole axes, and it has no floor.
       layout: name of each axis of the input; `...` is time.
       detach: whether gradients stop at the statistics, as in the authors' code.
       slack: added to the scale in the inverse; the authors' code has eps ** 2.

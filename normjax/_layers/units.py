@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import units
+from normjax._expect.arrays import require_real
 from normjax._layers.describe import (
     Initializer,
     Layer,
@@ -22,7 +23,6 @@ from normjax._layers.statistics import Limits, RunningLayer, Taken
 from normjax._normalize.evaluate import equation
 from normjax.field import Field, FieldError
 from normjax.running import Slot
-from normjax.selu import as_real
 from normjax.theory import Normalizer, Stats
 
 
@@ -218,7 +218,7 @@ class EvoNormB0(RunningLayer):
         mask: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes and bends x; see `normjax.normalize` for the mask."""
-        x = as_real(x, "EvoNormB0")
+        x = require_real(x, "EvoNormB0")
         batch, instance = _here(self, self.batch), _here(self, self.instance)
         row, learned = units.evonorm_row(batch, self.epsilon), self._learned(x.shape)
 

@@ -29,7 +29,7 @@ class VirtualBatchNorm(Layer):
     Attributes:
       epsilon: added to the variance. [units of x squared]
       layout: name of each axis of both.
-      field: of the reference's statistics.
+      field: field of the reference's statistics: the batch as a whole, without windows.
       use_scale: whether a factor is learned, `[c]`.
       use_bias: whether an addend is learned, `[c]`.
       dtype: of the output, by default that of the input.

@@ -262,7 +262,7 @@ def _by_kernel(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtyp
     return y, v if mean is None else v - mean, mean, var
 
 
-def affine(y: jax.Array, layout: str, scale: ArrayLike | None, bias: ArrayLike | None) -> jax.Array:
+def affine(y: jax.Array, layout: str, scale: ArrayLike | None = None, bias: ArrayLike | None = None) -> jax.Array:
     """The last line of the equation alone, scale * y + bias, for scale and bias as `normalize` takes them.
 
     Args:

@@ -4,8 +4,10 @@ import jax
 from flax import linen as nn
 from jax.typing import ArrayLike
 
+from normjax._expect.arrays import require_real
 from normjax._layers import (
     conditional,
+    film,
     gdn,
     kalman,
     norm,
@@ -20,7 +22,6 @@ from normjax._layers import (
     virtual,
 )
 from normjax.linen.host import Early, Host, Keeping
-from normjax.selu import as_real
 
 __all__ = [
     "GDN",
@@ -157,13 +158,13 @@ class AdaIN(conditional.AdaIN, Host): ...
 class ConditionalNorm(conditional.ConditionalNorm, Keeping): ...
 
 
-class FiLM(conditional.FiLM, Keeping): ...
+class FiLM(film.FiLM, Keeping): ...
 
 
-class AdaLN(conditional.AdaLN, Keeping): ...
+class AdaLN(film.AdaLN, Keeping): ...
 
 
-class AdaLNZero(conditional.AdaLNZero, Keeping): ...
+class AdaLNZero(film.AdaLNZero, Keeping): ...
 
 
 class SPADE(spade.SPADE, Keeping): ...
@@ -182,7 +183,7 @@ class AlphaDropout(selu.AlphaDropout, Host):
         Returns:
           An array of the shape of x.
         """
-        x = as_real(x, "AlphaDropout")
+        x = require_real(x, "AlphaDropout")
         if self._passes(bool(nn.merge_param("deterministic", self.deterministic, deterministic))):
             return x
         return self._dropped(x, self.make_rng(self.rng_collection) if rng is None else rng)

@@ -6,8 +6,10 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
+from normjax._expect.arrays import require_real
 from normjax._layers import (
     conditional,
+    film,
     gdn,
     kalman,
     norm,
@@ -23,7 +25,6 @@ from normjax._layers import (
 )
 from normjax._layers.describe import Shape, whole_shape
 from normjax.nnx.host import Bare, Host, Keeping
-from normjax.selu import as_real
 
 __all__ = [
     "GDN",
@@ -214,15 +215,15 @@ class ConditionalNorm(conditional.ConditionalNorm, Keeping): ...
 
 
 @nnx.dataclass(eq=False)
-class FiLM(conditional.FiLM, Conditioned): ...
+class FiLM(film.FiLM, Conditioned): ...
 
 
 @nnx.dataclass(eq=False)
-class AdaLN(conditional.AdaLN, Conditioned): ...
+class AdaLN(film.AdaLN, Conditioned): ...
 
 
 @nnx.dataclass(eq=False)
-class AdaLNZero(conditional.AdaLNZero, Conditioned): ...
+class AdaLNZero(film.AdaLNZero, Conditioned): ...
 
 
 @nnx.dataclass(eq=False)
@@ -260,7 +261,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
         Raises:
           ValueError: `deterministic` or the random keys were given neither here nor to the constructor.
         """
-        x = as_real(x, "AlphaDropout")
+        x = require_real(x, "AlphaDropout")
         flag = self.deterministic if deterministic is None else deterministic
         if flag is None:
             raise ValueError(

@@ -1,0 +1,133 @@
+"""Scale and bias from another array: style, adaptive instance norm."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from normjax import running
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
+from normjax._normalize.evaluate import equation, normalize
+from normjax.conditional.modulation import Modulation, modulate
+from normjax.theory import Normalizer, Stats, row
+
+
+def style(
+    y: ArrayLike,
+    normalizer: Normalizer | str = "instance",
+    layout: str = "n ... c",
+    *,
+    mask: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    unbiased: bool = False,
+) -> Modulation:
+    """The style of an array: its standard deviation as the scale, its mean as the bias.
+
+    Args:
+      y: floating-point array, axes as named by `layout`. [u]
+      normalizer: the row whose statistics are the style: its denominator (for "instance" the deviation), and its mean.
+      layout: name of each axis of y.
+      mask: boolean mask or weights that broadcast against y; 0 leaves an element out.
+      eps: added to the moment, by default the row's number. The authors' Lua code takes 0 for the style. [u ** order]
+      unbiased: divide by one less than the number of elements, as PyTorch's `var` does by default. The paper, and the
+        authors' code, divide by the number.
+
+    Returns:
+      Scale and bias, float32 or wider, of the rank of y. A deviation of zero has gradient zero. [u]
+
+    Raises:
+      FieldError: the row does not fit y.
+      TypeError: y holds integers.
+      ValueError: the row does not divide, or has a floor; or `unbiased`, and its moment is no variance.
+
+    Source: Huang & Belongie 2017, equations 5, 6 and 8.
+
+    >>> style(jnp.array([[[2.0], [4.0]]]), eps=0.0)[:2]
+    (Array([[[1.]]], dtype=float32), Array([[[3.]]], dtype=float32))
+    """
+    n = row(normalizer)
+    y = require_float(y, "style")
+    stats = normalize(y.astype(statistics_dtype(y.dtype)), n, layout, mask=mask).stats
+    if unbiased:
+        running.require_unbiased(n)
+        stats = running.unbiased(stats)
+    if stats.var is None or n.floor is not None:
+        raise ValueError(f"a style has a spread: a row that divides, without a floor; found {n}")
+    return Modulation(denominator(stats.var, n, layout, eps), 0.0 if stats.mean is None else stats.mean)
+
+
+def denominator(
+    var: jax.Array, normalizer: Normalizer, layout: str = "n ... c", eps: ArrayLike | None = None
+) -> jax.Array:
+    """What a row without a floor divides by, from its moment: (eps + gain * var) ** power, with gradient zero where it is 0.
+
+    Args:
+      var: the moment, of the rank of the normalized array. [u ** order]
+      normalizer: the row.
+      layout: name of each axis of the array.
+      eps: replaces the row's number: a scalar, or an array that broadcasts. [u ** order]
+
+    Returns:
+      An array of the shape and dtype of var.
+
+    Source: the third line of `normjax.theory`.
+
+    >>> denominator(jnp.array([[4.0, 0.0]]), Normalizer("n", "n", eps=0.0)).tolist()
+    [[2.0, 0.0]]
+    """
+    n = normalizer
+    # One over it is what the equation makes of ones, so that what was divided by it is multiplied by the same.
+    ones, plain = jnp.ones_like(var), Normalizer(None, n.var, eps=n.eps, gain=n.gain, power=n.power)
+    inverse = equation(ones, plain, layout, stats=Stats(var=var), eps=eps).y
+    return jnp.where(inverse > 0, 1 / jnp.where(inverse > 0, inverse, 1), 0)
+
+
+def adain(
+    content: ArrayLike,
+    style_from: ArrayLike,
+    layout: str = "n ... c",
+    *,
+    eps: ArrayLike = 1e-5,
+    style_eps: ArrayLike | None = None,
+    strength: ArrayLike = 1.0,
+    mask: ArrayLike | None = None,
+    style_mask: ArrayLike | None = None,
+    unbiased: bool = False,
+) -> jax.Array:
+    """Adaptive instance norm: the content with the mean and the deviation that each channel of the style has.
+
+    Three versions are about, which differ in a small image. This one, the paper's: biased, eps in both variances. The
+    authors' Lua code: `style_eps=0`. A well-known PyTorch version: `unbiased=True`.
+
+    Args:
+      content: floating-point array, axes as named by `layout`. [u]
+      style_from: floating-point array of the same examples and channels; its other axes may be of other lengths.
+      layout: name of each axis of both.
+      eps: added to the variance of the content, and of the style. [u ** 2]
+      style_eps: added to the variance of the style instead of `eps`. [u ** 2]
+      strength: 1 is the style, 0 the content as it is, between them a mixture.
+      mask: boolean mask or weights that broadcast against the content; where 0, it counts nowhere and becomes the style's
+        mean.
+      style_mask: boolean mask or weights that broadcast against the style; 0 leaves an element out.
+      unbiased: whether both variances are the unbiased ones.
+
+    Returns:
+      An array of the shape and dtype of the content.
+
+    Raises:
+      FieldError: the style has other examples or channels, or a mask does not fit.
+      TypeError: an array holds integers.
+
+    Source: Huang & Belongie 2017, equation 8; the strength, equation 14 (there between codes, before the decoder).
+
+    >>> content, picture = jnp.array([[[1.0], [3.0]]]), jnp.array([[[10.0], [30.0], [10.0], [30.0]]])
+    >>> adain(content, picture).round().tolist()
+    [[[10.0], [30.0]]]
+    """
+    content, n = require_float(content, "adain"), row("instance")
+    style_eps = eps if style_eps is None else style_eps
+    modulation = style(style_from, n, layout, mask=style_mask, eps=style_eps, unbiased=unbiased)
+    stats = running.unbiased(normalize(content, n, layout, mask=mask).stats) if unbiased else None
+    wide = content.astype(statistics_dtype(content.dtype))
+    wide = zero_masked(wide, as_weights(mask, wide))
+    y = modulate(wide, modulation, n, layout, stats=stats, mask=mask, eps=eps)
+    return (wide + jnp.asarray(strength).astype(wide.dtype) * (y - wide)).astype(content.dtype)
