@@ -1,4 +1,4 @@
-"""The rules of the house: who imports whom, what importing costs, how long files and functions are, what is said of names."""
+"""The rules of the house: who imports whom, what importing costs, how long files and functions are, what names say."""
 
 import ast
 import doctest
