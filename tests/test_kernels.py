@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from normjax import Normalizer, Stats, kernels, linen, normalize
-from normjax.kernels import pallas
+from normjax.kernels import _pallas as pallas
 
 P = jax.sharding.PartitionSpec
 TARGETS = ("interpret", "interpret tpu")

@@ -2,7 +2,7 @@
 
 Public measurements on a GPU have XLA's forward pass of layer norm at the speed of memory, and forward plus gradient at
 about half of what a fused kernel reaches, since XLA's backward pass reads x several times. Here the gradient is one kernel
-that reads x and its cotangent once (`pallas.py`). It is not measured here: what was tested is that the numbers are
+that reads x and its cotangent once (`_pallas.py`). It is not measured here: what was tested is that the numbers are
 right, with the kernels interpreted on a CPU, and that they lower for CUDA and TPU.
 
     import normjax
@@ -12,7 +12,7 @@ right, with the kernels interpreted on a CPU, and that they lower for CUDA and T
     with kernels.use("xla"):               # for a while without, say for a jvp
         ...
 
-What the kernels do not do. Forward mode is refused (`rule.py`); reverse mode, `vmap` and second derivatives over reverse
+What the kernels do not do. Forward mode is refused (`_rule.py`); reverse mode, `vmap` and second derivatives over reverse
 mode work. Arrays sharded over devices under `jit` need a `jax.shard_map` around the call, since the compiler cannot
 partition a kernel (interpreted, with `check_vma=False`). Rows shorter than a few hundred bytes, and few rows that are
 long, leave most of a GPU idle. Nothing is fused with what follows the norm (an activation, a residual), which would save
@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax.kernels import block, rule
-from normjax.kernels.block import How
+from normjax.kernels import _block as block
+from normjax.kernels import _rule as rule
+from normjax.kernels._block import How
 
 MODES = ("xla", "pallas", "interpret")
 LONGEST = 16384  # elements of a row: backward, the registers of a GPU's multiprocessor hold about three such rows

@@ -1,4 +1,4 @@
-"""The kernels: `block.py` on blocks of rows, in Pallas, for GPUs (Triton) and TPUs (Mosaic).
+"""The kernels: `_block.py` on blocks of rows, in Pallas, for GPUs (Triton) and TPUs (Mosaic).
 
 A program takes whole rows. Forward it reads x once and writes y and the statistics; backward it reads x and g once, writes
 dx once, and adds up what its rows give to the gradients of scale, bias and eps: one partial sum a program, which XLA adds.
@@ -23,8 +23,8 @@ from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
-from normjax.kernels import block
-from normjax.kernels.block import How
+from normjax.kernels import _block as block
+from normjax.kernels._block import How
 
 PROGRAMS = 256  # backward, on a GPU: about two for each multiprocessor, and few partial sums
 SMALL, LARGE = (

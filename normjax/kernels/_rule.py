@@ -17,8 +17,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from normjax.kernels import block
-from normjax.kernels.block import How
+from normjax.kernels import _block as block
+from normjax.kernels._block import How
 
 FORWARD_MODE = (
     'the fused kernels have no forward-mode derivative (jvp, jacfwd, linearize); normjax.kernels.use("xla"), or '
@@ -88,7 +88,7 @@ _backward = _twice_differentiable("backward")
 
 
 def _run(how: How, name: str, *operands: jax.Array | None) -> tuple:
-    from normjax.kernels import pallas  # here: Pallas is slow to import, and most programs never need it
+    from normjax.kernels import _pallas as pallas  # here: Pallas is slow to import, and most programs never need it
 
     kernel = getattr(pallas, name)
     if how.run != "pallas":
