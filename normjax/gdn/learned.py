@@ -194,8 +194,8 @@ def gdn_of_raw(
     x = jnp.maximum(x, 0) if rectify else x
 
     def value(name: str, minimum: float | None = None) -> jax.Array:
-        minimum = getattr(MINIMA, name) if minimum is None else minimum
-        return nonnegative(getattr(raw, name), minimum, offset=offset, gradient=gradient)
+        least: float = getattr(MINIMA, name) if minimum is None else minimum
+        return nonnegative(getattr(raw, name), least, offset=offset, gradient=gradient)
 
     a = alpha if raw.alpha is None else value("alpha")
     e = epsilon if raw.epsilon is None else value("epsilon")
