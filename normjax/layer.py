@@ -7,7 +7,7 @@ It imports no Flax.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +16,7 @@ from jax.typing import ArrayLike
 
 from normjax import moments
 from normjax.field import Field, FieldError, Span, axes
-from normjax.penalty import l1_penalty
-from normjax.running import BatchRecord, Running, Slot, as_stats, corrections, mergeable, record, require_renormalizable
+from normjax.running import BatchRecord, Running, as_stats, corrections, mergeable, record, require_renormalizable
 from normjax.theory import Normalized, Normalizer, Stats, affine, equation, normalize, top
 
 Axes = int | Sequence[int]
@@ -119,23 +118,6 @@ def promoted(x: jax.Array, dtype: Any) -> jax.Array:
         return x if dtype is None else x.astype(jnp.promote_types(x.dtype, dtype))
 
 
-def first_values(slots: Mapping[str, Slot], mean: float, var: float) -> dict[str, Slot]:
-    """The slots with these first values of running means and variances.
-
-    >>> first_values({"mean": Slot(0.0, (3,), "float32")}, 1.0, 0.0)["mean"].fill
-    1.0
-    """
-    fill = {"mean": mean, "var": var}
-    return {name: slot._replace(fill=fill.get(name, slot.fill)) for name, slot in slots.items()}
-
-
-def layer_penalty(centered: jax.Array, alpha: float, normalizer: Normalizer, mask: Any, axis_name: Any) -> jax.Array:
-    """The penalty alpha * mean |v| of a layer, over the mapped axes of its fields, unless others are named."""
-    if axis_name is None:
-        axis_name = tuple(dict.fromkeys(name for field in normalizer.fields for name in field.mapped))
-    return l1_penalty(centered, alpha, mask=mask, axis_name=axis_name)
-
-
 def channel_shape(layout: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
     """Shape of a learned scale or bias: one number for each index of the axis `c`.
 
@@ -173,23 +155,6 @@ def whole_shape(features: int | Sequence[int], layout: str) -> tuple[int | None,
     if not isinstance(features, int):
         return tuple(features)
     return tuple(features if name == "c" else None for name in layout.split())
-
-
-def divisive(window: int, channels: int | None, sigma: float, border: str) -> Normalizer:
-    """Divisive norm over a window of space, and of channels if asked (Ren et al. 2017)."""
-    field = Field((Span("...", window=window), Span("c", window=channels)))
-    return Normalizer(field, field, eps=sigma**2, border=border)
-
-
-def response(size: int, alpha: float, beta: float, k: float) -> Normalizer:
-    """Local response norm in PyTorch's convention: alpha is divided by the size, even windows lean before."""
-    return Normalizer(None, f"c:{size}", eps=k, gain=alpha, power=beta, border="zero", lean="before")
-
-
-def contrast(window: int, shape: str, epsilon: float) -> Normalizer:
-    """Local contrast norm (Jarrett et al. 2009)."""
-    field = Field.parse(f"...:{window} c")
-    return Normalizer(field, field, eps=epsilon, floor="...", window=shape)
 
 
 # Flax's arguments as fields. Axes go by number there, so the layout names them by number: "a0 a1 a2".

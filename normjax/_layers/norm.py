@@ -116,13 +116,19 @@ class Rowed(RunningLayer):
             out = normalize(work, n, self.layout, stats=measured, mask=mask, eps=eps)
             r, d = correct(out.stats, n)
             y = moments.silence(r * out.y + d, moments.weigh(mask, work))  # zero where masked
-            y = affine(y, self.layout, **learned).astype(self.dtype or x.dtype)
+            y = affine(y, self.layout, learned.get("scale"), learned.get("bias")).astype(self.dtype or x.dtype)
             return Taken(y, out.stats, n, out.centered)
 
         return self._normalized(
-            x.shape, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask,
-            eps=eps, renormed=renormed,
-        )  # fmt: skip
+            x.shape,
+            take,
+            use_running_average,
+            update_running_average=update_running_average,
+            renorm=renorm,
+            mask=mask,
+            eps=eps,
+            renormed=renormed,
+        )
 
 
 def evaluated(

@@ -184,9 +184,16 @@ class RunningLayer(Layer):
     def _remember(self, out: Taken, running: Running, shape: tuple[int, ...]) -> None:
         """Stores the statistics of a training batch, and leaves its record."""
         stored, seen = record(
-            running, out.stats, out.row, self.layout, shape, momentum=self.momentum, averaging=self.averaging,
-            unbiased=self._stores_unbiased(), exact=out.mergeable and mergeable(out.row, self.layout),
-        )  # fmt: skip
+            running,
+            out.stats,
+            out.row,
+            self.layout,
+            shape,
+            momentum=self.momentum,
+            averaging=self.averaging,
+            unbiased=self._stores_unbiased(),
+            exact=out.mergeable and mergeable(out.row, self.layout),
+        )
         for name, value in stored._asdict().items():
             if value is not None:
                 self._store(name, value)
