@@ -49,9 +49,51 @@ LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     "EvoNormB0": ({"instance": "c"}, "EvoNormB0(instance='c')"),
     "EvoNormS0": ({"field": "c/2"}, "EvoNormS0(field='c/2')"),
     "GRN": ({"space": "n"}, "GRN(space='n')"),
+    "KalmanNorm": ({"gain": 0.5}, "KalmanNorm(gain=0.5)"),
+    "SwitchableNorm": ({"momentum": 0.5}, "SwitchableNorm(momentum=0.5)"),
+    "VirtualBatchNorm": ({"epsilon": 0.5}, "VirtualBatchNorm(epsilon=0.5)"),
+    "FilterResponseNorm": ({"learn_eps": True}, "FilterResponseNorm(learn_eps=True)"),
+    "ScaleNorm": ({"epsilon": 0.5}, "ScaleNorm(epsilon=0.5)"),
+    "PartialRMSNorm": ({"fraction": 0.5}, "PartialRMSNorm(fraction=0.5)"),
+    "QKNorm": ({"kind": "layer"}, "QKNorm(kind='layer')"),
+    "GDN": ({"learn_alpha": True}, "GDN(learn_alpha=True)"),
+    "AdaIN": ({"unbiased": True}, "AdaIN(unbiased=True)"),
+    "ConditionalNorm": ({"num_classes": 4}, "ConditionalNorm(num_classes=4)"),
+    "FiLM": ({"normalizer": "batch"}, "FiLM(normalizer='batch')"),
+    "AdaLN": ({"around": 0.5}, "AdaLN(around=0.5)"),
+    "AdaLNZero": ({"around": 0.5}, "AdaLNZero(around=0.5)"),
+    "SPADE": ({"hidden": 3}, "SPADE(hidden=3)"),
+    "RevIN": ({"detach": True}, "RevIN(features=6, detach=True)"),
+    "AlphaDropout": ({"rate": 0.5, "deterministic": True}, "AlphaDropout(rate=0.5, deterministic=True)"),
 }
-RUNNING = [name for name in LAYERS if issubclass(getattr(linen, name), RunningLayer)]
-SPACE = ("DivisiveNorm", "LocalContextNorm", "LocalContrastNorm")
+SPACE = (  # layers of images
+    *(
+        "DivisiveNorm",
+        "LocalContextNorm",
+        "LocalContrastNorm",
+        "SwitchableNorm",
+        "FilterResponseNorm",
+        "AdaIN",
+        "SPADE",
+    ),
+    "RevIN",
+)
+CONDITION = jnp.ones((8, 4), jnp.float32)
+MORE = {  # what a call takes after x
+    "VirtualBatchNorm": (2 * X,),
+    "QKNorm": (2 * X,),
+    "AdaIN": (2 * X.reshape(2, 4, C),),
+    "ConditionalNorm": (jnp.arange(8) % 4,),
+    **dict.fromkeys(("FiLM", "AdaLN", "AdaLNZero"), (CONDITION,)),
+    "SPADE": (CONDITION.reshape(2, 8, 2),),
+}
+LENGTHS = {  # what nnx is told of these
+    **{key: {"condition_features": 4} for key in ("FiLM", "AdaLN", "AdaLNZero")},
+    "SPADE": {"label_features": 2, "space": 1},
+}
+INSIDE = ("ConditionalNorm", "FiLM", "AdaLN", "AdaLNZero", "SPADE")  # the statistics are those of a layer inside
+TRAINED = [name for name in LAYERS if issubclass(getattr(linen, name), RunningLayer)]
+RUNNING = [name for name in TRAINED if name not in (*INSIDE, "KalmanNorm", "SwitchableNorm")]  # test_running_options.py
 QUICK = ("Norm", "EvoNormB0", "DyT", "GhostTopKBatchNorm", "LocalContrastNorm")
 EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS]
 EACH_RUNNING = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNNING]
@@ -61,25 +103,37 @@ def given(name):
     return X.reshape(2, 4, C) if name in SPACE else X
 
 
-def of_linen(name, **options):
-    return getattr(linen, name)(**LAYERS[name][0], **options)
+def inputs(name):
+    return given(name), *MORE.get(name, ())
+
+
+def of_linen(name, make: Any = None, /, **options):
+    first = (C,) if name == "RevIN" else ()
+    return (make or getattr(linen, name))(*first, **LAYERS[name][0], **options)
 
 
 def of_nnx(name, **options):
     make = getattr(nnx, name)
     if not issubclass(make, Host):
         return make(**LAYERS[name][0], **options)
-    return make(C, **LAYERS[name][0], **options, rngs=fx.Rngs(0))
+    return make(C, **LENGTHS.get(name, {}), **LAYERS[name][0], **options, rngs=fx.Rngs(0))
 
 
 def training(name):
-    return {"use_running_average": False} if name in RUNNING else {}
+    """Options with which numbers can be compared: batch statistics, and no random first values."""
+    options = {"use_running_average": False} if name in TRAINED else {}
+    return options | ({"kernel_init": jax.nn.initializers.ones} if name == "SPADE" else {})
 
 
 def started(name, **options):
     """A linen layer and its variables."""
     layer = of_linen(name, **training(name), **options)
-    return layer, layer.init(jax.random.key(0), given(name))
+    return layer, layer.init(jax.random.key(0), *inputs(name))
+
+
+def twin_of(name, **options):
+    """The nnx layer with the same options."""
+    return of_nnx(name, **training(name), **options)
 
 
 def values(layer, kind):
@@ -87,14 +141,18 @@ def values(layer, kind):
     return {str(path[-1]): variable[...] for path, variable in fx.to_flat_state(fx.state(layer, kind))}
 
 
+def named(variables):
+    """The variables of a linen layer, by name."""
+    return {path[-1].key: value for path, value in jax.tree_util.tree_leaves_with_path(dict(variables))}
+
+
 def after(name, **options):
     """The output of a training batch and what was stored, in linen and in nnx."""
     layer, variables = started(name, **options)
-    y, changed = layer.apply(variables, given(name), mutable=["batch_stats"])
-    twin = of_nnx(name, **options)
-    z = twin(given(name))
-    kept = values(twin, fx.BatchStat)
-    return (y, dict(changed.get("batch_stats", {}))), (z, kept)
+    y, changed = layer.apply(variables, *inputs(name), mutable=["batch_stats"])
+    twin = twin_of(name, **options)
+    z = twin(*inputs(name))
+    return (y, named(changed.get("batch_stats", {}))), (z, values(twin, fx.BatchStat))
 
 
 def close(a, b, atol=1e-5):
@@ -113,14 +171,17 @@ def test_both_faces_have_the_documentation_and_the_call_of_the_description(name)
     assert one.__doc__ == two.__doc__
     assert "Source: " in one.__doc__ or name == "Norm"
     assert ">>> " in one.__doc__
-    assert one.__call__.__doc__ == two.__call__.__doc__
     assert one.__call__.__doc__
-    assert inspect.signature(one.__call__) == inspect.signature(two.__call__)
+    if name != "AlphaDropout":  # whose random keys are Flax's, in each face another argument
+        assert one.__call__.__doc__ == two.__call__.__doc__
+        assert inspect.signature(one.__call__) == inspect.signature(two.__call__)
     assert (one.__module__, two.__module__) == ("normjax.linen.layers", "normjax.nnx.layers")
     own = [p.name for p in inspect.signature(one).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     theirs = [p.name for p in inspect.signature(two.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert theirs == ["self", *(["features"] if issubclass(two, Host) else []), *own]
-    missing = [option for option in own if f"\n      {option}: " not in one.__doc__]
+    first = ["self", *(["features"] if issubclass(two, Host) else []), *LENGTHS.get(name, {})]
+    last = ["rngs"] if name == "AlphaDropout" else []
+    assert theirs == [*first, *(option for option in own if option != "features"), *last]
+    missing = [option for option in own if f"\n      {option}: " not in one.__doc__ and option != "features"]
     assert not missing, "options without a line of documentation"
 
 
@@ -140,8 +201,7 @@ def test_a_layer_shows_what_differs_from_the_defaults_and_refuses_what_it_has_no
 def test_linen_and_nnx_start_alike_and_give_the_same(name):
     (y, stored), (z, kept) = after(name)
     close((y, stored), (z, kept))
-    params = started(name)[1].get("params", {})
-    close(dict(params), values(of_nnx(name), fx.Param))
+    close(named(started(name)[1].get("params", {})), values(twin_of(name), fx.Param))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -151,12 +211,13 @@ def test_layers_are_pickled_copied_displayed_and_tabulated(name):
         assert twin == layer
         assert hash(twin) == hash(layer)
     mutable = ["batch_stats"]
-    y, _ = layer.apply(variables, given(name), mutable=mutable)
-    other = of_nnx(name)
+    y, _ = layer.apply(variables, *inputs(name), mutable=mutable)
+    other = twin_of(name)
     for twin in (pickle.loads(pickle.dumps(other)), copy.deepcopy(other), fx.clone(other)):
-        close(twin(given(name)), y)
-    assert name in layer.tabulate(jax.random.key(0), given(name))
-    assert name in fx.tabulate(other, given(name))
+        close(twin(*inputs(name)), y)
+    assert name in layer.tabulate(jax.random.key(0), *inputs(name))
+    if name != "KalmanNorm":  # Flax's table has no place for tuples of tuples
+        assert name in fx.tabulate(other, *inputs(name))
     fx.display(other)
 
 
@@ -165,30 +226,29 @@ def test_layers_are_lifted_and_bridged(name):
     def stack(lift: Any, **settings):
         class Stack(fl.Module):
             @fl.compact
-            def __call__(self, x):
-                return lift(getattr(linen, name), **settings)(**LAYERS[name][0], **training(name), name="inner")(x)
+            def __call__(self, *given):
+                return of_linen(name, lift(getattr(linen, name), **settings), **training(name), name="inner")(*given)
 
         return Stack()
 
-    x, layer = given(name), started(name)[0]
-    y, _ = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    given, layer = inputs(name), started(name)[0]
+    y, _ = layer.apply(layer.init(jax.random.key(0), *given), *given, mutable=["batch_stats"])
     axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
-    for module, inputs, pick in (
-        (stack(fl.remat), x, lambda y: y),
-        (stack(fl.jit), x, lambda y: y),
-        (stack(fl.vmap, **axes), jnp.stack([x, 2 * x]), lambda y: y[0]),
-    ):
-        variables = module.init(jax.random.key(0), inputs)
-        close(pick(module.apply(variables, inputs, mutable=["batch_stats"])[0]), y)
-    inside = bridge.ToNNX(layer, rngs=fx.Rngs(0)).lazy_init(x)
-    close(inside(x, **({"mutable": ["batch_stats"]} if name in RUNNING else {})), y)
+    for module, several in ((stack(fl.remat), False), (stack(fl.jit), False), (stack(fl.vmap, **axes), True)):
+        taken = jax.tree.map(lambda a: jnp.stack([a, a]), given) if several else given
+        variables = module.init(jax.random.key(0), *taken)
+        out = module.apply(variables, *taken, mutable=["batch_stats"])[0]
+        close(jax.tree.map(lambda a: a[0], out) if several else out, y)
+    inside = bridge.ToNNX(layer, rngs=fx.Rngs(0)).lazy_init(*given)
+    close(inside(*given, **({"mutable": ["batch_stats"]} if name in TRAINED else {})), y)
 
     @fx.vmap(in_axes=0, out_axes=0, axis_size=2)
     def made(key):
-        return of_nnx(name)
+        return twin_of(name)
 
     many = made(jnp.arange(2))
-    close(fx.vmap(lambda layer, x: layer(x), in_axes=(0, None), axis_size=2)(many, x)[1], y)
+    out = fx.vmap(lambda layer, given: layer(*given), in_axes=(0, None), axis_size=2)(many, given)
+    close(jax.tree.map(lambda a: a[1], out), y)
 
 
 def test_a_second_nnx_layer_made_alike_is_the_same_to_jit_whatever_functions_start_it():

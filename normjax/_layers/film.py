@@ -13,6 +13,11 @@ from normjax._layers.describe import Initializer, Parameter, Shape, channel_shap
 from normjax.theory import Normalizer
 
 
+def silu(x: jax.Array) -> jax.Array:
+    """X * sigmoid(x); unlike JAX's own function, it pickles."""
+    return jax.nn.silu(x)
+
+
 @description
 class FiLM(Modulated):
     """Feature-wise linear modulation: a linear map of a condition gives the scale and the bias.
@@ -124,7 +129,7 @@ class AdaLN(FiLM):
 
     normalizer: Normalizer | str | None = conditional.TOKEN
     order: tuple[str, ...] = ("bias", "scale")
-    activation: Callable[[jax.Array], jax.Array] | None = jax.nn.silu
+    activation: Callable[[jax.Array], jax.Array] | None = silu
 
 
 @description

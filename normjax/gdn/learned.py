@@ -7,6 +7,7 @@ then drops what would leave the domain, as a step on the gradients, and the two 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -205,6 +206,16 @@ def gdn_of_raw(
     return y.astype(dtype)
 
 
+@dataclass(frozen=True)
+class _Diagonal:
+    """An initializer that compares by value, so that layers with it are equal after pickling."""
+
+    size: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        return jnp.eye(*shape, dtype=dtype) * jnp.asarray(self.size, dtype)
+
+
 def diagonal(size: float = 0.1) -> Callable[..., jax.Array]:
     """An initializer of gamma: each channel is divided by itself alone.
 
@@ -219,4 +230,4 @@ def diagonal(size: float = 0.1) -> Callable[..., jax.Array]:
     >>> diagonal()(jax.random.key(0), (2, 2), jnp.float32).tolist()
     [[0.10000000149011612, 0.0], [0.0, 0.10000000149011612]]
     """
-    return lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype) * jnp.asarray(size, dtype)
+    return _Diagonal(size)
