@@ -18,11 +18,7 @@ from normjax._paths import path_parts
 
 
 def l1_penalty(
-    centered: ArrayLike,
-    alpha: ArrayLike = 1.0,
-    *,
-    mask: ArrayLike | None = None,
-    axis_name: str | Sequence[str] = (),
+    centered: ArrayLike, alpha: ArrayLike = 1.0, *, mask: ArrayLike | None = None, axis_name: str | Sequence[str] = ()
 ) -> jax.Array:
     """Computes alpha * mean |v| of one layer.
 

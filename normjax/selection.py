@@ -18,7 +18,8 @@ from jax import lax
 from normjax._expect import average
 from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import Bound, Plan, axes, bind
-from normjax._parameters import ByPath, arrays_by_path, paths_and_shapes, safe_root
+from normjax._leaves import safe_root
+from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
 from normjax.field import Field, FieldError
 
 Patterns = str | Iterable[str]

@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax.core.scope import CollectionFilter, union_filters
 
 from normjax._paths import PyTree
-from normjax.capture import probe
-from normjax.capture.probe import SOWN, Calls, Captured, Layers, Loss, Matches, Run
+from normjax.capture import _probe as probe
+from normjax.capture._probe import SOWN, Args, Call, Calls, Captured, Kwargs, Layers, Loss, Matches, Run
 
 ZEROS = "capture_zeros"
 # Whether zeros were added is said by the name under which a call is sown, not by a flag: nn.jit may know the call already,
@@ -23,7 +23,10 @@ _probes = itertools.count()
 def linen_capture(
     model: nn.Module, *, layers: Layers[nn.Module] = None, at: str = "output", loss: Loss | None = None
 ) -> Callable[..., Captured]:
-    """Makes a function that runs a linen model and captures its layers.
+    """Makes `probe(variables, *args, **kwargs) -> Captured`, which runs a linen model and captures its layers.
+
+    The probe takes what `model.apply` takes (`train=`, `rngs=`, `mutable=`, `method=`), and returns its output too. It is
+    pure: jit, vmap and grad apply. It is a ValueError if no layer that is called matches.
 
     Layers inside a lifted `nn.scan` or `nn.vmap` are captured, stacked along its axis, where its `variable_axes` let the
     collection "intermediates" through, and their gradients where they let "capture_zeros" through; else they are left
@@ -35,14 +38,6 @@ def linen_capture(
         of name and module, which is asked once for layers that share an `nn.jit`; None is all.
       at: "output", or "input" for the first positional argument.
       loss: function of the model's output to a scalar, for gradients.
-
-    Returns:
-      `probe(variables, *args, **kwargs) -> Captured`; arguments as of `model.apply` (`train=`, `rngs=`, `mutable=`,
-      `method=`), and so is the output. Pure: jit, vmap and grad apply.
-
-    Raises:
-      TypeError: the model is no linen module, or `layers` none of the above.
-      ValueError: from the probe, if no layer that is called matches; `at` is neither place.
 
     >>> model = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
     >>> x = jnp.ones((4, 5))
@@ -68,9 +63,8 @@ def linen_capture(
             with nn.intercept_methods(_Recorder(layers, at, by_name, matches).watch):
                 output, state = model.apply(with_zeros, *args, mutable=union_filters(mutable, sown), **kwargs)
             found = _from_collection(state.get(SOWN) or {})
-            calls = {
-                name: each for name, each in found.calls.items() if not by_name or probe.is_meant(layers, name, model)
-            }
+            met = found.calls.items()
+            calls = {name: each for name, each in met if not by_name or probe.is_meant(layers, name, model)}
             if mutable is not False:
                 kept = {name: value for name, value in state.items() if name not in (SOWN, ZEROS)}
                 output = (output, {**kept, SOWN: found.rest} if found.rest else kept)
@@ -89,17 +83,10 @@ class _Recorder:
     at: str
     by_name: bool  # names are looked at after the run, and every layer is kept here
     matches: Matches
-    open: list[tuple[str, ...]] = field(
-        default_factory=list
-    )  # paths of the modules whose calls have begun and not ended
+    # paths of the modules whose calls have begun and not ended
+    open: list[tuple[str, ...]] = field(default_factory=list)
 
-    def watch(
-        self,
-        call: Callable[..., PyTree],
-        args: tuple[PyTree, ...],
-        kwargs: dict[str, PyTree],
-        context: nn.module.InterceptorContext,
-    ) -> PyTree:
+    def watch(self, call: Call, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> PyTree:
         """Every call of a method of a module, as `nn.intercept_methods` hands it on."""
         module = context.module
         if context.method_name != "__call__" or module.scope is None:

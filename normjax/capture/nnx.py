@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 
 from normjax._paths import PyTree
-from normjax.capture import probe
-from normjax.capture.probe import Calls, Captured, Layers, Leaves, Loss, Matches, Run
+from normjax.capture import _probe as probe
+from normjax.capture._probe import Calls, Captured, Layers, Leaves, Loss, Matches, Run
 
 
 class Activation(nnx.Intermediate):
@@ -21,7 +21,7 @@ class Activation(nnx.Intermediate):
 
 
 class Zero(nnx.Perturbation):
-    """The zeros that are added to it.
+    """The zeros that are added to what a layer returned or was given.
 
     >>> Zero(jnp.zeros(2))[...]
     Array([0., 0.], dtype=float32)
@@ -36,9 +36,11 @@ def nnx_capture(
     loss: Loss | None = None,
     call: Callable[..., PyTree] | None = None,
 ) -> Callable[..., Captured]:
-    """Makes a function that runs a copy of an nnx model and captures its layers.
+    """Makes `probe(*args, **kwargs) -> Captured`, which runs a copy of an nnx model and captures its layers.
 
-    The model stays as it is: its running statistics, its random counts and its classes.
+    The model stays as it is: its running statistics, its random counts and its classes. The probe takes its variables as
+    they are when it is called; where the model is an argument of a jitted function, make the probe inside. It is a
+    ValueError if no layer that is called matches.
 
     Args:
       model: an nnx module.
@@ -47,14 +49,6 @@ def nnx_capture(
       at: "output", or "input" for the first positional argument.
       loss: function of the model's output to a scalar, for gradients.
       call: what is run instead of the model's `__call__`: `call(model, *args, **kwargs)`.
-
-    Returns:
-      `probe(*args, **kwargs) -> Captured`, which takes the model's variables as they are when it is called. Where the
-      model is an argument of a jitted function, make the probe inside.
-
-    Raises:
-      TypeError: the model is no nnx module, or `layers` none of the above.
-      ValueError: from the probe, if no layer that is called matches; `at` is neither place.
 
     >>> rngs = nnx.Rngs(0)
     >>> model = nnx.Sequential(nnx.Linear(5, 3, rngs=rngs), nnx.relu, nnx.Linear(3, 2, rngs=rngs))
@@ -158,7 +152,6 @@ def _from_sown(sown: nnx.State) -> Calls:
     found: dict[str, dict[int, Leaves]] = {}
     for path, variable in nnx.to_flat_state(sown):
         number, bracket, place = str(path[-1]).partition("[")
-        found.setdefault(probe.layer_name(path[:-1]), {}).setdefault(int(number), {})[bracket + place] = (
-            variable.get_value()
-        )
+        calls = found.setdefault(probe.layer_name(path[:-1]), {})
+        calls.setdefault(int(number), {})[bracket + place] = variable.get_value()
     return {name: tuple(calls[number] for number in sorted(calls)) for name, calls in found.items()}

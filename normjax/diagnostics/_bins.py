@@ -16,16 +16,10 @@ Bounds = tuple[float, float]
 
 
 class Samples(NamedTuple):
-    """Units in bins.
+    """Units in bins: places and weights `[samples, c]`, edges `[c, bins + 1]`; masked or out of bounds is of weight 0."""
 
-    Attributes:
-      place: bin of each value, 0..bins - 1, `[samples, c]`.
-      weight: int32 for counts, which float32 loses at 2 ** 24; zero where masked or out of bounds, `[samples, c]`.
-      edges: `[c, bins + 1]`.
-    """
-
-    place: jax.Array
-    weight: jax.Array
+    place: jax.Array  # the bin of each value, 0..bins - 1
+    weight: jax.Array  # int32 for counts, which float32 loses at 2 ** 24
     edges: jax.Array
 
 

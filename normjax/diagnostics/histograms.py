@@ -2,12 +2,11 @@
 
     I(a; b) = sum over cells of p_ab log(p_ab / (p_a p_b))                                  [nats]
 
-where p are the fractions of samples in the cells of a histogram of equal bins between the smallest and the largest value.
+where p are the fractions of samples in the cells of a histogram of equal bins between the least and the largest value.
 This plug-in estimate is never negative and too large by about (cells - rows - columns + 1) / (2 samples), each counted
-where anything falls into it; `miller_madow=True` subtracts that. Bins hide what happens within them, which lowers it. So
-compare estimates of the same number of bins and samples alone.
-
-Counts have no derivative: gradients of everything here are zero, but for `information` of given counts.
+where anything falls into it; `miller_madow=True` subtracts that. Bins hide what happens within them, which lowers it:
+compare estimates of the same number of bins and samples alone. Counts have no derivative: all gradients here are zero,
+but for `information` of given counts.
 """
 
 from typing import NamedTuple
@@ -51,24 +50,16 @@ def joint_histogram(
     mask: ArrayLike | None = None,
     axis_name: AxisNames = (),
 ) -> Histogram:
-    """Counts in which cells two units lie together.
+    """Counts in which cells two units lie together, `[bins, bins]` with edges `[bins + 1]`.
 
     Args:
       a: values of the first unit, of any shape.
       b: values of the second unit, of the shape of a.
       bins: number of equal bins of each.
-      bounds: ((least, largest) of a, (least, largest) of b); by default those found. Values beyond, infinities and NaN
+      bounds: ((least, largest) of a, (least, largest) of b); by default those found. What lies beyond, infinities and NaN
         do not count; the last bin holds its upper edge.
       mask: boolean mask or weights that broadcast against a.
       axis_name: mapped axes over which the samples are spread.
-
-    Returns:
-      A Histogram: counts `[bins, bins]`, edges `[bins + 1]`.
-
-    Raises:
-      FieldError: the shapes differ, or mask or mapped axes do not fit.
-      ValueError: bins is no positive integer, or bounds are not two pairs of numbers in order.
-      TypeError: a or b does not hold real floating-point numbers.
 
     Source: Ren et al. 2017, the figure of joint histograms.
 
@@ -92,17 +83,11 @@ def joint_histogram(
 
 
 def information(counts: ArrayLike, *, miller_madow: bool = False) -> jax.Array:
-    """Mutual information of the two units of a joint histogram.
+    """Mutual information of the two units of a joint histogram, `[...]` in nats; 0 for an empty one.
 
     Args:
-      counts: non-negative counts or weights, `[..., bins of a, bins of b]`.
+      counts: non-negative counts or weights, floating, `[..., bins of a, bins of b]`.
       miller_madow: subtract the first term of the bias, (cells - rows - columns + 1) / (2 total).
-
-    Returns:
-      float32 or wider, `[...]`; 0 for an empty histogram. [nats]
-
-    Raises:
-      TypeError: the counts are not real floating-point numbers.
 
     Source: Cover & Thomas 2006, equation 2.28; the correction: Miller 1955.
 
@@ -135,23 +120,17 @@ def mutual_information_matrix(
     mask: ArrayLike | None = None,
     axis_name: AxisNames = (),
 ) -> jax.Array:
-    """Mutual information of every pair of units over all samples.
+    """Mutual information of every pair of units over all samples, `[c, c]` in nats; each unit's entropy on the diagonal.
+
+    The memory is that of c histograms.
 
     Args:
-      x: activations, axes as named by `layout`.
+      x: activations, axes as named by `layout`; results are float32 or wider.
       layout: name of each axis; `c` are the units, all other axes samples.
       bins: number of equal bins of each unit, between its least and its largest value.
       miller_madow: subtract the first term of the estimate's bias.
       mask: boolean mask or weights that broadcast against x.
       axis_name: mapped axes over which the samples are spread.
-
-    Returns:
-      `[c, c]`, float32 or wider [nats]; the diagonal holds each unit's own entropy. The memory is that of c histograms.
-
-    Raises:
-      FieldError: the layout names no axis c, or mask or mapped axes do not fit.
-      ValueError: bins is no positive integer.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Ren et al. 2017, the analysis of first-layer activations (a two-dimensional histogram).
 
@@ -178,23 +157,15 @@ def mutual_information(
     mask: ArrayLike | None = None,
     axis_name: AxisNames = (),
 ) -> jax.Array:
-    """Averages the mutual information over all pairs of different units, those that never change left out.
+    """Averages the mutual information over all pairs of different units that change, a scalar in nats; NaN without any.
 
     Args:
-      x: activations, axes as named by `layout`.
+      x: activations, axes as named by `layout`; results are float32 or wider.
       layout: name of each axis; `c` are the units, all other axes samples.
       bins: number of equal bins of each unit, between its least and its largest value.
       miller_madow: subtract the first term of the estimate's bias.
       mask: boolean mask or weights that broadcast against x.
       axis_name: mapped axes over which the samples are spread.
-
-    Returns:
-      A float32 (or wider) scalar [nats]; NaN without any pair.
-
-    Raises:
-      FieldError: the layout names no axis c, or mask or mapped axes do not fit.
-      ValueError: bins is no positive integer.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Ren et al. 2017, the analysis of first-layer activations.
 

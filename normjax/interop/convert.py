@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from normjax.interop import libraries
-from normjax.interop.layer import Array, Record, Said, other_way, to_parts, to_record
-from normjax.interop.libraries import ADDRESSES, KINDS, Path, choose, listed, numbers_of, refuse
+from normjax.interop import _libraries as libraries
+from normjax.interop._layer import Array, Record, Said, other_way, to_parts, to_record
+from normjax.interop._libraries import ADDRESSES, KINDS, Path, choose, listed, numbers_of, refuse
 
 Entries: TypeAlias = Mapping[Any, Any]  # arrays, or whatever the library keeps, in dictionaries that may be nested
 Options: TypeAlias = Mapping[str, Said]

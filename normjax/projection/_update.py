@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
-from normjax._parameters import ByPath, arrays_by_path, paths_and_shapes
+from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
 from normjax.selection import Kernels
 
 Schedule = Callable[[jax.Array], ArrayLike]  # count -> value

@@ -8,7 +8,8 @@ import optax
 from jax import lax
 
 from normjax._expect.arrays import statistics_dtype
-from normjax._parameters import ByPath, arrays_by_path, paths_and_shapes, safe_root
+from normjax._leaves import safe_root
+from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
 from normjax.projection._update import (
     after_update,
     as_transformation,

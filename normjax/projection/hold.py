@@ -12,7 +12,8 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax._parameters import ByPath, safe_root
+from normjax._leaves import safe_root
+from normjax._paths import ByPath
 from normjax.projection._update import (
     RecordedNorms,
     Schedule,

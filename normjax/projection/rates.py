@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from normjax import diagnostics
 from normjax._expect.arrays import statistics_dtype
 from normjax._leaves import one_of
-from normjax._parameters import ByPath
+from normjax._paths import ByPath
 from normjax.projection._update import (
     NORM_POWERS,
     RecordedNorms,

@@ -18,7 +18,7 @@ from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from normjax._paths import PyTree, path_parts
-from normjax.train.metadata import annotated_spec, is_boxed, unboxed
+from normjax.train._metadata import annotated_spec, is_boxed, unboxed
 
 Axis = str | tuple[str, ...]
 Tree = TypeVar("Tree")
@@ -28,16 +28,9 @@ Function = TypeVar("Function", bound=Callable[..., PyTree])
 def place(tree: Tree, mesh: Mesh, specs: PyTree = None) -> Tree:
     """Puts a State, or any pytree, on the devices of a mesh: copies, so that a step may take them as donated.
 
-    Args:
-      tree: a `normjax.train.State` with values that all processes have alike, of a fresh start or of a checkpoint.
-      mesh: the devices.
-      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them, as `shardings` takes them.
-
-    Returns:
-      The same with arrays on all devices of the mesh.
-
-    Raises:
-      ValueError: an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
+    `tree` holds values that all processes have alike, of a fresh start or of a checkpoint; `specs` are PartitionSpecs of
+    the parameters, under their paths or under a beginning of them, as `shardings` takes them. A ValueError names an axis
+    that the mesh lacks, an array that does not divide, or specs without a parameter.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> place({"w": jnp.ones(3)}, mesh)["w"].sharding.spec
@@ -66,15 +59,9 @@ def shard(batch: Tree, mesh: Mesh, axis: Axis = "data") -> Tree:
     of them, as one array.
 
     Args:
-      batch: a pytree of arrays with the examples along their first axis.
+      batch: a pytree of arrays with the examples along their first axis, which divide over the devices.
       mesh: the devices.
       axis: the axis of the mesh, or several.
-
-    Returns:
-      The same with arrays whose first axis lies along the axis of the mesh.
-
-    Raises:
-      ValueError: the examples do not divide over the devices, or the mesh lacks the axis.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> shard(jnp.ones((4, 3)), mesh).sharding.spec
@@ -95,23 +82,18 @@ def shard(batch: Tree, mesh: Mesh, axis: Axis = "data") -> Tree:
 
 
 def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> PyTree:
-    """Where each array of a State lies: for `place`, and for `jax.jit(init, out_shardings=...)`.
+    """Where each array of a State lies: NamedShardings for `place`, and for `jax.jit(init, out_shardings=...)`.
 
-    A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else it
-    is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if the
-    shapes agree. Running statistics are small and replicated.
+    A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else
+    it is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if
+    the shapes agree. Running statistics are small and replicated. A ValueError names an axis that the mesh lacks, an
+    array that does not divide, or specs without a parameter.
 
     Args:
       tree: a State of arrays or of `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
       mesh: the devices.
-      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them: `{"Dense_0": {"kernel":
-        P(None, "model")}}`, `{"Dense_0": P("model")}` or `P("model")`.
-
-    Returns:
-      A pytree of NamedShardings like `tree`.
-
-    Raises:
-      ValueError: an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
+      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them: `P("model")`,
+        `{"Dense_0": P("model")}` or `{"Dense_0": {"kernel": P(None, "model")}}`.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> from normjax.train import State
@@ -153,17 +135,7 @@ def _specified(
 
 
 class BatchSharding(NamedTuple):
-    """Where the batches of a step lie: along some axes of a mesh, or nowhere (mesh None).
-
-    Attributes:
-      mesh: the devices, or None.
-      axis: the axis of the mesh, or several, that the examples are spread over.
-      specs: PartitionSpecs of the parameters, as `shardings` takes them.
-
-    >>> where = BatchSharding(jax.make_mesh((1,), ("data",)), "data")
-    >>> where.devices, where.divides(jnp.ones((4, 3)))
-    (1, True)
-    """
+    """Where the batches of a step lie: along axes of a mesh, or nowhere (mesh None); `specs` as `shardings` takes them."""
 
     mesh: Mesh | None
     axis: Axis

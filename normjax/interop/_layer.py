@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from normjax.interop.libraries import AVERAGING, FOREVER, KINDS, choose, numbers_of, refuse
+from normjax.interop._libraries import AVERAGING, FOREVER, KINDS, choose, numbers_of, refuse
 
 Array: TypeAlias = Any  # of NumPy, or None where the layer has none; whoever takes it knows which
 Said: TypeAlias = Mapping[str, Any]  # what the caller says of a layer: numbers, words and shapes by name
