@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 from normjax._leaves import one_of
 from normjax._paths import PyTree
 
-PLACES = ("output", "input")
 SOWN = "intermediates"  # the collection of linen that activations are sown into
 
 Module = TypeVar("Module")
@@ -64,15 +63,11 @@ def check_arguments(library: str, model: object, kind: type, layers: object, at:
         raise TypeError(f"{library}_capture takes a model of flax.{library}, found {type(model).__name__}")
     if not (layers is None or callable(layers) or isinstance(layers, str | Sequence)):
         raise TypeError(f"layers are a name, a pattern, a type, several of these or a function; found {layers!r}")
-    one_of("at", at, PLACES)
+    one_of("at", at, ("output", "input"))
 
 
 def is_meant(layers: Layers[Module], name: str, module: Module) -> bool:
-    """Whether a layer is among those that a probe is made for.
-
-    >>> is_meant("block/*", "block/conv", None), is_meant(["conv1", int], "conv2", 3), is_meant(None, "conv", None)
-    (True, True, True)
-    """
+    """Whether a layer is among those that a probe is made for."""
     if layers is None:
         return True
     if isinstance(layers, str):
@@ -106,26 +101,14 @@ def map_floating(function: Callable[[str, jax.Array], jax.Array], value: PyTree)
     return jax.tree_util.tree_map_with_path(apply, value)
 
 
-def floating_leaves(value: PyTree) -> Leaves:
-    """The floating arrays of a tree by place.
-
-    >>> floating_leaves(((jnp.zeros(1), 3), jnp.ones(1)))
-    {'[0][0]': Array([0.], dtype=float32), '[1]': Array([1.], dtype=float32)}
-    """
-    found: Leaves = {}
-    map_floating(found.setdefault, value)
-    return found
-
-
 def capture(run: Callable[[Calls | None, Matches], Run], layers: Layers[Module], loss: Loss | None) -> Captured:
     """Runs a model, with a loss twice: the first time abstractly, for the shapes of the zeros that are added."""
     matches = Matches()
     if loss is None:
         output, calls, _ = run(None, matches)
         return Captured(output, _captured(calls, layers, matches), {})
-    shapes = jax.eval_shape(lambda: run(None, matches).calls)
+    shapes, reached = jax.eval_shape(lambda: run(None, matches).calls), set()
     _captured(shapes, layers, matches)
-    reached: set[str] = set()
 
     def objective(zeros: Calls) -> tuple[ArrayLike, tuple[PyTree, Calls]]:
         output, calls, names = run(zeros, matches)
@@ -150,10 +133,9 @@ def _captured(calls: Calls, layers: object, matches: Matches) -> dict[str, jax.A
     """The arrays by name; refuses none at all."""
     found = _flat(calls)
     if not found and matches.matched:
-        raise ValueError(
-            f"nothing floating passes {', '.join(matches.matched)}, or a lifted transformation around them does not let "
-            f'the collection "{SOWN}" through: add it to its variable_axes'
-        )
+        through = f'does not let the collection "{SOWN}" through: add it to its variable_axes'
+        names = ", ".join(matches.matched)
+        raise ValueError(f"nothing floating passes {names}, or a lifted transformation around them {through}")
     if not found:
         raise ValueError(f"no layer that is called matches {layers!r}; found {', '.join(matches.called)}")
     return found

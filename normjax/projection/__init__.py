@@ -16,16 +16,5 @@ from normjax.projection.hold import ProjectState, bounded_norm, norm_schedule, p
 from normjax.projection.rates import effective_learning_rates, equilibrium_norm, scale_by_weight_norm
 from normjax.selection import Kernels, norms
 
-__all__ = [
-    "Kernels",
-    "ProjectState",
-    "bounded_norm",
-    "effective_learning_rates",
-    "equilibrium_norm",
-    "norm_schedule",
-    "norms",
-    "project",
-    "project_affine",
-    "pull_affine",
-    "scale_by_weight_norm",
-]
+__all__ = ["Kernels", "ProjectState", "bounded_norm", "effective_learning_rates", "equilibrium_norm", "norm_schedule"]
+__all__ += ["norms", "project", "project_affine", "pull_affine", "scale_by_weight_norm"]
