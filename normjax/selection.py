@@ -106,7 +106,7 @@ class Kernels:
         return average.total(lax.square(w.astype(statistics_dtype(w.dtype))), plan)
 
     def norm(self, w: jax.Array) -> jax.Array:
-        """The Euclidean norm of one kernel, with slope 0 where it is 0: a scalar for "... i o", `[o]` for "... i"; float32 or wider.
+        """The Euclidean norm of one kernel, float32 or wider, slope 0 at 0: a scalar for "... i o", `[o]` for "... i".
 
         >>> Kernels(field="... i").norm(jnp.array([[3.0, 0.0], [4.0, 1.0]]))
         Array([5., 1.], dtype=float32)

@@ -128,7 +128,8 @@ def _as_collection(zeros: Calls) -> dict[str, PyTree]:
 def _from_collection(collection: Mapping[str, PyTree]) -> tuple[Calls, set[str], dict[str, PyTree]]:
     """What was sown: here by layer, the layers that zeros reached, and what the model itself had sown."""
     calls, reached, rest = {}, set(), {}
-    for (*path, key), value in flatten_dict(collection).items():
+    flat: dict[tuple[str, ...], PyTree] = flatten_dict(collection)
+    for (*path, key), value in flat.items():
         if key in (_KEPT, _KEPT_WITH_ZEROS):
             name = probe.layer_name(path)
             calls[name] = tuple(dict(leaves) for leaves in value)

@@ -68,6 +68,7 @@ class Step(Protocol):
 
     def __call__(self, state: State, batch: Batch, key: jax.Array | None = None) -> tuple[State, Metrics]:
         """The state after a batch, and what the step reports: "loss", "penalty" and the user's metrics."""
+        ...
 
 
 class Pass(NamedTuple):
@@ -85,6 +86,7 @@ class _Model(Protocol):
 
     def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
         """One forward pass."""
+        ...
 
     def keep(self, before: PyTree, after: PyTree) -> PyTree:
         """What is stored after a step, but the running statistics from before it."""
