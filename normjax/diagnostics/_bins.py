@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights
-from normjax.diagnostics._shared import UNITS, axis_number, require_real, sum_over_devices
+from normjax.diagnostics._shared import UNITS, Mask, axis_number, require_real, sum_over_devices
 
 Bounds = tuple[float, float]
 
@@ -28,7 +28,7 @@ def binned(
     layout: str,
     bins: int,
     bounds: Sequence[Bounds] | None,
-    mask: ArrayLike | None,
+    mask: Mask,
     mapped: tuple[str, ...],
     caller: str,
 ) -> Samples:

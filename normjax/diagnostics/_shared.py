@@ -16,12 +16,13 @@ from normjax.field import EXAMPLES, Field, FieldError, Span
 from normjax.theory import Normalizer
 
 UNITS = "c"
-AxisNames = str | Sequence[str]
+Axes = str | Sequence[str]
+Mask = ArrayLike | None
 Arrays = TypeVar("Arrays", jax.Array, tuple[jax.Array, ...])
 _NOUNS = {UNITS: "units", EXAMPLES: "examples"}
 
 
-def mapped_axes(axis_name: AxisNames) -> tuple[str, ...]:
+def mapped_axes(axis_name: Axes) -> tuple[str, ...]:
     """The names of mapped axes as a tuple; FieldError where one is not bound."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for name in names:
@@ -102,7 +103,7 @@ class Vectors(NamedTuple):
 
 
 def vectors_along(
-    name: str, x: ArrayLike, layout: str, mask: ArrayLike | None, caller: str, mapped: tuple[str, ...] = ()
+    name: str, x: ArrayLike, layout: str, mask: Mask, caller: str, mapped: tuple[str, ...] = ()
 ) -> Vectors:
     """Units (centred) or examples (not centred) as vectors of length one, with the moments behind them."""
     x, centred = require_real(x, caller), name == UNITS

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights
 from normjax.diagnostics._bins import Bounds, binned, counts_with_all
-from normjax.diagnostics._shared import AxisNames, mapped_axes, mean_where, pairs_of, require_real
+from normjax.diagnostics._shared import Axes, Mask, mapped_axes, mean_where, pairs_of, require_real
 from normjax.field import FieldError
 
 
@@ -47,8 +47,8 @@ def joint_histogram(
     *,
     bins: int = 32,
     bounds: tuple[Bounds, Bounds] | None = None,
-    mask: ArrayLike | None = None,
-    axis_name: AxisNames = (),
+    mask: Mask = None,
+    axis_name: Axes = (),
 ) -> Histogram:
     """Counts in which cells two units lie together, `[bins, bins]` with edges `[bins + 1]`.
 
@@ -117,8 +117,8 @@ def mutual_information_matrix(
     *,
     bins: int = 32,
     miller_madow: bool = False,
-    mask: ArrayLike | None = None,
-    axis_name: AxisNames = (),
+    mask: Mask = None,
+    axis_name: Axes = (),
 ) -> jax.Array:
     """Mutual information of every pair of units over all samples, `[c, c]` in nats; each unit's entropy on the diagonal.
 
@@ -154,8 +154,8 @@ def mutual_information(
     *,
     bins: int = 32,
     miller_madow: bool = False,
-    mask: ArrayLike | None = None,
-    axis_name: AxisNames = (),
+    mask: Mask = None,
+    axis_name: Axes = (),
 ) -> jax.Array:
     """Averages the mutual information over all pairs of different units that change, a scalar in nats; NaN without any.
 

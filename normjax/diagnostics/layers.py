@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax.diagnostics._shared import AxisNames
+from normjax.diagnostics._shared import Axes, Mask
 from normjax.diagnostics.histograms import mutual_information
 from normjax.diagnostics.norms import gradient_norm
 from normjax.diagnostics.similarity import correlation, cosine_similarity, stable_rank
@@ -19,9 +19,9 @@ def report(
     gradients: Mapping[str, ArrayLike] | None = None,
     *,
     layout: str | Mapping[str, str] = "n ... c",
-    mask: Mapping[str, ArrayLike] | ArrayLike | None = None,
+    mask: Mapping[str, ArrayLike] | Mask = None,
     bins: int | None = None,
-    axis_name: AxisNames = (),
+    axis_name: Axes = (),
 ) -> dict[str, dict[str, jax.Array]]:
     """Every number of every layer: {layer: {name: scalar}}, float32 or wider.
 

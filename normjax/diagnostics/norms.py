@@ -7,10 +7,10 @@ from jax.typing import ArrayLike
 from normjax._expect.arrays import as_weights, statistics_dtype, zero_masked
 from normjax._leaves import safe_root
 from normjax._paths import arrays_by_path
-from normjax.diagnostics._shared import AxisNames, largest_magnitude, mapped_axes, require_real, sum_over_devices
+from normjax.diagnostics._shared import Axes, Mask, largest_magnitude, mapped_axes, require_real, sum_over_devices
 
 
-def gradient_norm(gradient: ArrayLike, *, mask: ArrayLike | None = None, axis_name: AxisNames = ()) -> jax.Array:
+def gradient_norm(gradient: ArrayLike, *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
     """The Frobenius norm of the loss's gradient in a layer's pre-activation over the whole batch, a scalar [v].
 
     Its own derivative is 0 at a gradient of zero.

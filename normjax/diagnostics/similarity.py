@@ -6,13 +6,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax.diagnostics import _shared as shared
-from normjax.diagnostics._shared import UNITS, AxisNames
+from normjax.diagnostics._shared import UNITS, Axes, Mask
 from normjax.field import EXAMPLES
 
 
-def correlation_matrix(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
+def correlation_matrix(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
     """Pearson's correlation of every pair of units over all samples, `[c, c]`; zeros for a unit that never changes.
 
     Args:
@@ -33,9 +31,7 @@ def correlation_matrix(
     return shared.sum_over_devices(jnp.matmul(z, z.T, precision=lax.Precision.HIGHEST), mapped)
 
 
-def correlation(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
+def correlation(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
     """Averages |correlation| over all pairs of different units that change, a scalar in 0..1; NaN without any.
 
     Args:
@@ -54,9 +50,7 @@ def correlation(
     return shared.mean_where(matrix, shared.pairs_of(jnp.diagonal(matrix) > 0.5))
 
 
-def cosine_similarity(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
+def cosine_similarity(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
     """Averages the cosine between different examples that are not zero, a scalar in -1..1; NaN with fewer than two.
 
     mean_n (sum_m K_nm - 1) / (N - 1), K of the normalized examples, evaluated as (|sum_n u_n| ** 2 - N) / (N (N - 1)).
@@ -80,9 +74,7 @@ def cosine_similarity(
     return jnp.where(enough, between / jnp.where(enough, number * (number - 1), 1), jnp.nan)
 
 
-def stable_rank(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
+def stable_rank(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
     """Stable rank of the normalized examples: tr K / |K|_2 = N / (largest eigenvalue of K), between 1 and N.
 
     Examples that are zero throughout do not count; NaN where all are. The eigenvalue is that of K, [N, N], or of the matrix
@@ -110,7 +102,7 @@ def stable_rank(
     return jnp.where(number > 0, number.astype(gram.dtype) / _largest_eigenvalue(gram), jnp.nan)
 
 
-def _examples(x: ArrayLike, layout: str, mask: ArrayLike | None, caller: str) -> tuple[jax.Array, jax.Array]:
+def _examples(x: ArrayLike, layout: str, mask: Mask, caller: str) -> tuple[jax.Array, jax.Array]:
     """Examples at length one, `[n, elements]`, and which of them are not zero."""
     examples = shared.vectors_along(EXAMPLES, x, layout, mask, caller)
     return examples.as_matrix(), examples.for_each(examples.alive)

@@ -11,7 +11,7 @@ from normjax._expect.arrays import as_weights, zero_masked
 from normjax._expect.expectation import expect
 from normjax._leaves import safe_root
 from normjax.diagnostics import _shared as shared
-from normjax.diagnostics._shared import UNITS, AxisNames
+from normjax.diagnostics._shared import UNITS, Axes, Mask
 from normjax.running import unbiased as without_bias
 from normjax.theory import Stats
 
@@ -38,12 +38,7 @@ class UnitMoments(NamedTuple):
 
 
 def activation_size(
-    x: ArrayLike,
-    layout: str = "n ... c",
-    *,
-    unbiased: bool = True,
-    mask: ArrayLike | None = None,
-    axis_name: AxisNames = (),
+    x: ArrayLike, layout: str = "n ... c", *, unbiased: bool = True, mask: Mask = None, axis_name: Axes = ()
 ) -> jax.Array:
     """Averages the variance of the units, mean_c Var_c [u ** 2], over examples and positions; NaN without samples enough.
 
@@ -66,12 +61,7 @@ def activation_size(
 
 
 def unit_moments(
-    x: ArrayLike,
-    layout: str = "n ... c",
-    *,
-    unbiased: bool = True,
-    mask: ArrayLike | None = None,
-    axis_name: AxisNames = (),
+    x: ArrayLike, layout: str = "n ... c", *, unbiased: bool = True, mask: Mask = None, axis_name: Axes = ()
 ) -> UnitMoments:
     """The first four moments of each unit over its samples, `[c]`: is a pre-activation centred, of size one, Gaussian?
 
@@ -100,9 +90,7 @@ def unit_moments(
     return UnitMoments(units.for_each(units.mean), safe_root(var), mean(3), mean(4))
 
 
-def dead_units(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
+def dead_units(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
     """The fraction of units that are zero in every sample: rectified units that nothing switches on. It has no gradient.
 
     Args:

@@ -179,29 +179,23 @@ def make_recalibration(model: _Model, sharding: BatchSharding) -> Recalibration:
 
     def recalibrate(state: State, data: Batch, order: jax.Array) -> State:
         def one(_: None, rows: jax.Array) -> tuple[None, PyTree]:
-            batch = sharding.constrain_batch(jax.tree.map(lambda a: a[rows], data))
-            return None, model.run(state.params, state.stats, batch, None).seen
+            return None, model.run(state.params, state.stats, sharding.batch_at(data, rows), None).seen
 
-        _, seen = lax.scan(one, None, order)
-        return state._replace(stats=model.recalibrate(state.stats, seen))
+        return state._replace(stats=model.recalibrate(state.stats, lax.scan(one, None, order)[1]))
 
     return sharding.with_auto_axes(recalibrate, lambda state: as_it_came(state)[0])
 
 
 def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
-    """Makes `run(state, data, order, key=None)`: many steps under one `lax.scan`, the data on the device.
+    """Makes `run(state, data, order, key=None)` of a step: many steps under one `lax.scan`, the data on the device.
 
     It returns the last state and the metrics of every step, each `[steps, ...]`; data is a pytree of arrays, examples
-    along the first axis; order int32 indices `[steps, batch]`; step k gets the key `fold_in(key, state.step)`.
+    along the first axis; order int32 indices `[steps, batch]`; step k gets the key `fold_in(key, state.step)`. The mesh
+    and its axis, or axes, that the examples are spread over are the step's own.
 
     On many devices the data lie replicated (`place(data, mesh)`): each picks its part of a batch from its own copy; or
     sharded by examples (`shard(data, mesh)`), as processes that read their own part must have them: each holds its part
     only, and the devices exchange every batch.
-
-    Args:
-      step: from `linen_step` or `nnx_step`.
-      mesh: the devices that each batch is spread over; the step's own.
-      axis: the axis of the mesh, or several, that the examples are spread over.
 
     >>> step = lambda state, batch, key=None: (state + batch.sum(), {"sum": batch.sum()})
     >>> epoch(step)(jnp.array(0.0), jnp.arange(4.0), jnp.array([[0, 1], [2, 3]]))
@@ -211,8 +205,8 @@ def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
 
     def run(state: State, data: Batch, order: jax.Array, key: jax.Array | None = None) -> tuple[State, Metrics]:
         def one(state: State, rows: jax.Array) -> tuple[State, Metrics]:
-            batch = sharding.constrain_batch(jax.tree.map(lambda a: a[rows], data))
-            return step(state, batch, None if key is None else jax.random.fold_in(key, state.step))
+            own_key = None if key is None else jax.random.fold_in(key, state.step)
+            return step(state, sharding.batch_at(data, rows), own_key)
 
         return lax.scan(one, state, order)
 

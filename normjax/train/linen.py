@@ -86,19 +86,15 @@ def linen_step(
     >>> state.params["kernel"].item(), metrics["loss"].item()
     (2.0, 4.0)
     """
-    source: Source = "stored" if statistics == "frozen" else "asked"
-    trained = _LinenModel(model, loss, source, penalty_weights=penalty_weights)
+    trained = _LinenModel(model, loss, "stored" if statistics == "frozen" else "asked", True, penalty_weights)
     return _step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
 
 
 def linen_eval(model: nn.Module, loss: Loss[Call], *, mesh: Mesh | None = None, axis: Axis = "data") -> Evaluation:
     """Makes the evaluation `evaluate(state, batch) -> metrics` of a linen model, "loss" among them.
 
-    Args:
-      model: a linen module.
-      loss: `loss(call, batch, train)`, called with train=False; `call` is `model.apply` with the variables bound.
-      mesh: the devices to spread a batch over; one that does not divide is evaluated by each.
-      axis: the axis of the mesh, or several, that the examples are spread over.
+    `loss(call, batch, train)` is called with train=False; `call` is `model.apply` with the variables bound. The batch is
+    spread over `axis` of the mesh; one that does not divide is evaluated by each device.
 
     >>> evaluate = linen_eval(nn.Dense(1), lambda call, batch, train: (jnp.sum(call(batch)), {"train": train}))
     >>> evaluate(linen_init(nn.Dense(1), optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 3))), jnp.zeros((2, 3)))
@@ -116,17 +112,12 @@ def linen_recalibrate(
 ) -> Recalibration:
     """Makes `recalibrate(state, data, order) -> state`: the running statistics of the parameters as they are now.
 
-    An average over training mixes the statistics of many earlier parameters. This one evaluates the model (`train` is
-    False: no dropout) on every batch, except that each layer normalizes with the batch's own statistics, and stores
-    those of all batches together: exact where the row merges (order 2, A = B or None, no windows), else their mean.
-    Data and order are those of `epoch`; statistics of elements that no batch has seen, and all else, stay. A layer with
-    running statistics that saw no batch, since it is not one of normjax's, is a ValueError.
-
-    Args:
-      model: a linen module.
-      loss: `loss(call, batch, train)`, called with train=False; only what the layers see matters.
-      mesh: the devices to spread each batch over.
-      axis: the axis of the mesh, or several, that the examples are spread over.
+    An average over training mixes the statistics of many earlier parameters. This one evaluates the model on every batch
+    (`loss(call, batch, False)`: no dropout; only what the layers see matters), except that each layer normalizes with the
+    batch's own statistics, and stores those of all batches together: exact where the row merges (order 2, A = B or None,
+    no windows), else their mean. Data and order are those of `epoch`, the batches spread over `axis` of the mesh;
+    statistics of elements that no batch has seen, and all else, stay. A layer with running statistics that saw no batch,
+    since it is not one of normjax's, is a ValueError.
 
     Source: Wu & Johnson 2021, section 3 ("precise" batch norm statistics).
 
@@ -151,8 +142,8 @@ class _Collections:
     model: nn.Module
     params: PyTree
     stats: Mapping[str, PyTree]
-    key: jax.Array | None = None
-    source: Source = "asked"
+    key: jax.Array | None
+    source: Source
     losses: Mapping[str, PyTree] = field(default_factory=dict, init=False)
     moments: Mapping[str, PyTree] = field(default_factory=dict, init=False)
 
@@ -184,8 +175,7 @@ class _LinenModel:
     def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
         held = _Collections(self.model, params, stats, key, self.source)
         value, metrics = self.loss(held.call, batch, self.train)
-        penalty = total_penalty(held.losses, self.penalty_weights)
-        return Pass(value, metrics, penalty, held.stats, held.moments)
+        return Pass(value, metrics, total_penalty(held.losses, self.penalty_weights), held.stats, held.moments)
 
     def keep(self, before: PyTree, after: PyTree) -> PyTree:
         return {**after, "batch_stats": before["batch_stats"]} if "batch_stats" in before else after
@@ -209,18 +199,14 @@ def _normalizing_with(source: Source) -> Iterator[None]:
         yield
         return
 
-    def intercept(
-        call: Call, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], context: nn.module.InterceptorContext
-    ) -> PyTree:
+    def intercept(call: Call, args: PyTree, kwargs: PyTree, context: nn.module.InterceptorContext) -> PyTree:
         module = context.module
         if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
             return call(*args, **kwargs)
-        if module.use_running_average is not None:
-            # The layer is bound afresh at every apply.
-            object.__setattr__(module, "use_running_average", source == "stored")
-            return call(*args, **kwargs)
-        kwargs.pop("use_running_average", None)
-        return call(*args[:1], use_running_average=source == "stored", **kwargs)
+        if module.use_running_average is None:
+            return call(*args[:1], **{**kwargs, "use_running_average": source == "stored"})
+        object.__setattr__(module, "use_running_average", source == "stored")  # it is bound afresh at every apply
+        return call(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
         yield

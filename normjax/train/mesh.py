@@ -53,15 +53,10 @@ def _put(a: ArrayLike, sharding: NamedSharding) -> jax.Array:
 
 
 def shard(batch: Tree, mesh: Mesh, axis: Axis = "data") -> Tree:
-    """Spreads the examples of a batch, or of a data set, over an axis of a mesh.
+    """Spreads the examples of a batch, or of a data set, over an axis of a mesh, or several.
 
-    With several processes each gives the examples of its own devices, in their order along the axis; the result is all
-    of them, as one array.
-
-    Args:
-      batch: a pytree of arrays with the examples along their first axis, which divide over the devices.
-      mesh: the devices.
-      axis: the axis of the mesh, or several.
+    The examples lie along the first axis of the arrays of a pytree, and divide over the devices. With several processes
+    each gives the examples of its own devices, in their order along the axis; the result is all of them, as one array.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> shard(jnp.ones((4, 3)), mesh).sharding.spec
@@ -90,7 +85,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
     array that does not divide, or specs without a parameter.
 
     Args:
-      tree: a State of arrays or of `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
+      tree: a State of arrays or `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
       mesh: the devices.
       specs: PartitionSpecs of the parameters, under their paths or under a beginning of them: `P("model")`,
         `{"Dense_0": P("model")}` or `{"Dense_0": {"kernel": P(None, "model")}}`.
@@ -110,8 +105,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
         names, shape = path_parts(path), jnp.shape(unboxed(leaf))
         tails = (known.get(names[k:]) for k in range(1, len(names)) if names[0] in ("params", "opt_state"))
         spec = next((spec for found, spec in filter(None, tails) if found == shape), None)
-        if spec is None:
-            spec = annotated_spec(leaf)
+        spec = annotated_spec(leaf) if spec is None else spec
         _check_spec(spec, shape, mesh, ".".join(names))
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
@@ -168,6 +162,10 @@ class BatchSharding(NamedTuple):
 
         return jax.tree.map(one, batch)
 
+    def batch_at(self, data: Tree, rows: jax.Array) -> Tree:
+        """The batch of these rows of the data."""
+        return self.constrain_batch(jax.tree.map(lambda a: a[rows], data))
+
     def constrain_state(self, state: Tree) -> Tree:
         """The state where `place` put it."""
         mesh = self._here()
@@ -220,9 +218,8 @@ def _leaves(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
 def _check_divides(length: int, devices: int, axis: Axis, what: str = "batch") -> None:
     """Raises ValueError where examples do not divide over the devices."""
     if length % devices:
-        raise ValueError(
-            f"a {what} of {length} examples does not divide over the {devices} devices of mesh axis {axis!r}"
-        )
+        over = f"the {devices} devices of mesh axis {axis!r}"
+        raise ValueError(f"a {what} of {length} examples does not divide over {over}")
 
 
 def _check_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, name: str) -> None:

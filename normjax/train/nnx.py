@@ -76,13 +76,10 @@ def nnx_step(
 
 
 def nnx_eval(structure: nnx.GraphDef[M], loss: Loss[M], *, mesh: Mesh | None = None, axis: Axis = "data") -> Evaluation:
-    """Makes the evaluation `evaluate(state, batch) -> metrics` of an nnx model, in evaluation mode; "loss" is among them.
+    """Makes the evaluation `evaluate(state, batch) -> metrics` of an nnx model in evaluation mode, "loss" among them.
 
-    Args:
-      structure: the graph definition, from `nnx_init`.
-      loss: `loss(model, batch, train)`, called with train=False.
-      mesh: the devices to spread a batch over; one that does not divide is evaluated by each.
-      axis: the axis of the mesh, or several, that the examples are spread over.
+    `structure` is that of `nnx_init`; `loss(model, batch, train)` is called with train=False. The batch is spread over
+    `axis` of the mesh; one that does not divide is evaluated by each device.
 
     >>> structure, state = nnx_init(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1))
     >>> evaluate = nnx_eval(structure, lambda model, batch, train: (jnp.sum(model(batch)), {}))
@@ -102,16 +99,11 @@ def nnx_recalibrate(
 ) -> Recalibration:
     """Makes `recalibrate(state, data, order) -> state`: the running statistics of the parameters as they are now.
 
-    The model is evaluated (`train` is False: no dropout) on every batch, except that each layer normalizes with the
-    batch's own statistics; those of all batches together are stored: exact where the row merges, else their mean. Data
-    and order are those of `epoch`; statistics of elements that no batch has seen, and all else, stay. A layer with
+    The model of this `structure` (from `nnx_init`) is evaluated on every batch (`loss(model, batch, False)`: no dropout;
+    only what the layers see matters), except that each layer normalizes with the batch's own statistics; those of all
+    batches together are stored: exact where the row merges, else their mean. Data and order are those of `epoch`, the
+    batches spread over `axis` of the mesh; statistics of elements that no batch has seen, and all else, stay. A layer with
     running statistics that saw no batch, since it is not one of normjax's, is a ValueError.
-
-    Args:
-      structure: the graph definition, from `nnx_init`.
-      loss: `loss(model, batch, train)`, called with train=False; only what the layers see matters.
-      mesh: the devices to spread each batch over.
-      axis: the axis of the mesh, or several, that the examples are spread over.
 
     Source: Wu & Johnson 2021, section 3 ("precise" batch norm statistics).
 
