@@ -51,7 +51,7 @@ def report(
         gradient = None if gradients is None else gradients.get(name)
         try:
             units = unit_moments(x, where, mask=masked, axis_name=axis_name)
-            numbers = {"mean": jnp.mean(jnp.abs(units.mean)), "std": jnp.mean(units.std)}
+            numbers = layers[name] = {"mean": jnp.mean(jnp.abs(units.mean)), "std": jnp.mean(units.std)}
             for measure in (activation_size, correlation, cosine_similarity, stable_rank, dead_units):
                 numbers[measure.__name__] = measure(x, where, mask=masked, axis_name=axis_name)
             if bins is not None:
@@ -59,7 +59,6 @@ def report(
                 numbers["mutual_information"] = information
             if gradient is not None:
                 numbers["gradient_norm"] = gradient_norm(gradient, mask=masked, axis_name=axis_name)
-            layers[name] = numbers
         except (FieldError, TypeError) as error:
             error.add_note(f'while measuring layer {name!r}, shape {jnp.shape(x)}, layout "{where}"')
             raise

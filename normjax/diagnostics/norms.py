@@ -11,9 +11,7 @@ from normjax.diagnostics._shared import Axes, Mask, largest_magnitude, mapped_ax
 
 
 def gradient_norm(gradient: ArrayLike, *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
-    """The Frobenius norm of the loss's gradient in a layer's pre-activation over the whole batch, a scalar [v].
-
-    Its own derivative is 0 at a gradient of zero.
+    """The Frobenius norm of the loss's gradient in a layer's pre-activation, over the batch: a scalar, slope 0 at 0. [v]
 
     Args:
       gradient: dL/dz of one layer, of any shape, as `normjax.capture` takes it from a model. The norm depends on whether

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from normjax._leaves import one_of
 from normjax._paths import PyTree
-from normjax.train.mesh import Axis, BatchSharding, as_it_came
+from normjax.train.mesh import Axis, BatchSharding
 
 STATISTICS = ("update", "keep", "frozen")
 
@@ -28,6 +28,8 @@ Metrics: TypeAlias = dict[str, PyTree]
 """Scalars by name, mostly: what a loss reports of a batch."""
 Loss: TypeAlias = Callable[[Asked, Batch, bool], tuple[ArrayLike, Metrics]]
 """`loss(model, batch, train)`: the loss of a batch, a scalar, and metrics; the model is a function or an nnx module."""
+Aside: TypeAlias = tuple[Metrics, PyTree, PyTree]
+"""What is reported, what is stored afterwards, and what the layers saw."""
 Run: TypeAlias = Callable[..., tuple["State", Metrics]]
 Evaluation: TypeAlias = Callable[["State", Batch], Metrics]
 Recalibration: TypeAlias = Callable[["State", Batch, jax.Array], "State"]
@@ -81,6 +83,11 @@ class Pass(NamedTuple):
     seen: PyTree  # what the layers saw of the batch, nested dictionaries of `normjax.running.BatchRecord`
 
 
+def _as_it_came(state: PyTree) -> tuple[PyTree, PartitionSpec]:
+    """Specs of the results of a step: the state lies as before, metrics are replicated."""
+    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, state), PartitionSpec()
+
+
 class _Model(Protocol):
     """What a step asks of a model of either library."""
 
@@ -119,13 +126,13 @@ def make_step(
         stats = stats if statistics == "update" else model.keep(state.stats, stats)
         return sharding.constrain_state(State(state.step + 1, params, stats, opt_state)), metrics
 
-    return sharding.with_auto_axes(step, as_it_came)
+    return sharding.with_auto_axes(step, _as_it_came)
 
 
 def _objective(
     model: _Model, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None
-) -> tuple[ArrayLike, tuple[Metrics, PyTree, PyTree]]:
-    """What is minimized, and beside it what is reported, what is stored afterwards and what the layers saw."""
+) -> tuple[ArrayLike, Aside]:
+    """What is minimized, and what is found on the way."""
     found = model.run(params, stats, batch, key)
     if taken := {"loss", "penalty"} & set(found.metrics):
         raise ValueError(f"the step itself reports {sorted(taken)}; give the metrics of `loss` other names")
@@ -142,11 +149,7 @@ def _split(a: jax.Array, parts: int) -> jax.Array:
 
 
 def _accumulate(
-    model: _Model,
-    gradient: Callable[..., tuple[PyTree, tuple[Metrics, PyTree, PyTree]]],
-    state: State,
-    parts: Batch,
-    key: jax.Array | None,
+    model: _Model, gradient: Callable[..., tuple[PyTree, Aside]], state: State, parts: Batch, key: jax.Array | None
 ) -> tuple[PyTree, Metrics, PyTree]:
     """Mean gradients and metrics of the micro-batches `[count n/count ...]`, and what is stored after all of them."""
     count = len(jax.tree.leaves(parts)[0])
@@ -183,7 +186,7 @@ def make_recalibration(model: _Model, sharding: BatchSharding) -> Recalibration:
 
         return state._replace(stats=model.recalibrate(state.stats, lax.scan(one, None, order)[1]))
 
-    return sharding.with_auto_axes(recalibrate, lambda state: as_it_came(state)[0])
+    return sharding.with_auto_axes(recalibrate, lambda state: _as_it_came(state)[0])
 
 
 def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
@@ -210,4 +213,4 @@ def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
 
         return lax.scan(one, state, order)
 
-    return sharding.with_auto_axes(run, as_it_came)
+    return sharding.with_auto_axes(run, _as_it_came)

@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax
 import optax
@@ -22,8 +22,6 @@ from normjax.train.mesh import Axis, BatchSharding
 
 _SOWN = ("losses", "moments", "intermediates")
 
-Source: TypeAlias = Literal["asked", "batch", "stored"]
-"""What layers normalize with: what the model asks of each, or, whatever it asks, the batch's statistics or stored ones."""
 Call: TypeAlias = Callable[..., PyTree]
 """The model as a function, `call(*args, **kwargs)`, with its variables looked after."""
 
@@ -86,7 +84,7 @@ def linen_step(
     >>> state.params["kernel"].item(), metrics["loss"].item()
     (2.0, 4.0)
     """
-    trained = _LinenModel(model, loss, "stored" if statistics == "frozen" else "asked", True, penalty_weights)
+    trained = _LinenModel(model, loss, True if statistics == "frozen" else None, True, penalty_weights)
     return _step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
 
 
@@ -129,37 +127,7 @@ def linen_recalibrate(
     >>> state.stats["batch_stats"]["mean"], state.stats["batch_stats"]["var"]
     (Array([4.], dtype=float32), Array([5.], dtype=float32))
     """
-    return _step.make_recalibration(_LinenModel(model, loss, "batch", train=False), BatchSharding(mesh, axis))
-
-
-@dataclass(eq=False)
-class _Collections:
-    """The variables of a linen model during one forward pass, which may call it several times.
-
-    `stats`, `losses` and `moments` are the collections as the last call left them; `key` is for dropout.
-    """
-
-    model: nn.Module
-    params: PyTree
-    stats: Mapping[str, PyTree]
-    key: jax.Array | None
-    source: Source
-    losses: Mapping[str, PyTree] = field(default_factory=dict, init=False)
-    moments: Mapping[str, PyTree] = field(default_factory=dict, init=False)
-
-    def call(self, *args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
-        """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""
-        if self.key is not None:
-            kwargs.setdefault("rngs", {"dropout": self.key})
-        asked = [mutable] if isinstance(mutable, str) else mutable
-        variables = {"params": self.params, **self.stats, "losses": self.losses, "moments": self.moments}
-        with _normalizing_with(self.source):
-            mutable = [*self.stats, "losses", "moments", *asked]
-            output, changed = self.model.apply(variables, *args, mutable=mutable, **kwargs)
-        changed = dict(changed)
-        self.losses, self.moments = changed.pop("losses", {}), changed.pop("moments", {})
-        self.stats = {name: changed.pop(name, value) for name, value in self.stats.items()}
-        return (output, changed) if asked else output
+    return _step.make_recalibration(_LinenModel(model, loss, stored=False, train=False), BatchSharding(mesh, axis))
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,14 +136,28 @@ class _LinenModel:
 
     model: nn.Module
     loss: Loss[Call]
-    source: Source
+    stored: bool | None  # whether layers normalize with stored statistics or the batch's; None: as the model asks
     train: bool = True
     penalty_weights: Mapping[str, ArrayLike] | None = None
 
     def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
-        held = _Collections(self.model, params, stats, key, self.source)
-        value, metrics = self.loss(held.call, batch, self.train)
-        return Pass(value, metrics, total_penalty(held.losses, self.penalty_weights), held.stats, held.moments)
+        variables = {"params": params, **stats, "losses": {}, "moments": {}}  # the last two as the last call left them
+
+        def call(*args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
+            """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""
+            if key is not None:
+                kwargs.setdefault("rngs", {"dropout": key})
+            asked = [mutable] if isinstance(mutable, str) else mutable
+            how, names = self.stored, (*stats, "losses", "moments")
+            with contextlib.nullcontext() if how is None else nn.intercept_methods(functools.partial(_override, how)):
+                output, changed = self.model.apply(variables, *args, mutable=[*names, *asked], **kwargs)
+            changed = {"losses": {}, "moments": {}, **changed}
+            variables.update({name: changed.pop(name) for name in names if name in changed})
+            return (output, changed) if asked else output
+
+        value, metrics = self.loss(call, batch, self.train)
+        penalty = total_penalty(variables["losses"], self.penalty_weights)
+        return Pass(value, metrics, penalty, {name: variables[name] for name in stats}, variables["moments"])
 
     def keep(self, before: PyTree, after: PyTree) -> PyTree:
         return {**after, "batch_stats": before["batch_stats"]} if "batch_stats" in before else after
@@ -192,21 +174,12 @@ class _LinenModel:
         return {**stats, "batch_stats": nn.meta.replace_boxed(stored, pure)} if stored else stats
 
 
-@contextlib.contextmanager
-def _normalizing_with(source: Source) -> Iterator[None]:
-    """Makes every layer that can normalize with stored statistics do so, or not, whatever the model asks of it."""
-    if source == "asked":
-        yield
-        return
-
-    def intercept(call: Call, args: PyTree, kwargs: PyTree, context: nn.module.InterceptorContext) -> PyTree:
-        module = context.module
-        if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
-            return call(*args, **kwargs)
-        if module.use_running_average is None:
-            return call(*args[:1], **{**kwargs, "use_running_average": source == "stored"})
-        object.__setattr__(module, "use_running_average", source == "stored")  # it is bound afresh at every apply
+def _override(stored: bool, call: Call, args: PyTree, kwargs: PyTree, context: nn.module.InterceptorContext) -> PyTree:
+    """Makes a layer that can normalize with stored statistics do so, or not, whatever the model asks of it."""
+    module = context.module
+    if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
         return call(*args, **kwargs)
-
-    with nn.intercept_methods(intercept):
-        yield
+    if module.use_running_average is None:
+        return call(*args[:1], **{**kwargs, "use_running_average": stored})
+    object.__setattr__(module, "use_running_average", stored)  # the layer is bound afresh at every apply
+    return call(*args, **kwargs)

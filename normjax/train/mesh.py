@@ -21,6 +21,8 @@ from normjax._paths import PyTree, path_parts
 from normjax.train._metadata import annotated_spec, is_boxed, unboxed
 
 Axis = str | tuple[str, ...]
+Names = tuple[str, ...]
+Shape = tuple[int, ...]
 Tree = TypeVar("Tree")
 Function = TypeVar("Function", bound=Callable[..., PyTree])
 
@@ -112,9 +114,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_boxed)
 
 
-def _specified(
-    given: dict[tuple[str, ...], PartitionSpec], params: PyTree
-) -> dict[tuple[str, ...], tuple[tuple[int, ...], PartitionSpec]]:
+def _specified(given: dict[Names, PartitionSpec], params: PyTree) -> dict[Names, tuple[Shape, PartitionSpec]]:
     """Shape and spec of each parameter that has one, by path: the spec under the longest beginning of its path."""
     known, used = {}, set()
     for path, leaf in _leaves(params):
@@ -191,28 +191,16 @@ class BatchSharding(NamedTuple):
             here = jax.sharding.get_abstract_mesh()
             if not here.empty and AxisType.Explicit not in here.axis_types:  # an epoch has done it for its steps
                 return run(state, *args)
-            layout = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out(state), is_leaf=_is_spec)
+            specs, structure = jax.tree.flatten(out(state), lambda spec: isinstance(spec, PartitionSpec))
+            layout = structure.unflatten(NamedSharding(mesh, spec) for spec in specs)
             return jax.sharding.auto_axes(run, out_sharding=layout)(state, *args)
 
         return cast(Function, outside)
 
 
-def as_it_came(state: PyTree) -> tuple[PyTree, PartitionSpec]:
-    """Specs of the results of a step: the state lies as before, metrics are replicated.
-
-    >>> as_it_came({"w": jnp.ones(3)})
-    ({'w': P(None,)}, P())
-    """
-    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, state), PartitionSpec()
-
-
-def _is_spec(leaf: object) -> bool:
-    return isinstance(leaf, PartitionSpec)
-
-
 def _leaves(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
     """Paths and leaves; boxes and specs are leaves."""
-    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: is_boxed(leaf) or _is_spec(leaf))
+    return jax.tree_util.tree_leaves_with_path(tree, lambda leaf: is_boxed(leaf) or isinstance(leaf, PartitionSpec))
 
 
 def _check_divides(length: int, devices: int, axis: Axis, what: str = "batch") -> None:
@@ -222,7 +210,7 @@ def _check_divides(length: int, devices: int, axis: Axis, what: str = "batch") -
         raise ValueError(f"a {what} of {length} examples does not divide over {over}")
 
 
-def _check_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, name: str) -> None:
+def _check_spec(spec: PartitionSpec, shape: Shape, mesh: Mesh | AbstractMesh, name: str) -> None:
     """Raises ValueError where an array cannot lie as its spec says."""
     if len(spec) > len(shape):
         raise ValueError(f"{name} of shape {shape} has fewer axes than {spec}")
