@@ -2,7 +2,6 @@
 
 import fnmatch
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -49,12 +48,11 @@ class Run(NamedTuple):
     reached: set[str]  # all layers that zeros were added in, and perhaps others of which nothing was kept
 
 
-@dataclass
-class Matches:
+class Matches(NamedTuple):
     """Names of the layers that runs have met, of all and of those that are meant, in order, for errors."""
 
-    called: dict[str, None] = field(default_factory=dict)
-    matched: dict[str, None] = field(default_factory=dict)
+    called: dict[str, None]
+    matched: dict[str, None]
 
 
 def check_arguments(library: str, model: object, kind: type, layers: object, at: str) -> None:
@@ -103,7 +101,7 @@ def map_floating(function: Callable[[str, jax.Array], jax.Array], value: PyTree)
 
 def capture(run: Callable[[Calls | None, Matches], Run], layers: Layers[Module], loss: Loss | None) -> Captured:
     """Runs a model, with a loss twice: the first time abstractly, for the shapes of the zeros that are added."""
-    matches = Matches()
+    matches = Matches({}, {})
     if loss is None:
         output, calls, _ = run(None, matches)
         return Captured(output, _captured(calls, layers, matches), {})
@@ -122,11 +120,8 @@ def capture(run: Callable[[Calls | None, Matches], Run], layers: Layers[Module],
 
 def _flat(calls: Calls) -> dict[str, jax.Array]:
     """The arrays by name, number of the call and place."""
-    found = {}
-    for name, each in calls.items():
-        for number, leaves in enumerate(each):
-            found |= {f"{name}{f'#{number + 1}' if number else ''}{place}": leaf for place, leaf in leaves.items()}
-    return found
+    numbered = {name + (f"#{i + 1}" if i else ""): ls for name, each in calls.items() for i, ls in enumerate(each)}
+    return {name + place: leaf for name, leaves in numbered.items() for place, leaf in leaves.items()}
 
 
 def _captured(calls: Calls, layers: object, matches: Matches) -> dict[str, jax.Array]:

@@ -11,11 +11,11 @@ from normjax.diagnostics._shared import Axes, Mask, largest_magnitude, mapped_ax
 
 
 def gradient_norm(gradient: ArrayLike, *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
-    """The Frobenius norm of the loss's gradient in a layer's pre-activation, over the batch: a scalar, slope 0 at 0. [v]
+    """The Frobenius norm of the loss's gradient in a layer's pre-activation, over the whole batch; slope 0 at 0.
 
     Args:
       gradient: dL/dz of one layer, of any shape, as `normjax.capture` takes it from a model. The norm depends on whether
-        L sums or averages over the batch; the published code averages. [units v]
+        L sums or averages over the batch; the published code averages. [units v, and so is the norm]
       mask: boolean mask or weights that broadcast against it; weights multiply the squares.
       axis_name: mapped axes over which the batch is spread.
 

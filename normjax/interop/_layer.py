@@ -19,10 +19,8 @@ class Record:
 
     Attributes:
       kind: "batch", "layer", "group", "instance" or "rms".
-      scale: factor, None where the layer has none; `[c]` or the axes that the layer learns it for.
-      bias: addend, of such a shape, or None.
-      mean: running mean, float32 or wider, None where nothing is stored. [u]
-      var: running variance. [u ** 2]
+      scale, bias: factor and addend, None where the layer has none; `[c]` or the axes that the layer learns them for.
+      mean, var: running statistics, float32 or wider, None where nothing is stored. [u], [u ** 2]
       count: number of updates behind mean and var, a scalar or of their shape; None where it is not known.
       averaging: "exponential", "debiased" or "cumulative".
       epsilon: added to the variance. [u ** 2]

@@ -64,11 +64,7 @@ def joined(path: Path, library: str) -> str:
 
 
 def keys_of(address: str, library: str) -> Path:
-    """The keys under which a library keeps an address.
-
-    >>> keys_of("state/net/n/~/var_ema/average", "haiku"), keys_of("layers/0/scale", "nnx")
-    (('state', 'net/n/~/var_ema', 'average'), ('layers', 0, 'scale'))
-    """
+    """The keys under which a library keeps an address: "layers/0/scale" is ("layers", 0, "scale") in nnx."""
     if library in ("torch", "keras"):
         return (address.replace("/", "." if library == "torch" else "/"),)
     names = address.split("/")
@@ -78,11 +74,7 @@ def keys_of(address: str, library: str) -> Path:
 
 
 def locate(path: Path, library: str) -> tuple[str, str]:
-    """The layer that an entry belongs to, and which part it is; a slash and the entry's name where it is none.
-
-    >>> locate(("layer1.0.running_var",), "torch"), locate(("fc.kernel",), "torch")
-    (('layer1/0', 'var'), ('fc', '/kernel'))
-    """
+    """The layer that an entry belongs to, and which part it is; a slash and the entry's name where it is none."""
     text = joined(path, library)
     for part, address in ADDRESSES[library].items():
         before, after = address.split("*/")

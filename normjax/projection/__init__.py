@@ -11,8 +11,9 @@ without weight decay what weight decay does to it.
 `normjax.diagnostics.effective_learning_rate`.
 """
 
+from normjax.projection._update import ProjectState
 from normjax.projection.affine import project_affine, pull_affine
-from normjax.projection.hold import ProjectState, bounded_norm, norm_schedule, project
+from normjax.projection.hold import bounded_norm, norm_schedule, project
 from normjax.projection.rates import effective_learning_rates, equilibrium_norm, scale_by_weight_norm
 from normjax.selection import Kernels, norms
 

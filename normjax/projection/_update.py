@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,34 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
-from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
+from normjax._paths import ByPath, PyTree, arrays_by_path, paths_and_shapes
 from normjax.selection import Kernels
 
 Schedule = Callable[[jax.Array], ArrayLike]  # count -> value
 NORM_POWERS = {"sgd": 2, "sign": 1}  # of the norm in the effective learning rate, by what a step is proportional to
+
+
+class ProjectState(NamedTuple):
+    """The state of the transformations that hold a norm.
+
+    Attributes:
+      step: how many updates were made, an int32 scalar.
+      norms: {path: the norm that weights return to}, float32 or wider; empty where a record gives it.
+
+    Source: Lyle et al. 2024, the initial norms.
+
+    >>> from normjax.projection import project
+    >>> project(Kernels(output=())).init({"kernel": jnp.array([[3.0], [4.0]])})
+    ProjectState(step=Array(0, dtype=int32), norms={'kernel': Array(5., dtype=float32)})
+    """
+
+    step: jax.Array
+    norms: ByPath
+
+
+def no_norms() -> ProjectState:
+    """The state where there are no parameters: its norms are a leaf, since `optax.tree_map_params` marks leaves."""
+    return ProjectState(first_step(), cast(ByPath, first_step()))
 
 
 @dataclass(frozen=True)
@@ -93,7 +116,7 @@ def as_transformation(
     caller: str,
     empty: Callable[[], optax.OptState],
     init: optax.TransformInitFn,
-    change: Callable[[optax.Params, ByPath, ByPath, Any], tuple[ByPath, optax.OptState]],
+    change: Callable[[optax.Params, ByPath, ByPath, PyTree], tuple[ByPath, optax.OptState]],
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation of what changes parameters and updates by path: `change(tree of parameters, ps, us, state)`.
 

@@ -11,7 +11,7 @@ from normjax._expect.arrays import statistics_dtype
 from normjax._leaves import safe_root
 from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
 from normjax.projection import _update
-from normjax.projection.hold import ProjectState, no_norms
+from normjax.projection._update import ProjectState
 from normjax.selection import Kernels
 
 
@@ -47,7 +47,7 @@ def project_affine(where: object = None) -> optax.GradientTransformationExtraArg
             changed |= {name: _update.update_to_norm(ps[name], us[name], squared, norm) for name in groups[module]}
         return changed, ProjectState(_update.next_step(state.step), state.norms)
 
-    return _update.as_transformation(caller, no_norms, init, change)
+    return _update.as_transformation(caller, _update.no_norms, init, change)
 
 
 def pull_affine(strength: float, where: object = None) -> optax.GradientTransformationExtraArgs:

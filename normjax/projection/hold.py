@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,34 +14,8 @@ from jax.typing import ArrayLike
 from normjax._leaves import safe_root
 from normjax._paths import ByPath
 from normjax.projection import _update
-from normjax.projection._update import RecordedNorms, Schedule
+from normjax.projection._update import ProjectState, RecordedNorms, Schedule
 from normjax.selection import Kernels
-
-
-class ProjectState(NamedTuple):
-    """The state of the transformations that hold a norm.
-
-    Attributes:
-      step: how many updates were made, an int32 scalar.
-      norms: {path: the norm that weights return to}, float32 or wider; empty where a record gives it.
-
-    Source: Lyle et al. 2024, the initial norms.
-
-    >>> project(Kernels(output=())).init({"kernel": jnp.array([[3.0], [4.0]])})
-    ProjectState(step=Array(0, dtype=int32), norms={'kernel': Array(5., dtype=float32)})
-    """
-
-    step: jax.Array
-    norms: ByPath
-
-
-def no_norms() -> ProjectState:
-    """The state where there are no parameters: its norms are a leaf, since `optax.tree_map_params` marks leaves.
-
-    >>> no_norms().norms
-    Array(0, dtype=int32)
-    """
-    return ProjectState(_update.first_step(), cast(ByPath, _update.first_step()))
 
 
 def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -> optax.GradientTransformationExtraArgs:
@@ -167,4 +140,4 @@ def _project(
             changed[name] = new if every == 1 else jnp.where(step % every == 0, new, u)
         return changed, ProjectState(step, state.norms)
 
-    return _update.as_transformation(caller, no_norms, init, change)
+    return _update.as_transformation(caller, _update.no_norms, init, change)

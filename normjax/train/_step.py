@@ -1,8 +1,4 @@
-"""Steps, epochs, evaluation and recalibration for models of either library; knows no Flax.
-
-A model is asked four things (`_Model`): to run on a batch, and what becomes of its statistics after micro-batches, when
-they are kept, and when they are recalibrated. `linen.py` and `nnx.py` answer.
-"""
+"""Steps, epochs, evaluation and recalibration for models of either library, of which each answers as `_Model`."""
 
 import functools
 from collections.abc import Callable
@@ -20,16 +16,12 @@ from normjax._paths import PyTree
 from normjax.train.mesh import Axis, BatchSharding
 
 STATISTICS = ("update", "keep", "frozen")
-
 Asked = TypeVar("Asked")
-Batch: TypeAlias = PyTree
-"""Arrays with the examples along their first axis."""
-Metrics: TypeAlias = dict[str, PyTree]
-"""Scalars by name, mostly: what a loss reports of a batch."""
+Batch: TypeAlias = PyTree  # arrays with the examples along their first axis
+Metrics: TypeAlias = dict[str, PyTree]  # scalars by name, mostly: what a loss reports of a batch
 Loss: TypeAlias = Callable[[Asked, Batch, bool], tuple[ArrayLike, Metrics]]
 """`loss(model, batch, train)`: the loss of a batch, a scalar, and metrics; the model is a function or an nnx module."""
-Aside: TypeAlias = tuple[Metrics, PyTree, PyTree]
-"""What is reported, what is stored afterwards, and what the layers saw."""
+Aside: TypeAlias = tuple[Metrics, PyTree, PyTree]  # what is reported, what is stored afterwards, what the layers saw
 Run: TypeAlias = Callable[..., tuple["State", Metrics]]
 Evaluation: TypeAlias = Callable[["State", Batch], Metrics]
 Recalibration: TypeAlias = Callable[["State", Batch, jax.Array], "State"]
@@ -89,7 +81,7 @@ def _as_it_came(state: PyTree) -> tuple[PyTree, PartitionSpec]:
 
 
 class _Model(Protocol):
-    """What a step asks of a model of either library."""
+    """What a step asks of a model of either library; this file knows no Flax."""
 
     def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
         """One forward pass."""

@@ -20,10 +20,7 @@ from normjax.train._metadata import bare
 from normjax.train._step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
 
-_SOWN = ("losses", "moments", "intermediates")
-
-Call: TypeAlias = Callable[..., PyTree]
-"""The model as a function, `call(*args, **kwargs)`, with its variables looked after."""
+Call: TypeAlias = Callable[..., PyTree]  # the model as a function, with its variables looked after
 
 
 def linen_init(
@@ -37,7 +34,8 @@ def linen_init(
     (3, 2)
     """
     variables = model.init({"params": key, "dropout": jax.random.fold_in(key, 1)}, *inputs, **kwargs)
-    stats = {name: value for name, value in variables.items() if name not in ("params", *_SOWN)}
+    sown = ("losses", "moments", "intermediates")
+    stats = {name: value for name, value in variables.items() if name not in ("params", *sown)}
     return _step.start_state(variables.get("params", {}), stats, tx)
 
 

@@ -1,8 +1,4 @@
-"""Where a training state and its batches lie on the devices of a mesh.
-
-`place` puts a state, `shard` a batch; `BatchSharding` is what a step knows of the mesh. Everything is done with the
-shardings of global arrays: the compiler sends what has to be sent, and a statistic over the examples is one over all.
-"""
+"""Where a training state and its batches lie on a mesh: shardings of global arrays, for the compiler to send what it must."""
 
 import functools
 import math
