@@ -1,4 +1,4 @@
-"""Where a training state and its batches lie on a mesh: shardings of global arrays, for the compiler to send what it must."""
+"""Where a training state and its batches lie on a mesh: the shardings of global arrays, and XLA sends what must be sent."""
 
 import functools
 import math
