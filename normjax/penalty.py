@@ -18,25 +18,15 @@ from normjax._paths import path_parts
 
 
 def l1_penalty(
-    centered: ArrayLike,
-    alpha: ArrayLike = 1.0,
-    *,
-    mask: ArrayLike | None = None,
-    axis_name: str | Sequence[str] = (),
+    centered: ArrayLike, alpha: ArrayLike = 1.0, *, mask: ArrayLike | None = None, axis_name: str | Sequence[str] = ()
 ) -> jax.Array:
-    """Computes alpha * mean |v| of one layer.
+    """Computes alpha * mean |v| of one layer, a scalar of float32 or wider; 0 where nothing is valid.
 
     Args:
       centered: centred activations v, of any shape. [units u]
       alpha: weight of the layer. [1 / u, for a loss without units]
       mask: boolean mask or weights that broadcast against `centered`; where it is zero an element does not count.
       axis_name: mapped axes (vmap, shard_map, pmap) whose elements belong to the same mean.
-
-    Returns:
-      A float32 (or wider) scalar; 0 where nothing is valid.
-
-    Raises:
-      FieldError: the mask does not broadcast, or a mapped axis is unbound.
 
     Source: Ren et al. 2017, equation 7.
 
@@ -65,15 +55,12 @@ def l1_penalty(
 def total_penalty(
     penalties: object, weights: Mapping[str, ArrayLike] | None = None, default: ArrayLike = 1.0
 ) -> jax.Array:
-    """Adds the penalties of a model's layers.
+    """Adds the penalties of a model's layers, a float32 scalar; 0 for an empty tree.
 
     Args:
       penalties: a pytree of scalars, such as the `losses` collection of a linen model.
       weights: factor by path, for paths that contain the key as a component ("conv1"); the first that matches counts.
       default: factor of the layers that no key matches.
-
-    Returns:
-      A float32 scalar; 0 for an empty tree.
 
     >>> losses = {"conv1": {"l1": jnp.array(2.0)}, "conv2": {"l1": jnp.array(3.0)}}
     >>> total_penalty(losses), total_penalty(losses, {"conv2": 10.0})

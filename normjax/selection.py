@@ -1,8 +1,7 @@
 """Which parameters of a model are meant, by path, and their norms.
 
-Paths are text, `"Dense_0/kernel"`, the same for a linen dictionary, an `nnx.State` and an nnx module. Norms are dictionaries
-by path, `{"Dense_0/kernel": norm}`, of float32 or wider. `normjax.projection` shows both names too; this room needs no
-optax.
+Paths are text, `"Dense_0/kernel"`, alike for a linen dictionary, an `nnx.State` and an nnx module. Norms are
+dictionaries by path, of float32 or wider. `normjax.projection` shows both names too; this room needs no optax.
 """
 
 import difflib
@@ -18,7 +17,8 @@ from jax import lax
 from normjax._expect import average
 from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import Bound, Plan, axes, bind
-from normjax._parameters import ByPath, arrays_by_path, paths_and_shapes, safe_root
+from normjax._leaves import safe_root
+from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
 from normjax.field import Field, FieldError
 
 Patterns = str | Iterable[str]
@@ -45,9 +45,6 @@ class Kernels:
       field: what one norm is taken over: whole axes and blocks.
       layout: name of each axis of a kernel, i for inputs and o for output features; `"o i ..."` where these come first.
 
-    Raises:
-      FieldError: field and layout do not fit each other, or the field has a window.
-
     Source: which scales a normalizer does not see: Lyle et al. 2024 (whole kernels), Hoffer et al. 2018 (features).
 
     >>> params = {"hidden": {"kernel": jnp.array([[3.0, 0.0], [4.0, 1.0]]), "bias": jnp.ones(2)}}
@@ -68,19 +65,10 @@ class Kernels:
         self._bound((0,) * len(self.layout.split()))
 
     def select(self, params: object, caller: str) -> ByPath:
-        """The parameters themselves, by path.
+        """The parameters themselves, {path: array}, in the order of the tree.
 
-        Args:
-          params: a pytree: linen's parameters, an `nnx.State`, an nnx module.
-          caller: name of the function that asks, with which errors begin.
-
-        Returns:
-          {path: array}, in the order of the tree.
-
-        Raises:
-          FieldError: a mask takes a parameter that the layout does not fit.
-          TypeError: a mask without booleans, or weights that are not floating.
-          ValueError: a pattern matches nothing, or nothing is left.
+        `params` is any pytree; errors begin with `caller`: a FieldError where a mask takes what the layout does not fit,
+        a TypeError for a mask without booleans or weights that are not floating, a ValueError where nothing matches.
 
         >>> params = {"hidden": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}}
         >>> list(Kernels(output="head").select(params, "example"))
@@ -109,13 +97,7 @@ class Kernels:
         return {name: w for name, w in leaves.items() if name in chosen}
 
     def squared_norm(self, w: jax.Array) -> jax.Array:
-        """The squared norm of one kernel, as it lies beside it.
-
-        Args:
-          w: a kernel that the layout fits. [units w]
-
-        Returns:
-          float32 or wider, of the rank of w: length 1 on axes that the field covers whole. [w ** 2]
+        """The squared norm of one kernel that the layout fits, of its rank: length 1 on axes that the field covers whole.
 
         >>> Kernels(field="... i").squared_norm(jnp.array([[3.0, 0.0], [4.0, 1.0]]))
         Array([[25.,  1.]], dtype=float32)
@@ -124,13 +106,7 @@ class Kernels:
         return average.total(lax.square(w.astype(statistics_dtype(w.dtype))), plan)
 
     def norm(self, w: jax.Array) -> jax.Array:
-        """The Euclidean norm of one kernel, with slope 0 where it is 0.
-
-        Args:
-          w: a kernel that the layout fits. [units w]
-
-        Returns:
-          float32 or wider, without the axes that the field covers whole: a scalar for "... i o", `[o]` for "... i". [w]
+        """The Euclidean norm of one kernel, float32 or wider, slope 0 at 0: a scalar for "... i o", `[o]` for "... i".
 
         >>> Kernels(field="... i").norm(jnp.array([[3.0, 0.0], [4.0, 1.0]]))
         Array([5., 1.], dtype=float32)
@@ -138,14 +114,7 @@ class Kernels:
         return jnp.squeeze(safe_root(self.squared_norm(w)), self._bound(w.shape).whole)
 
     def align_norm(self, norm: jax.Array, w: jax.Array) -> jax.Array:
-        """A norm with the axes that `norm` left out, so that it broadcasts against the kernel.
-
-        Args:
-          norm: of the shape that `norm` gives, or a scalar for all.
-          w: the kernel.
-
-        Returns:
-          The same numbers, with the rank of w.
+        """A norm, of the shape that `norm` gives or a scalar for all, so that it broadcasts against the kernel.
 
         >>> Kernels(field="... i").align_norm(jnp.array([5.0, 1.0]), jnp.ones((3, 3, 4, 2))).shape
         (1, 1, 1, 2)
@@ -179,20 +148,11 @@ class Kernels:
 
 
 def norms(params: object, kernels: Kernels = Kernels()) -> ByPath:
-    """The norms of kernels, by path; a record of them is what `scale_by_weight_norm` and `norm_schedule` take.
+    """The norms of kernels, {path: Euclidean norm}; their record is what `scale_by_weight_norm` and `norm_schedule` take.
 
     Args:
       params: a pytree: linen's parameters, an `nnx.State`, an nnx module. [units w]
-      kernels: which; by default all that are called `kernel`, each as a whole.
-
-    Returns:
-      {path: Euclidean norm}, float32 or wider, without the axes that the field covers whole: scalars for "... i o",
-      `[o]` for "... i". [units w]
-
-    Raises:
-      FieldError: a mask takes a parameter that the layout does not fit.
-      TypeError: a mask without booleans, or weights that are not floating.
-      ValueError: a pattern matches nothing, or nothing is left.
+      kernels: which, and what one norm is taken over: scalars for "... i o", `[o]` for "... i", float32 or wider.
 
     Source: Hoffer et al. 2018 record them of a run with weight decay.
 

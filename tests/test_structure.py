@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # The rooms of the package from the ground up: each imports only rooms that stand before it.
 ROOMS = (
     *("_leaves", "field", "theory", "_expect", "kernels", "_normalize", "_explain"),
-    *("_paths", "_parameters", "penalty", "running"),
+    *("_paths", "penalty", "running"),
     # families of methods: pure functions
     *("gaussian", "gain", "batch", "batch_extremes", "response", "tokens", "unbiased", "conditional", "spade"),
     *("reversible", "switchable", "gdn", "selu", "units", "weights", "spectral", "selection", "reparametrize"),

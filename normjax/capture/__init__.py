@@ -13,8 +13,8 @@ Gradients are taken at zeros that are added to the activations, so nothing of th
 between them and the loss. These zeros take the memory of all that is captured: choose `layers` in large models.
 """
 
+from normjax.capture._probe import Captured
 from normjax.capture.linen import linen_capture
 from normjax.capture.nnx import nnx_capture
-from normjax.capture.probe import Captured
 
 __all__ = ["Captured", "linen_capture", "nnx_capture"]

@@ -4,18 +4,17 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from flax import linen as nn
 from flax.core.scope import CollectionFilter, union_filters
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from normjax._paths import PyTree
-from normjax.capture import probe
-from normjax.capture.probe import SOWN, Calls, Captured, Layers, Loss, Matches, Run
+from normjax.capture import _probe as probe
+from normjax.capture._probe import SOWN, Args, Call, Calls, Captured, Kwargs, Layers, Leaves, Loss, Matches, Run
 
 ZEROS = "capture_zeros"
-# Whether zeros were added is said by the name under which a call is sown, not by a flag: nn.jit may know the call already,
-# and then runs no Python.
+# The name under which a call is sown says whether zeros were added, not a flag: nn.jit that knows the call runs no Python.
 _KEPT, _KEPT_WITH_ZEROS = "__captured__", "__captured_with_zeros__"
 _probes = itertools.count()
 
@@ -23,7 +22,10 @@ _probes = itertools.count()
 def linen_capture(
     model: nn.Module, *, layers: Layers[nn.Module] = None, at: str = "output", loss: Loss | None = None
 ) -> Callable[..., Captured]:
-    """Makes a function that runs a linen model and captures its layers.
+    """Makes `probe(variables, *args, **kwargs) -> Captured`, which runs a linen model and captures its layers.
+
+    The probe takes what `model.apply` takes (`train=`, `rngs=`, `mutable=`, `method=`), and returns its output too. It
+    is pure: jit, vmap and grad apply. That no layer that is called matches is a ValueError.
 
     Layers inside a lifted `nn.scan` or `nn.vmap` are captured, stacked along its axis, where its `variable_axes` let the
     collection "intermediates" through, and their gradients where they let "capture_zeros" through; else they are left
@@ -31,18 +33,10 @@ def linen_capture(
 
     Args:
       model: a linen module.
-      layers: which: a name or a pattern ("encoder/*", as of file names), a type of module, several of these, or a function
-        of name and module, which is asked once for layers that share an `nn.jit`; None is all.
+      layers: a name or a pattern ("encoder/*"), a type of module, several of these, or a function of name and module,
+        which is asked once for layers that share an `nn.jit`; None is all.
       at: "output", or "input" for the first positional argument.
       loss: function of the model's output to a scalar, for gradients.
-
-    Returns:
-      `probe(variables, *args, **kwargs) -> Captured`; arguments as of `model.apply` (`train=`, `rngs=`, `mutable=`,
-      `method=`), and so is the output. Pure: jit, vmap and grad apply.
-
-    Raises:
-      TypeError: the model is no linen module, or `layers` none of the above.
-      ValueError: from the probe, if no layer that is called matches; `at` is neither place.
 
     >>> model = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
     >>> x = jnp.ones((4, 5))
@@ -67,14 +61,12 @@ def linen_capture(
             with_zeros = given if zeros is None else {**given, ZEROS: _as_collection(zeros)}
             with nn.intercept_methods(_Recorder(layers, at, by_name, matches).watch):
                 output, state = model.apply(with_zeros, *args, mutable=union_filters(mutable, sown), **kwargs)
-            found = _from_collection(state.get(SOWN) or {})
-            calls = {
-                name: each for name, each in found.calls.items() if not by_name or probe.is_meant(layers, name, model)
-            }
+            met, reached, rest = _from_collection(state.get(SOWN) or {})
+            calls = {name: each for name, each in met.items() if not by_name or probe.is_meant(layers, name, model)}
             if mutable is not False:
                 kept = {name: value for name, value in state.items() if name not in (SOWN, ZEROS)}
-                output = (output, {**kept, SOWN: found.rest} if found.rest else kept)
-            return Run(output, calls, found.reached)
+                output = (output, {**kept, SOWN: rest} if rest else kept)
+            return Run(output, calls, reached)
 
         return probe.capture(run, layers, loss)
 
@@ -89,17 +81,9 @@ class _Recorder:
     at: str
     by_name: bool  # names are looked at after the run, and every layer is kept here
     matches: Matches
-    open: list[tuple[str, ...]] = field(
-        default_factory=list
-    )  # paths of the modules whose calls have begun and not ended
+    open: list[tuple[str, ...]] = field(default_factory=list)  # modules whose calls have begun and not ended
 
-    def watch(
-        self,
-        call: Callable[..., PyTree],
-        args: tuple[PyTree, ...],
-        kwargs: dict[str, PyTree],
-        context: nn.module.InterceptorContext,
-    ) -> PyTree:
+    def watch(self, call: Call, args: Args, kwargs: Kwargs, context: nn.module.InterceptorContext) -> PyTree:
         """Every call of a method of a module, as `nn.intercept_methods` hands it on."""
         module = context.module
         if context.method_name != "__call__" or module.scope is None:
@@ -126,40 +110,30 @@ class _Recorder:
         added = scope.get_variable(ZEROS, f"{_KEPT}{number}")
         if added is not None:
             value = probe.map_floating(lambda place, leaf: leaf + added[place], value)
-        module.sow(SOWN, _KEPT if added is None else _KEPT_WITH_ZEROS, probe.floating_leaves(value))
+        leaves: Leaves = {}
+        probe.map_floating(leaves.setdefault, value)
+        module.sow(SOWN, _KEPT if added is None else _KEPT_WITH_ZEROS, leaves)
         return value
 
 
 def _as_collection(zeros: Calls) -> dict[str, PyTree]:
     """The zeros as linen stores them: nested by path, one variable for each call."""
-    collection: dict[str, PyTree] = {}
+    flat = {}
     for name, calls in zeros.items():
-        inner = collection
-        for key in () if name == "." else name.split("/"):
-            inner = inner.setdefault(key, {})
-        inner |= {f"{_KEPT}{number}": leaves for number, leaves in enumerate(calls)}
-    return collection
+        path = () if name == "." else tuple(name.split("/"))
+        flat |= {(*path, f"{_KEPT}{number}"): leaves for number, leaves in enumerate(calls)}
+    return unflatten_dict(flat)
 
 
-class _Sown(NamedTuple):
+def _from_collection(collection: Mapping[str, PyTree]) -> tuple[Calls, set[str], dict[str, PyTree]]:
     """What was sown: here by layer, the layers that zeros reached, and what the model itself had sown."""
-
-    calls: Calls
-    reached: set[str]
-    rest: dict[str, PyTree]
-
-
-def _from_collection(collection: Mapping[str, PyTree], path: tuple[str, ...] = ()) -> _Sown:
-    found = _Sown({}, set(), {})
-    for key, value in collection.items():
+    calls, reached, rest = {}, set(), {}
+    flat: dict[tuple[str, ...], PyTree] = flatten_dict(collection)
+    for (*path, key), value in flat.items():
         if key in (_KEPT, _KEPT_WITH_ZEROS):
-            found.calls[probe.layer_name(path)] = tuple(dict(leaves) for leaves in value)
-            found.reached.update({probe.layer_name(path)} if key == _KEPT_WITH_ZEROS else ())
-        elif isinstance(value, Mapping):
-            below = _from_collection(value, (*path, key))
-            found.calls.update(below.calls)
-            found.reached.update(below.reached)
-            found.rest.update({key: below.rest} if below.rest else {})
+            name = probe.layer_name(path)
+            calls[name] = tuple(dict(leaves) for leaves in value)
+            reached |= {name} if key == _KEPT_WITH_ZEROS else set()
         else:
-            found.rest[key] = value
-    return found
+            rest[(*path, key)] = value
+    return calls, reached, unflatten_dict(rest)

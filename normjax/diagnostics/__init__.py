@@ -27,22 +27,6 @@ from normjax.diagnostics.norms import effective_learning_rate, gradient_norm, we
 from normjax.diagnostics.similarity import correlation, correlation_matrix, cosine_similarity, stable_rank
 from normjax.diagnostics.units import UnitMoments, activation_size, dead_units, unit_moments
 
-__all__ = [
-    "Histogram",
-    "UnitMoments",
-    "activation_size",
-    "correlation",
-    "correlation_matrix",
-    "cosine_similarity",
-    "dead_units",
-    "effective_learning_rate",
-    "gradient_norm",
-    "information",
-    "joint_histogram",
-    "mutual_information",
-    "mutual_information_matrix",
-    "report",
-    "stable_rank",
-    "unit_moments",
-    "weight_norms",
-]
+__all__ = ["Histogram", "UnitMoments", "activation_size", "correlation", "correlation_matrix", "cosine_similarity"]
+__all__ += ["dead_units", "effective_learning_rate", "gradient_norm", "information", "joint_histogram"]
+__all__ += ["mutual_information", "mutual_information_matrix", "report", "stable_rank", "unit_moments", "weight_norms"]

@@ -16,20 +16,14 @@ from normjax.field import EXAMPLES, Field, FieldError, Span
 from normjax.theory import Normalizer
 
 UNITS = "c"
-AxisNames = str | Sequence[str]
+Axes = str | Sequence[str]
+Mask = ArrayLike | None
 Arrays = TypeVar("Arrays", jax.Array, tuple[jax.Array, ...])
 _NOUNS = {UNITS: "units", EXAMPLES: "examples"}
 
 
-# --- arguments ------------------------------------------------------------------------------------
-
-
-def mapped_axes(axis_name: AxisNames) -> tuple[str, ...]:
-    """The names of mapped axes as a tuple; FieldError where one is not bound.
-
-    >>> mapped_axes(())
-    ()
-    """
+def mapped_axes(axis_name: Axes) -> tuple[str, ...]:
+    """The names of mapped axes as a tuple; FieldError where one is not bound."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for name in names:
         axis_size(name)
@@ -37,11 +31,7 @@ def mapped_axes(axis_name: AxisNames) -> tuple[str, ...]:
 
 
 def require_real(x: ArrayLike, caller: str) -> jax.Array:
-    """The argument as a real array of float32 or wider; TypeError for anything else.
-
-    >>> require_real(jnp.ones(2, jnp.bfloat16), "example").dtype
-    dtype('float32')
-    """
+    """The argument as a real array of float32 or wider; TypeError for anything else."""
     x = require_float(x, caller)
     if jnp.iscomplexobj(x):
         raise TypeError(f"{caller} takes real numbers, found {x.dtype}; take the real part or the absolute value first")
@@ -49,11 +39,7 @@ def require_real(x: ArrayLike, caller: str) -> jax.Array:
 
 
 def axis_number(name: str, layout: str, ndim: int) -> int:
-    """The number of the axis of units or of examples; FieldError where the layout does not name it.
-
-    >>> axis_number("c", "n c ...", 4)
-    1
-    """
+    """The number of the axis of units or of examples; FieldError where the layout does not name it."""
     where = axes(layout, ndim)
     if name not in where:
         raise FieldError(f"{_NOUNS[name]} lie along the axis '{name}', which layout \"{layout}\" does not name")
@@ -61,33 +47,18 @@ def axis_number(name: str, layout: str, ndim: int) -> int:
 
 
 def field_of_others(name: str, layout: str, ndim: int, mapped: tuple[str, ...] = ()) -> Field:
-    """The field of all axes but one, with the mapped axes.
-
-    >>> str(field_of_others("c", "n ... c", 4, ("data",)))
-    'n ... @data'
-    """
+    """The field of all axes but one, with the mapped axes."""
     spans = [Span(other) for other, numbers in axes(layout, ndim).items() if other != name and numbers]
     return Field((*spans, *(Span(None, mapped=axis) for axis in mapped)))
 
 
-# --- sums and means -------------------------------------------------------------------------------
-
-
 def sum_over_devices(value: Arrays, mapped: tuple[str, ...]) -> Arrays:
-    """The sum over mapped axes, if there are any, of an array or of several at once.
-
-    >>> sum_over_devices(jnp.ones(1), ())
-    Array([1.], dtype=float32)
-    """
+    """The sum over mapped axes, if there are any, of an array or of several at once."""
     return lax.psum(value, mapped) if mapped else value
 
 
 def largest_magnitude(x: jax.Array, over: tuple[int, ...], mapped: tuple[str, ...]) -> jax.Array:
-    """The largest |x| over some axes, kept at length 1, or one where that is no scale; not differentiated.
-
-    >>> largest_magnitude(jnp.array([[1.0, 0.0], [-3.0, 0.0]]), (0,), ())
-    Array([[3., 1.]], dtype=float32)
-    """
+    """The largest |x| over some axes, kept at length 1, or one where that is no scale; not differentiated."""
     peak = jnp.max(lax.stop_gradient(jnp.abs(x)), over, keepdims=True, initial=0)
     for name in mapped:
         peak = lax.pmax(peak, name)
@@ -95,48 +66,27 @@ def largest_magnitude(x: jax.Array, over: tuple[int, ...], mapped: tuple[str, ..
 
 
 def mean_where(value: jax.Array, where: jax.Array) -> jax.Array:
-    """The mean of the elements that count; NaN, with gradient 0, where none does.
-
-    >>> mean_where(jnp.array([1.0, 3.0, 7.0]), jnp.array([True, True, False]))
-    Array(2., dtype=float32)
-    """
+    """The mean of the elements that count; NaN, with gradient 0, where none does."""
     count = jnp.sum(where)
     mean = jnp.sum(jnp.where(where, value, 0)) / jnp.maximum(count, 1).astype(value.dtype)
     return jnp.where(count > 0, mean, jnp.nan)
 
 
 def pairs_of(alive: jax.Array) -> jax.Array:
-    """Which pairs of two different units count, `[c, c]`.
-
-    >>> pairs_of(jnp.array([True, False, True])).astype(int).tolist()
-    [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
-    """
+    """Which pairs of two different units count, `[c, c]`."""
     return alive[:, None] & alive[None, :] & ~jnp.eye(alive.size, dtype=bool)
 
 
-# --- vectors --------------------------------------------------------------------------------------
-
-
 class Vectors(NamedTuple):
-    """Units or examples as vectors of length one; a vector of zeros (a constant unit, an empty example) stays one.
+    """Units or examples as vectors of length one; a vector of zeros (a constant unit, an empty example) stays one."""
 
-    Attributes:
-      y: standardized activations, of the shape of x.
-      mean: means of the units, 0 for examples; as all that follows, it broadcasts against x. [u]
-      var: variances of the units, mean squares of the examples; 0 for a vector of zeros. [u ** 2]
-      alive: whether there is more than zeros.
-      weight: sum of weights behind each.
-      weights: those of the elements, None without a mask.
-      number: of the axis along which the vectors lie.
-    """
-
-    y: jax.Array
-    mean: jax.Array
-    var: jax.Array
-    alive: jax.Array
-    weight: jax.Array
-    weights: Weights | None
-    number: int
+    y: jax.Array  # standardized activations, of the shape of x
+    mean: jax.Array  # of the units, 0 for examples; as all that follows, it broadcasts against x
+    var: jax.Array  # of the units, mean square of the examples; 0 for a vector of zeros
+    alive: jax.Array  # whether there is more than zeros
+    weight: jax.Array  # the sum of weights behind each
+    weights: Weights | None  # those of the elements
+    number: int  # of the axis along which the vectors lie
 
     def as_matrix(self) -> jax.Array:
         """One row for each vector, with inner products weighted as the mask says, `[c or n, samples]`."""
@@ -153,13 +103,9 @@ class Vectors(NamedTuple):
 
 
 def vectors_along(
-    name: str, x: ArrayLike, layout: str, mask: ArrayLike | None, caller: str, mapped: tuple[str, ...] = ()
+    name: str, x: ArrayLike, layout: str, mask: Mask, caller: str, mapped: tuple[str, ...] = ()
 ) -> Vectors:
-    """Units (centred) or examples (not centred) as vectors of length one, with the moments behind them.
-
-    >>> vectors_along("c", jnp.array([[3.0], [5.0]]), "n c", None, "example").y.tolist()
-    [[-1.0], [1.0]]
-    """
+    """Units (centred) or examples (not centred) as vectors of length one, with the moments behind them."""
     x, centred = require_real(x, caller), name == UNITS
     number, field = axis_number(name, layout, x.ndim), field_of_others(name, layout, x.ndim, mapped)
     weights = as_weights(mask, x)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax.diagnostics._shared import AxisNames
+from normjax.diagnostics._shared import Axes, Mask
 from normjax.diagnostics.histograms import mutual_information
 from normjax.diagnostics.norms import gradient_norm
 from normjax.diagnostics.similarity import correlation, cosine_similarity, stable_rank
@@ -19,11 +19,15 @@ def report(
     gradients: Mapping[str, ArrayLike] | None = None,
     *,
     layout: str | Mapping[str, str] = "n ... c",
-    mask: Mapping[str, ArrayLike] | ArrayLike | None = None,
+    mask: Mapping[str, ArrayLike] | Mask = None,
     bins: int | None = None,
-    axis_name: AxisNames = (),
+    axis_name: Axes = (),
 ) -> dict[str, dict[str, jax.Array]]:
-    """Every number of every layer.
+    """Every number of every layer: {layer: {name: scalar}}, float32 or wider.
+
+    The names are `mean` (of |mean| over units) [u], `std` (mean over units) [u], `activation_size` [u ** 2], `correlation`,
+    `cosine_similarity`, `stable_rank`, `dead_units`; with bins `mutual_information` [nats]; with gradients `gradient_norm`
+    [v]. Errors carry a note that names the layer.
 
     Args:
       activations: {layer: activations}, axes as named by `layout`, as `normjax.capture` gives them. [units u]
@@ -32,16 +36,6 @@ def report(
       mask: boolean mask or weights that broadcast against the activations of all layers, or {layer: mask}.
       bins: number of bins of the mutual information, which is slow on many units; None leaves it out.
       axis_name: mapped axes over which the batch is spread.
-
-    Returns:
-      {layer: {name: scalar}}, float32 or wider: `mean` (of |mean| over units) [u], `std` (mean over units) [u],
-      `activation_size` [u ** 2], `correlation`, `cosine_similarity`, `stable_rank`, `dead_units`; with bins
-      `mutual_information` [nats]; with gradients `gradient_norm` [v].
-
-    Raises:
-      FieldError: a layout names no axis n or c, or mask or mapped axes do not fit; a note names the layer.
-      TypeError: activations or gradients that are not real floating-point numbers; a note names the layer.
-      ValueError: bins is no positive integer.
 
     Source: Ren et al. 2017, Lubana et al. 2021 and Lyle et al. 2024, as each of the functions says.
 
@@ -56,27 +50,16 @@ def report(
         masked = mask.get(name) if isinstance(mask, Mapping) else mask
         gradient = None if gradients is None else gradients.get(name)
         try:
-            layers[name] = _of_one_layer(x, gradient, where, masked, bins, axis_name)
+            units = unit_moments(x, where, mask=masked, axis_name=axis_name)
+            numbers = layers[name] = {"mean": jnp.mean(jnp.abs(units.mean)), "std": jnp.mean(units.std)}
+            for measure in (activation_size, correlation, cosine_similarity, stable_rank, dead_units):
+                numbers[measure.__name__] = measure(x, where, mask=masked, axis_name=axis_name)
+            if bins is not None:
+                information = mutual_information(x, where, bins=bins, mask=masked, axis_name=axis_name)
+                numbers["mutual_information"] = information
+            if gradient is not None:
+                numbers["gradient_norm"] = gradient_norm(gradient, mask=masked, axis_name=axis_name)
         except (FieldError, TypeError) as error:
             error.add_note(f'while measuring layer {name!r}, shape {jnp.shape(x)}, layout "{where}"')
             raise
     return layers
-
-
-def _of_one_layer(
-    x: ArrayLike,
-    gradient: ArrayLike | None,
-    layout: str,
-    mask: ArrayLike | None,
-    bins: int | None,
-    axis_name: AxisNames,
-) -> dict[str, jax.Array]:
-    units = unit_moments(x, layout, mask=mask, axis_name=axis_name)
-    numbers = {"mean": jnp.mean(jnp.abs(units.mean)), "std": jnp.mean(units.std)}
-    for measure in (activation_size, correlation, cosine_similarity, stable_rank, dead_units):
-        numbers[measure.__name__] = measure(x, layout, mask=mask, axis_name=axis_name)
-    if bins is not None:
-        numbers["mutual_information"] = mutual_information(x, layout, bins=bins, mask=mask, axis_name=axis_name)
-    if gradient is not None:
-        numbers["gradient_norm"] = gradient_norm(gradient, mask=mask, axis_name=axis_name)
-    return numbers

@@ -5,25 +5,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights, statistics_dtype, zero_masked
-from normjax._parameters import arrays_by_path, safe_root
-from normjax.diagnostics._shared import AxisNames, largest_magnitude, mapped_axes, require_real, sum_over_devices
+from normjax._leaves import safe_root
+from normjax._paths import arrays_by_path
+from normjax.diagnostics._shared import Axes, Mask, largest_magnitude, mapped_axes, require_real, sum_over_devices
 
 
-def gradient_norm(gradient: ArrayLike, *, mask: ArrayLike | None = None, axis_name: AxisNames = ()) -> jax.Array:
-    """The Frobenius norm of the loss's gradient in a layer's pre-activation, over the whole batch.
+def gradient_norm(gradient: ArrayLike, *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
+    """The Frobenius norm of the loss's gradient in a layer's pre-activation, over the whole batch; slope 0 at 0.
 
     Args:
-      gradient: dL/dz of one layer, of any shape; `normjax.capture` takes it from a model. The norm depends on whether L
-        sums or averages over the batch; the published code averages. [units v]
+      gradient: dL/dz of one layer, of any shape, as `normjax.capture` takes it from a model. The norm depends on whether
+        L sums or averages over the batch; the published code averages. [units v, and so is the norm]
       mask: boolean mask or weights that broadcast against it; weights multiply the squares.
       axis_name: mapped axes over which the batch is spread.
-
-    Returns:
-      A float32 (or wider) scalar [v]; its own derivative is 0 at a gradient of zero.
-
-    Raises:
-      FieldError: mask or mapped axes do not fit.
-      TypeError: the gradient does not hold real floating-point numbers.
 
     Source: Lubana et al. 2021, the convolution prober of the published code.
 
@@ -40,15 +34,9 @@ def gradient_norm(gradient: ArrayLike, *, mask: ArrayLike | None = None, axis_na
 
 
 def weight_norms(params: object) -> dict[str, jax.Array]:
-    """The Frobenius norm of every floating array of a tree of parameters.
+    """The Frobenius norm of every floating array of a tree of parameters, {path, joined by "/": scalar}.
 
     `normjax.projection.norms` chooses kernels and what one norm is taken over; here every array has one norm.
-
-    Args:
-      params: a pytree of arrays, such as linen's `params` or the `nnx.Param` state of an nnx model. [units w]
-
-    Returns:
-      {path, joined by "/": norm}, scalars of float32 or wider. [w]
 
     Source: Lyle et al. 2024, whose curves show them growing.
 
@@ -62,21 +50,17 @@ def weight_norms(params: object) -> dict[str, jax.Array]:
 def effective_learning_rate(
     eta: ArrayLike, norm: ArrayLike, reference: ArrayLike = 1.0, *, order: float = 2
 ) -> jax.Array:
-    """The learning rate that would move weights of the reference norm as eta moves those of this norm.
+    """The learning rate at the reference norm that is eta at this norm: eta * (reference / norm) ** order, infinite at 0.
 
-    eta * (reference / norm) ** order. A normalizer makes a layer blind to the scale of its weights: f(c w) = f(w), so the
-    gradient at c w is 1 / c of that at w, and a step eta there turns w as eta / c ** 2 would at norm one.
-
-    This is the formula, of numbers; `normjax.projection.effective_learning_rates` is of a model's kernels, by path.
+    A normalizer makes a layer blind to the scale of its weights: f(c w) = f(w), so the gradient at c w is 1 / c of that at
+    w, and a step eta there turns w as eta / c ** 2 would at norm one. This is the formula, of numbers that broadcast;
+    `normjax.projection.effective_learning_rates` is of a model's kernels, by path.
 
     Args:
       eta: the learning rate, a scalar or one for each time.
-      norm: the norm of the weights, broadcasting against eta. [units w]
+      norm: the norm of the weights. [units w]
       reference: the norm that is compared with, such as the initial one. [w]
       order: 2 for steps that are proportional to the gradient; 1 for steps of a fixed size, as Adam's or of the sign.
-
-    Returns:
-      float32 or wider, of the shapes broadcast; infinite where the norm is 0.
 
     Source: Lyle et al. 2024, section on effective learning rates; Hoffer et al. 2018, section 3 (order 2, reference 1).
 

@@ -1,45 +1,24 @@
-"""How alike the units of a layer are over the samples, and how alike the examples: inner products at length one.
-
-Both are rows of the equation with eps 0: centred and divided over the samples, units give their correlations; divided over
-all of an example, examples give their cosines, how alike a layer makes them.
-"""
+"""How alike the units of a layer are over the samples, and how alike the examples: inner products at length one."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax.diagnostics._shared import (
-    UNITS,
-    AxisNames,
-    mapped_axes,
-    mean_where,
-    pairs_of,
-    sum_over_devices,
-    vectors_along,
-)
+from normjax.diagnostics import _shared as shared
+from normjax.diagnostics._shared import UNITS, Axes, Mask
 from normjax.field import EXAMPLES
 
 
-def correlation_matrix(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
-    """Correlates every pair of units over all samples.
+def correlation_matrix(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
+    """Pearson's correlation of every pair of units over all samples, `[c, c]`; zeros for a unit that never changes.
 
     Args:
-      x: activations, axes as named by `layout`. [units u]
+      x: activations, axes as named by `layout`; results are float32 or wider.
       layout: name of each axis; `c` are the units, all other axes samples.
       mask: boolean mask or weights that broadcast against x. Where units have different weights, a sample counts for a
         pair as the geometric mean of the two.
       axis_name: mapped axes (vmap, shard_map, pmap) over which the samples are spread.
-
-    Returns:
-      `[c, c]`, float32 or wider: Pearson's coefficients. The row and the column of a unit that never changes are zero,
-      its diagonal element too, which is 1 for all others.
-
-    Raises:
-      FieldError: the layout names no axis c, or mask or mapped axes do not fit.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Ren et al. 2017, the analysis of first-layer activations.
 
@@ -47,29 +26,20 @@ def correlation_matrix(
     >>> jax.jit(correlation_matrix)(x).round(5).tolist()
     [[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     """
-    mapped = mapped_axes(axis_name)
-    z = vectors_along(UNITS, x, layout, mask, "correlation_matrix", mapped).as_matrix()
-    return sum_over_devices(jnp.matmul(z, z.T, precision=lax.Precision.HIGHEST), mapped)
+    mapped = shared.mapped_axes(axis_name)
+    z = shared.vectors_along(UNITS, x, layout, mask, "correlation_matrix", mapped).as_matrix()
+    return shared.sum_over_devices(jnp.matmul(z, z.T, precision=lax.Precision.HIGHEST), mapped)
 
 
-def correlation(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
-    """Averages |correlation| over all pairs of different units, those that never change left out.
+def correlation(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
+    """Averages |correlation| over all pairs of different units that change, a scalar in 0..1; NaN without any.
 
     Args:
-      x: activations, axes as named by `layout`. [units u]
+      x: activations, axes as named by `layout`; results are float32 or wider.
       layout: name of each axis; `c` are the units, all other axes samples.
       mask: boolean mask or weights that broadcast against x. Where units have different weights, a sample counts for a
         pair as the geometric mean of the two.
       axis_name: mapped axes (vmap, shard_map, pmap) over which the samples are spread.
-
-    Returns:
-      A float32 (or wider) scalar in 0..1; NaN without any pair.
-
-    Raises:
-      FieldError: the layout names no axis c, or mask or mapped axes do not fit.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Ren et al. 2017, the analysis of first-layer activations.
 
@@ -77,82 +47,64 @@ def correlation(
     1.0
     """
     matrix = jnp.abs(correlation_matrix(x, layout, mask=mask, axis_name=axis_name))
-    return mean_where(matrix, pairs_of(jnp.diagonal(matrix) > 0.5))
+    return shared.mean_where(matrix, shared.pairs_of(jnp.diagonal(matrix) > 0.5))
 
 
-def cosine_similarity(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
-    """Averages the cosine between different examples: mean_n (sum_m K_nm - 1) / (N - 1), K of the normalized examples.
+def cosine_similarity(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
+    """Averages the cosine between different examples that are not zero, a scalar in -1..1; NaN with fewer than two.
 
-    Evaluated as (|sum_n u_n| ** 2 - N) / (N (N - 1)), without the N x N matrix K.
+    mean_n (sum_m K_nm - 1) / (N - 1), K of the normalized examples, evaluated as (|sum_n u_n| ** 2 - N) / (N (N - 1)).
 
     Args:
-      x: activations, axes as named by `layout`.
+      x: activations, axes as named by `layout`; results are float32 or wider.
       layout: name of each axis; `n` are the examples, all other axes one vector.
       mask: boolean mask or weights that broadcast against x; weights multiply the terms of the inner products.
       axis_name: mapped axes over which the examples are spread.
-
-    Returns:
-      A float32 (or wider) scalar in -1..1, over the examples that are not zero throughout; NaN with fewer than two.
-
-    Raises:
-      FieldError: the layout names no axis n, or mask or mapped axes do not fit.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Lubana et al. 2021, the activation prober of the published code.
 
     >>> round(float(jax.jit(cosine_similarity)(jnp.array([[1.0, 0.0], [5.0, 5.0], [0.0, 0.0]]))), 4)
     0.7071
     """
-    mapped = mapped_axes(axis_name)
+    mapped = shared.mapped_axes(axis_name)
     u, alive = _examples(x, layout, mask, "cosine_similarity")
-    total, number, own = sum_over_devices((jnp.sum(u, 0), jnp.sum(alive), jnp.sum(jnp.square(u))), mapped)
+    total, number, own = shared.sum_over_devices((jnp.sum(u, 0), jnp.sum(alive), jnp.sum(jnp.square(u))), mapped)
     number, enough = number.astype(own.dtype), number > 1
     between = jnp.sum(jnp.square(total)) - own
     return jnp.where(enough, between / jnp.where(enough, number * (number - 1), 1), jnp.nan)
 
 
-def stable_rank(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
+def stable_rank(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
     """Stable rank of the normalized examples: tr K / |K|_2 = N / (largest eigenvalue of K), between 1 and N.
 
-    The eigenvalue is that of K, [N, N], or of the matrix of the elements where that is smaller; over mapped axes, each
-    device gathers the examples of all.
+    Examples that are zero throughout do not count; NaN where all are. The eigenvalue is that of K, [N, N], or of the matrix
+    of the elements where that is smaller; over mapped axes, each device gathers the examples of all.
 
     Args:
-      x: activations, axes as named by `layout`.
+      x: activations, axes as named by `layout`; results are float32 or wider.
       layout: name of each axis; `n` are the examples, all other axes one vector.
       mask: boolean mask or weights that broadcast against x; weights multiply the terms of the inner products.
       axis_name: mapped axes over which the examples are spread.
-
-    Returns:
-      A float32 (or wider) scalar, over the examples that are not zero throughout; NaN where every example is zero.
-
-    Raises:
-      FieldError: the layout names no axis n, or mask or mapped axes do not fit.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Lubana et al. 2021, the activation prober of the published code.
 
     >>> round(float(jax.jit(stable_rank)(jnp.array([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]))), 4)
     1.5
     """
-    mapped = mapped_axes(axis_name)
+    mapped = shared.mapped_axes(axis_name)
     u, alive = _examples(x, layout, mask, "stable_rank")
-    number = sum_over_devices(jnp.sum(alive), mapped)
+    number = shared.sum_over_devices(jnp.sum(alive), mapped)
     if u.shape[0] <= u.shape[1]:
         u = lax.all_gather(u, mapped).reshape(-1, u.shape[1]) if mapped else u
         gram = jnp.matmul(u, u.T, precision=lax.Precision.HIGHEST)
     else:
-        gram = sum_over_devices(jnp.matmul(u.T, u, precision=lax.Precision.HIGHEST), mapped)
+        gram = shared.sum_over_devices(jnp.matmul(u.T, u, precision=lax.Precision.HIGHEST), mapped)
     return jnp.where(number > 0, number.astype(gram.dtype) / _largest_eigenvalue(gram), jnp.nan)
 
 
-def _examples(x: ArrayLike, layout: str, mask: ArrayLike | None, caller: str) -> tuple[jax.Array, jax.Array]:
+def _examples(x: ArrayLike, layout: str, mask: Mask, caller: str) -> tuple[jax.Array, jax.Array]:
     """Examples at length one, `[n, elements]`, and which of them are not zero."""
-    examples = vectors_along(EXAMPLES, x, layout, mask, caller)
+    examples = shared.vectors_along(EXAMPLES, x, layout, mask, caller)
     return examples.as_matrix(), examples.for_each(examples.alive)
 
 

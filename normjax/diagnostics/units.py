@@ -9,18 +9,9 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights, zero_masked
 from normjax._expect.expectation import expect
-from normjax._parameters import safe_root
-from normjax.diagnostics._shared import (
-    UNITS,
-    AxisNames,
-    axis_number,
-    field_of_others,
-    mapped_axes,
-    mean_where,
-    require_real,
-    sum_over_devices,
-    vectors_along,
-)
+from normjax._leaves import safe_root
+from normjax.diagnostics import _shared as shared
+from normjax.diagnostics._shared import UNITS, Axes, Mask
 from normjax.running import unbiased as without_bias
 from normjax.theory import Stats
 
@@ -47,64 +38,39 @@ class UnitMoments(NamedTuple):
 
 
 def activation_size(
-    x: ArrayLike,
-    layout: str = "n ... c",
-    *,
-    unbiased: bool = True,
-    mask: ArrayLike | None = None,
-    axis_name: AxisNames = (),
+    x: ArrayLike, layout: str = "n ... c", *, unbiased: bool = True, mask: Mask = None, axis_name: Axes = ()
 ) -> jax.Array:
-    """Averages the variance of the units: mean_c Var_c over examples and positions.
+    """Averages the variance of the units, mean_c Var_c [u ** 2], over examples and positions; NaN without samples enough.
 
     Args:
-      x: activations, axes as named by `layout`. [units u]
+      x: activations, axes as named by `layout`; results are float32 or wider. [units u]
       layout: name of each axis; `c` are the units, all other axes samples.
       unbiased: divide by the number of samples less one, as the published code does.
       mask: boolean mask or weights that broadcast against x.
       axis_name: mapped axes over which the samples are spread.
-
-    Returns:
-      A float32 (or wider) scalar [u ** 2]; NaN where no unit has samples enough.
-
-    Raises:
-      FieldError: the layout names no axis c, or mask or mapped axes do not fit.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Lubana et al. 2021, the activation prober of the published code, which calls this variance a norm.
 
     >>> jax.jit(activation_size)(jnp.array([[0.0, 1.0], [2.0, 1.0]]))         # of 2 and 0
     Array(1., dtype=float32)
     """
-    units = vectors_along(UNITS, x, layout, mask, "activation_size", mapped_axes(axis_name))
+    units = shared.vectors_along(UNITS, x, layout, mask, "activation_size", shared.mapped_axes(axis_name))
     stats = Stats(None, units.var, None, units.weight)
     stats = without_bias(stats) if unbiased else stats
-    return mean_where(units.for_each(stats.var), units.for_each(stats.var_weight) > 0)
+    return shared.mean_where(units.for_each(stats.var), units.for_each(stats.var_weight) > 0)
 
 
 def unit_moments(
-    x: ArrayLike,
-    layout: str = "n ... c",
-    *,
-    unbiased: bool = True,
-    mask: ArrayLike | None = None,
-    axis_name: AxisNames = (),
+    x: ArrayLike, layout: str = "n ... c", *, unbiased: bool = True, mask: Mask = None, axis_name: Axes = ()
 ) -> UnitMoments:
-    """The first four moments of each unit over its samples: is a pre-activation centred, of size one, Gaussian?
+    """The first four moments of each unit over its samples, `[c]`: is a pre-activation centred, of size one, Gaussian?
 
     Args:
-      x: activations, axes as named by `layout`. [units u]
+      x: activations, axes as named by `layout`; results are float32 or wider. [units u]
       layout: name of each axis; `c` are the units, all other axes samples.
-      unbiased: the standard deviation is of the sum of squares over the number of samples less one; the other moments
-        are means.
+      unbiased: take the standard deviation from the sum of squares over the number of samples less one.
       mask: boolean mask or weights that broadcast against x.
       axis_name: mapped axes over which the samples are spread.
-
-    Returns:
-      UnitMoments, each `[c]`, float32 or wider.
-
-    Raises:
-      FieldError: the layout names no axis c, or mask or mapped axes do not fit.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Lubana et al. 2021, the convolution prober of the published code (`std`, whose mean over units it takes).
 
@@ -112,9 +78,9 @@ def unit_moments(
     >>> [round(float(moment[0]), 3) for moment in found]
     [2.0, 1.732, 1.155, 2.333]
     """
-    mapped = mapped_axes(axis_name)
-    units = vectors_along(UNITS, x, layout, mask, "unit_moments", mapped)
-    samples = field_of_others(UNITS, layout, units.y.ndim, mapped)
+    mapped = shared.mapped_axes(axis_name)
+    units = shared.vectors_along(UNITS, x, layout, mask, "unit_moments", mapped)
+    samples = shared.field_of_others(UNITS, layout, units.y.ndim, mapped)
 
     def mean(power: int) -> jax.Array:
         return units.for_each(expect(units.y**power, samples, layout, mask=mask))
@@ -124,34 +90,25 @@ def unit_moments(
     return UnitMoments(units.for_each(units.mean), safe_root(var), mean(3), mean(4))
 
 
-def dead_units(
-    x: ArrayLike, layout: str = "n ... c", *, mask: ArrayLike | None = None, axis_name: AxisNames = ()
-) -> jax.Array:
-    """The fraction of units that are zero in every sample: rectified units that nothing switches on.
+def dead_units(x: ArrayLike, layout: str = "n ... c", *, mask: Mask = None, axis_name: Axes = ()) -> jax.Array:
+    """The fraction of units that are zero in every sample: rectified units that nothing switches on. It has no gradient.
 
     Args:
-      x: activations after the nonlinearity, axes as named by `layout`.
+      x: activations after the nonlinearity, axes as named by `layout`; the result is float32 or wider.
       layout: name of each axis; `c` are the units, all other axes samples.
-      mask: boolean mask or weights that broadcast against x; a unit that is masked whole does not count.
+      mask: boolean mask or weights that broadcast against x; a unit that is masked whole does not count, NaN if all are.
       axis_name: mapped axes over which the samples are spread.
-
-    Returns:
-      A float32 (or wider) scalar in 0..1, without a gradient; NaN where nothing counts.
-
-    Raises:
-      FieldError: the layout names no axis c, or mask or mapped axes do not fit.
-      TypeError: x does not hold real floating-point numbers.
 
     Source: Lyle et al. 2024, the dead units of networks trained on labels that change.
 
     >>> float(jax.jit(dead_units)(jax.nn.relu(jnp.array([[1.0, -1.0], [-3.0, -2.0]]))))
     0.5
     """
-    x, mapped = require_real(x, "dead_units"), mapped_axes(axis_name)
-    number = axis_number(UNITS, layout, x.ndim)
+    x, mapped = shared.require_real(x, "dead_units"), shared.mapped_axes(axis_name)
+    number = shared.axis_number(UNITS, layout, x.ndim)
     over = tuple(i for i in range(x.ndim) if i != number)
     weights = as_weights(mask, x)
     valid = jnp.ones(x.shape, bool) if weights is None else jnp.broadcast_to(weights.valid, x.shape)
     on = zero_masked(lax.stop_gradient(x), weights) != 0
-    awake, counted = (sum_over_devices(jnp.sum(flag, over, dtype=jnp.int32), mapped) > 0 for flag in (on, valid))
-    return mean_where(1 - awake.astype(x.dtype), counted)
+    awake, counted = (shared.sum_over_devices(jnp.sum(flag, over, dtype=jnp.int32), mapped) > 0 for flag in (on, valid))
+    return shared.mean_where(1 - awake.astype(x.dtype), counted)

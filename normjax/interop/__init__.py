@@ -37,8 +37,8 @@ What is lost: Flax and Keras have no place for the number of updates. torch and 
 neither (batch, group, instance), so that a missing one is written as ones or zeros.
 """
 
+from normjax.interop._layer import Record
+from normjax.interop._libraries import FOREVER, KINDS
 from normjax.interop.convert import arguments, read, write
-from normjax.interop.layer import Record
-from normjax.interop.libraries import FOREVER, KINDS
 
 __all__ = ["FOREVER", "KINDS", "Record", "arguments", "read", "write"]

@@ -1,41 +1,37 @@
 """Whole checkpoints: reads their normalization layers, and writes these as another library keeps them."""
 
 import fnmatch
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from normjax.interop import libraries
-from normjax.interop.layer import Array, Record, Said, other_way, to_parts, to_record
-from normjax.interop.libraries import ADDRESSES, KINDS, Path, choose, listed, numbers_of, refuse
+from normjax._leaves import one_of
+from normjax.interop import _libraries as libraries
+from normjax.interop._layer import Array, Record, Said, other_way, to_parts, to_record
+from normjax.interop._libraries import ADDRESSES, KINDS, Path, listed, numbers_of, refuse
 
 Entries: TypeAlias = Mapping[Any, Any]  # arrays, or whatever the library keeps, in dictionaries that may be nested
 Options: TypeAlias = Mapping[str, Said]
 
 
 def read(entries: Entries, library: str, layers: Options | None = None) -> tuple[dict[str, Record], dict]:
-    """Reads the normalization layers of a checkpoint.
+    """Reads the normalization layers of a checkpoint: Records by path, and the rest of the checkpoint.
 
     A dictionary does not say what its layers are. Unless told, `read` takes a layer with running statistics for "batch",
     one with scale and bias of the same shape and nothing else for "layer" ("group" and "instance" store no more), and a
-    scale alone, which may be RMS norm or a PReLU, for none.
+    scale alone, which may be RMS norm or a PReLU, for none. A ValueError says what does not fit.
 
     Args:
       entries: the checkpoint: for "linen" `{"params": ..., "batch_stats": ...}`; for "nnx" `nnx.to_pure_dict(state)`; for
         "torch" the flat state_dict; for "keras" `{v.path: v.numpy() for v in model.variables}`; for "haiku" `{"params":
         ..., "state": ...}`; for "equinox" nested dictionaries that end in a layer's attributes, a `StateIndex` replaced
-        by `state.get(index)`. Values are anything `np.array` takes. It is not changed, and no memory is shared with it.
+        by `state.get(index)`. Values are anything `np.array` takes; no memory is shared with them.
       library: its name.
       layers: patterns of paths (`fnmatch`), and what the dictionary does not say of these layers: `kind` (None leaves a
         layer in the rest), epsilon and momentum by the library's names and meaning, `elements` for torch, `averaging`
         for normjax's counted averages ("debiased" or "cumulative"). Later patterns override earlier ones.
-
-    Returns:
-      A dictionary from paths to Records, and the rest of the checkpoint.
-
-    Raises:
-      ValueError: no such library, kind or option; a pattern that no layer has; a layer that lacks a part or has another.
 
     Source: the table of `normjax.interop`, as measured in `tests/test_interop.py`.
 
@@ -46,8 +42,7 @@ def read(entries: Entries, library: str, layers: Options | None = None) -> tuple
     >>> list(write(records, "linen")["batch_stats"]["1"])
     ['mean', 'var']
     """
-    names = numbers_of(library)[:2]
-    layers = layers or {}
+    names, layers = numbers_of(library)[:2], layers or {}
     wanted = libraries.COLLECTIONS.get(library, ())
     if wanted and entries and not set(wanted) & set(entries):
         refuse(f"a {library} checkpoint", f"the collections {listed(entries)}", listed(wanted))
@@ -64,9 +59,8 @@ def read(entries: Entries, library: str, layers: Options | None = None) -> tuple
         if kind is None:
             continue
         where = f"{library} layer {layer!r}"
-        choose(f"{where}: kind", kind, KINDS)
-        strange = [part[1:] for part in parts if part not in values]
-        if strange:
+        one_of(f"{where}: kind", kind, KINDS)
+        if strange := [part[1:] for part in parts if part not in values]:
             refuse(where, f"entries {listed(strange)}", listed(at.split("*/")[1] for at in ADDRESSES[library].values()))
         records[layer] = to_record(where, library, kind, values, said)
         for path in parts.values():
@@ -78,7 +72,9 @@ def read(entries: Entries, library: str, layers: Options | None = None) -> tuple
 def write(
     records: Mapping[str, Record], library: str, layers: Options | None = None, rest: Entries | None = None
 ) -> dict:
-    """The checkpoint of a library with these normalization layers.
+    """The checkpoint of a library with these normalization layers, of new arrays, in the form that `read` takes.
+
+    Equinox loads it by `state.set` and `eqx.tree_at`. A layer that the library cannot hold is a ValueError.
 
     Args:
       records: Records by path, slashes between names; rename layers by renaming keys.
@@ -88,28 +84,20 @@ def write(
         its `averaging`: unless "exponential" (default, as Flax) the counts go along.
       rest: entries in the library's own form to lay beside the layers, such as those that `read` returned.
 
-    Returns:
-      A dictionary in the form that `read` takes, of new arrays. (Equinox loads it by `state.set` and `eqx.tree_at`.)
-
-    Raises:
-      ValueError: no such library or option; a pattern that no layer has; a layer that the library cannot hold; an entry
-        that `rest` has too.
-
     Source: the table of `normjax.interop`.
 
     >>> records, _ = read({"params": {"n": {"scale": np.ones(2), "bias": np.zeros(2)}}}, "linen")
     >>> write(records, "haiku")["params"]["n"]["offset"]
     array([0., 0.])
     """
-    numbers_of(library)
+    numbers_of(library)  # which refuses a library that is not known
     layers = layers or {}
     _check(layers, library, libraries.WRITES.get(library, ()), records)
     flat = dict(_flatten(rest or {}))
     joined = {libraries.joined(path, library) for path in flat}
     for layer, record in records.items():
         where = f"{library} layer {layer!r}"
-        parts = to_parts(where, library, record, _said(layers, layer))
-        for part, value in parts.items():
+        for part, value in to_parts(where, library, record, _said(layers, layer)).items():
             at = ADDRESSES[library][part].replace("*/", f"{layer}/" if layer else "")
             if at in joined:
                 refuse(where, f"the entry {at!r} in the rest too", "one of the two")
@@ -118,14 +106,7 @@ def write(
 
 
 def arguments(record: Record, library: str) -> dict[str, Any]:
-    """Arguments with which the library builds this layer; sizes, axes and groups are yours to add.
-
-    Args:
-      record: what `read` returned.
-      library: whose arguments.
-
-    Raises:
-      ValueError: no such library.
+    """Arguments with which a library builds the layer of a Record; sizes, axes and groups are yours to add.
 
     Source: the table of `normjax.interop`.
 
@@ -181,8 +162,7 @@ def _said(layers: Options, layer: str) -> Said:
 def _check(layers: Options, library: str, accepted: tuple[str, ...], records: Iterable[str]) -> None:
     """Refuses options that mean nothing here, and patterns that fit no normalization layer (or leave it in the rest)."""
     for pattern, options in layers.items():
-        strange = [name for name in options if name not in accepted]
-        if strange:
+        if strange := [name for name in options if name not in accepted]:
             refuse(f"{library} layers {pattern!r}", f"options {listed(strange)}", listed(accepted) or "none")
         if options.get("kind", "") is not None and not fnmatch.filter(records, pattern):
             refuse(f"{library} layers {pattern!r}", "no such normalization layer", listed(records) or "none")
@@ -200,9 +180,6 @@ def _flatten(entries: Entries, above: Path = ()) -> Iterable[tuple[Path, object]
 def _nest(flat: Mapping[Path, object]) -> dict:
     """Nested dictionaries of values by path."""
     out: dict = {}
-    for path, value in flat.items():
-        inner = out
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = value
+    for (*above, last), value in flat.items():
+        functools.reduce(lambda inner, key: inner.setdefault(key, {}), above, out)[last] = value
     return out

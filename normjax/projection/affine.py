@@ -8,40 +8,24 @@ import optax
 from jax import lax
 
 from normjax._expect.arrays import statistics_dtype
-from normjax._parameters import ByPath, arrays_by_path, paths_and_shapes, safe_root
-from normjax.projection._update import (
-    after_update,
-    as_transformation,
-    first_step,
-    is_empty,
-    next_step,
-    no_norms,
-    require_nonzero,
-    update_to_norm,
-    updates_by_path,
-)
-from normjax.projection.hold import ProjectState
+from normjax._leaves import safe_root
+from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
+from normjax.projection import _update
+from normjax.projection._update import ProjectState
 from normjax.selection import Kernels
 
 
 def project_affine(where: object = None) -> optax.GradientTransformationExtraArgs:
-    """Scale and bias of each normalizer return together to their initial joint norm.
+    """Scale and bias of each normalizer return together to their initial joint norm; the state is a ProjectState.
 
     A symmetry only where a positively homogeneous function and another normalizer follow; elsewhere `pull_affine`, or
-    neither. The joint norm of (1, 0) is sqrt(c) for c channels; a published port takes sqrt(2) whatever c is.
+    neither. The joint norm of (1, 0) is sqrt(c) for c channels; a published port takes sqrt(2) whatever c is. A norm that
+    starts at 0 is a ValueError, seen only outside of transformations.
 
     Args:
       where: patterns of paths, such as "encoder/*/scale" or "norm" (all that is below it); a mask: a tree of booleans or
-        a function that gives one; of parameters of any rank. Those called `scale`, and `bias` beside a `scale`, count. By
-        default all of these, but for those of a layer with a kernel: the scale of weight norm is no normalizer's.
-
-    Returns:
-      An optax transformation with a ProjectState: norms by path of the normalizer.
-
-    Raises:
-      TypeError: a mask without booleans, or parameters that are not floating.
-      ValueError: no normalizer is there, a pattern that matches nothing, one that starts at norm 0 (seen only outside of
-        transformations), or no parameters at update.
+        a function that gives one. What is called `scale`, and `bias` beside a `scale`, counts. By default all of these,
+        but for those of a layer with a kernel: the scale of weight norm is no normalizer's.
 
     Source: Lyle et al. 2024.
 
@@ -51,24 +35,19 @@ def project_affine(where: object = None) -> optax.GradientTransformationExtraArg
     caller = "project_affine"
 
     def init(params: optax.Params) -> ProjectState:
-        if is_empty(params):
-            return ProjectState(first_step(), no_norms())
         groups = _normalizers(params, where, caller)
         norms = {module: safe_root(_joint_square(parts.values())) for module, parts in groups.items()}
-        return ProjectState(first_step(), require_nonzero(norms, caller))
+        return ProjectState(_update.first_step(), _update.require_nonzero(norms, caller))
 
-    def update(
-        updates: optax.Updates, state: ProjectState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ProjectState]:
-        scales = [f"{module}/scale".lstrip("/") for module in state.norms]
-        ps, us, back = updates_by_path(updates, params, scales, caller)
+    def change(params: optax.Params, ps: ByPath, us: ByPath, state: ProjectState) -> tuple[ByPath, ProjectState]:
+        _update.require_parameters([f"{module}/scale".lstrip("/") for module in state.norms], ps, caller)
         changed, groups = {}, _normalizers(params, where, caller)
         for module, norm in state.norms.items():
-            squared = _joint_square(after_update(ps[name], us[name]) for name in groups[module])
-            changed |= {name: update_to_norm(ps[name], us[name], squared, norm) for name in groups[module]}
-        return back(changed), ProjectState(next_step(state.step), state.norms)
+            squared = _joint_square(_update.after_update(ps[name], us[name]) for name in groups[module])
+            changed |= {name: _update.update_to_norm(ps[name], us[name], squared, norm) for name in groups[module]}
+        return changed, ProjectState(_update.next_step(state.step), state.norms)
 
-    return as_transformation(init, update)
+    return _update.as_transformation(caller, _update.no_norms, init, change)
 
 
 def pull_affine(strength: float, where: object = None) -> optax.GradientTransformationExtraArgs:
@@ -79,15 +58,8 @@ def pull_affine(strength: float, where: object = None) -> optax.GradientTransfor
     Args:
       strength: of the pull.
       where: patterns of paths, such as "encoder/*/scale" or "norm" (all that is below it); a mask: a tree of booleans or
-        a function that gives one; of parameters of any rank. Those called `scale`, and `bias` beside a `scale`, count. By
-        default all of these, but for those of a layer with a kernel: the scale of weight norm is no normalizer's.
-
-    Returns:
-      An optax transformation with an `optax.EmptyState`.
-
-    Raises:
-      TypeError: a mask without booleans, or parameters that are not floating.
-      ValueError: no normalizer is there, a pattern that matches nothing, or no parameters at update.
+        a function that gives one. What is called `scale`, and `bias` beside a `scale`, counts. By default all of these,
+        but for those of a layer with a kernel: the scale of weight norm is no normalizer's.
 
     Source: Lyle et al. 2024, for normalizers that no other follows.
 
@@ -98,22 +70,19 @@ def pull_affine(strength: float, where: object = None) -> optax.GradientTransfor
     caller = "pull_affine"
 
     def init(params: optax.Params) -> optax.EmptyState:
-        if not is_empty(params):
-            _normalizers(params, where, caller)
+        _normalizers(params, where, caller)
         return optax.EmptyState()
 
-    def update(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        ps, us, back = updates_by_path(updates, params, (), caller)
+    def change(
+        params: optax.Params, ps: ByPath, us: ByPath, state: optax.EmptyState
+    ) -> tuple[ByPath, optax.EmptyState]:
         changed = {}
-        for parts in _normalizers(params, where, caller).values():
-            for name in parts:
-                away = ps[name] - 1 if name.split("/")[-1] == "scale" else ps[name]
-                changed[name] = us[name] + (strength * away).astype(us[name].dtype)
-        return back(changed), state
+        for name in (name for parts in _normalizers(params, where, caller).values() for name in parts):
+            away = ps[name] - 1 if name.split("/")[-1] == "scale" else ps[name]
+            changed[name] = us[name] + (strength * away).astype(us[name].dtype)
+        return changed, state
 
-    return as_transformation(init, update)
+    return _update.as_transformation(caller, optax.EmptyState, init, change)
 
 
 def _joint_square(parts: Iterable[jax.Array]) -> jax.Array:
@@ -135,7 +104,6 @@ def _normalizers(params: object, where: object, caller: str) -> dict[str, ByPath
         if last == "scale" or (last == "bias" and scale in leaves):
             groups.setdefault(module, {})[name] = leaves[name]
     if not groups:
-        raise ValueError(
-            f"{caller}: nothing here is called 'scale', as a normalizer's factor is. {paths_and_shapes(leaves)}"
-        )
+        nothing = "nothing here is called 'scale', as a normalizer's factor is"
+        raise ValueError(f"{caller}: {nothing}. {paths_and_shapes(leaves)}")
     return groups

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,47 +11,19 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax._parameters import ByPath, safe_root
-from normjax.projection._update import (
-    RecordedNorms,
-    Schedule,
-    after_update,
-    as_transformation,
-    first_step,
-    is_empty,
-    next_step,
-    no_norms,
-    require_nonzero,
-    require_output,
-    update_to_norm,
-    updates_by_path,
-    value_at,
-)
+from normjax._leaves import safe_root
+from normjax._paths import ByPath
+from normjax.projection import _update
+from normjax.projection._update import ProjectState, RecordedNorms, Schedule
 from normjax.selection import Kernels
 
 
-class ProjectState(NamedTuple):
-    """The state of the transformations that hold a norm.
-
-    Attributes:
-      step: how many updates were made, an int32 scalar.
-      norms: {path: the norm that weights return to}, float32 or wider; empty where a record gives it.
-
-    Source: Lyle et al. 2024, the initial norms.
-
-    >>> project(Kernels(output=())).init({"kernel": jnp.array([[3.0], [4.0]])})
-    ProjectState(step=Array(0, dtype=int32), norms={'kernel': Array(5., dtype=float32)})
-    """
-
-    step: jax.Array
-    norms: ByPath
-
-
 def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -> optax.GradientTransformationExtraArgs:
-    """Normalize-and-Project: after the optimizer's step, kernels return to the norm rho.
+    """Normalize-and-Project: after the optimizer's step, kernels return to the norm rho; the state is a ProjectState.
 
     Emits rho (p + u) / |p + u| - p; the optimizer's moments stay as they are. Weight decay before it is no more than a
-    factor 1 / (1 - eta lambda) of the learning rate. A norm of 0, or not finite, lets the update pass.
+    factor 1 / (1 - eta lambda) of the learning rate. A norm of 0, or not finite, lets the update pass; one that starts at
+    0 is a ValueError (seen only outside of transformations; inside it is left free).
 
     Args:
       kernels: which. No official code was published, and ports disagree on the output layer: `Kernels(output="Dense_2")`
@@ -60,16 +31,6 @@ def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -
       rho: "initial", each norm as it is when the state is made; "rms" or "mean" of a kernel's initial norms, for all its
         features; or a number. [units w]
       every: only each so many steps; the others pass.
-
-    Returns:
-      An optax transformation with a ProjectState.
-
-    Raises:
-      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
-      TypeError: no `Kernels`, a mask without booleans, or weights that are not floating.
-      ValueError: an output layer that is not named, a pattern that matches nothing, an unknown rho, an `every` below 1,
-        weights that start at norm 0 (seen only outside of transformations; inside they are left free), or no parameters
-        at update.
 
     Source: Lyle et al. 2024 (Normalize-and-Project). The whole kernel is layer norm's symmetry, each feature batch norm's.
 
@@ -84,7 +45,7 @@ def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -
 
 
 def bounded_norm(kernels: Kernels, *, rho: str | float = "rms") -> optax.GradientTransformationExtraArgs:
-    """Bounded weight norm: all output features of a kernel have one norm, which is kept.
+    """Bounded weight norm: all output features of a kernel have one norm, which is kept; the state is a ProjectState.
 
     It is `project` with the field "... i" and one rho. The first step moves weights that do not start there. The published
     code has three forms: rho = |V_0| / sqrt(o), the paper's, is "rms"; a later module takes the "mean" of the features'
@@ -94,16 +55,6 @@ def bounded_norm(kernels: Kernels, *, rho: str | float = "rms") -> optax.Gradien
       kernels: which; `Kernels(output="Dense_2")` leaves the output layer free, `Kernels(output=())` takes it too. Their
         field is "... i" here, whatever it was.
       rho: "rms" or "mean" of a kernel's initial norms, for all its features; "initial", each feature's own; or a number.
-        [units w]
-
-    Returns:
-      An optax transformation with a ProjectState.
-
-    Raises:
-      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
-      TypeError: no `Kernels`, a mask without booleans, or weights that are not floating.
-      ValueError: an output layer that is not named, a pattern that matches nothing, an unknown rho, weights that start at
-        norm 0, or no parameters at update.
 
     Source: Hoffer et al. 2018, bounded weight normalization.
 
@@ -113,7 +64,7 @@ def bounded_norm(kernels: Kernels, *, rho: str | float = "rms") -> optax.Gradien
     >>> optax.apply_updates(params, updates)["kernel"].tolist()      # 5 = sqrt((1 + 49) / 2)
     [[5.0, 0.0], [0.0, 5.0]]
     """
-    require_output(kernels, "bounded_norm")
+    _update.require_output(kernels, "bounded_norm")
     return _project(dataclasses.replace(kernels, field="... i"), rho, 1, "bounded_norm")
 
 
@@ -123,7 +74,7 @@ def norm_schedule(
     """A schedule of the norm in place of one of the learning rate: a norm times c is a learning rate over c ** 2.
 
     Update number t = 0, 1, ... leaves the norm schedule(t + 1) * N, on which update t + 1 acts; N is the initial norm, or
-    the recorded one of t + 1.
+    the recorded one of t + 1. The state is a ProjectState.
 
     Args:
       schedule: factor of the norm; 10 ** (epoch // 20 / 2) is a learning rate over 10 every 20 epochs.
@@ -131,15 +82,6 @@ def norm_schedule(
       recorded: norms by path, as `norms` gives them, of these kernels and perhaps of others; or stacked along a first axis
         of time, as `lax.scan` does: record k is of before update k * record_every, and the last one stays. [units w]
       record_every: updates from one record to the next.
-
-    Returns:
-      An optax transformation with a ProjectState.
-
-    Raises:
-      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
-      TypeError: no `Kernels`, a mask without booleans, or weights that are not floating.
-      ValueError: an output layer that is not named, a pattern that matches nothing, weights that start at norm 0, a kernel
-        without a record, a record of another shape, or no parameters at update.
 
     Source: Hoffer et al. 2018; their code rescales to the record of a run with weight decay.
 
@@ -163,10 +105,12 @@ def _project(
     record: RecordedNorms | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind all three: kernels return to a target, to a record, or to a schedule times either."""
-    number = _number(rho, caller)
+    number = float(rho) if isinstance(rho, int | float | np.floating) and not isinstance(rho, bool) else None
+    if rho not in ("initial", "rms", "mean") and (number is None or not 0 < number < math.inf):
+        raise ValueError(f"{caller}: rho is 'initial', 'rms', 'mean' or a number above 0; found {rho!r}")
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"{caller}: every is an integer of at least 1; found {every!r}")
-    require_output(kernels, caller)
+    _update.require_output(kernels, caller)
 
     def target(norm: jax.Array) -> jax.Array:
         if number is not None:
@@ -174,38 +118,26 @@ def _project(
         return norm if rho == "initial" else jnp.mean(norm) if rho == "mean" else safe_root(jnp.mean(lax.square(norm)))
 
     def init(params: optax.Params) -> ProjectState:
-        if is_empty(params):
-            return ProjectState(first_step(), no_norms())
         chosen = kernels.select(params, caller)
         if record is not None:
             for name, w in chosen.items():
                 record.at(0, name, kernels, w, caller)  # what does not fit is refused here already
-            return ProjectState(first_step(), {})
+            return ProjectState(_update.first_step(), {})
         targets = {name: target(kernels.norm(w)) for name, w in chosen.items()}
-        return ProjectState(first_step(), require_nonzero(targets, caller))
+        return ProjectState(_update.first_step(), _update.require_nonzero(targets, caller))
 
-    def update(
-        updates: optax.Updates, state: ProjectState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ProjectState]:
-        ps, us, back = updates_by_path(updates, params, state.norms, caller)
-        step, changed = next_step(state.step), {}
+    def change(params: optax.Params, ps: ByPath, us: ByPath, state: ProjectState) -> tuple[ByPath, ProjectState]:
+        _update.require_parameters(state.norms, ps, caller)
+        step, changed = _update.next_step(state.step), {}
         for name in state.norms or kernels.select(params, caller):
             p, u = ps[name], us[name]
-            squared = kernels.squared_norm(after_update(p, u))
+            squared = kernels.squared_norm(_update.after_update(p, u))
             norm = record.at(step, name, kernels, p, caller) if record else state.norms[name]
             norm = kernels.align_norm(norm, p).astype(squared.dtype)
             if schedule is not None:
-                norm = norm * value_at(schedule, step, squared.dtype)
-            new = update_to_norm(p, u, squared, norm)
+                norm = norm * _update.value_at(schedule, step, squared.dtype)
+            new = _update.update_to_norm(p, u, squared, norm)
             changed[name] = new if every == 1 else jnp.where(step % every == 0, new, u)
-        return back(changed), ProjectState(step, state.norms)
+        return changed, ProjectState(step, state.norms)
 
-    return as_transformation(init, update)
-
-
-def _number(rho: str | float, caller: str) -> float | None:
-    """The number that rho is, None for a word; ValueError for anything else."""
-    number = float(rho) if isinstance(rho, int | float | np.floating) and not isinstance(rho, bool) else None
-    if rho not in ("initial", "rms", "mean") and (number is None or not 0 < number < math.inf):
-        raise ValueError(f"{caller}: rho is 'initial', 'rms', 'mean' or a number above 0; found {rho!r}")
-    return number
+    return _update.as_transformation(caller, _update.no_norms, init, change)

@@ -10,19 +10,9 @@ from jax.typing import ArrayLike
 from normjax import diagnostics
 from normjax._expect.arrays import statistics_dtype
 from normjax._leaves import one_of
-from normjax._parameters import ByPath
-from normjax.projection._update import (
-    NORM_POWERS,
-    RecordedNorms,
-    Schedule,
-    as_transformation,
-    first_step,
-    is_empty,
-    next_step,
-    require_output,
-    updates_by_path,
-    value_at,
-)
+from normjax._paths import ByPath
+from normjax.projection import _update
+from normjax.projection._update import NORM_POWERS, RecordedNorms, Schedule
 from normjax.selection import Kernels
 
 
@@ -56,15 +46,6 @@ def scale_by_weight_norm(
       rule: "sgd", as above, or "sign" for steps that do not scale with the gradient: the first power.
       record_every: updates from one record to the next; the paper records epochs.
 
-    Returns:
-      An optax transformation with an `optax.ScaleByScheduleState`.
-
-    Raises:
-      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
-      TypeError: no `Kernels`, a mask without booleans, or weights that are not floating.
-      ValueError: an output layer that is not named, a pattern that matches nothing, a kernel without a record, a record of
-        another shape, an unknown correction or rule, numbers that the factor lacks, or no parameters at update.
-
     Source: Hoffer et al. 2018. Their code puts 0 for NaN; here for an infinite factor too.
 
     >>> params = {"kernel": jnp.array([[3.0], [4.0]])}
@@ -75,21 +56,22 @@ def scale_by_weight_norm(
     caller, record = "scale_by_weight_norm", RecordedNorms(recorded, record_every)
     one_of("correction", correction, ("exact", "paper"))
     one_of("rule", rule, tuple(NORM_POWERS))
-    require_output(kernels, caller)
+    _update.require_output(kernels, caller)
     exact = correction == "exact"
     if exact and (learning_rate is None or weight_decay is None):
         raise ValueError(f"{caller}: correction='exact' needs learning_rate and weight_decay; 'paper' goes without")
 
-    def init(params: optax.Params) -> optax.ScaleByScheduleState:
-        if not is_empty(params):
-            for name, w in kernels.select(params, caller).items():
-                record.at(0, name, kernels, w, caller)
-        return optax.ScaleByScheduleState(first_step())
+    def start() -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(_update.first_step())
 
-    def update(
-        updates: optax.Updates, state: optax.ScaleByScheduleState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
-        ps, us, back = updates_by_path(updates, params, (), caller)
+    def init(params: optax.Params) -> optax.ScaleByScheduleState:
+        for name, w in kernels.select(params, caller).items():
+            record.at(0, name, kernels, w, caller)
+        return start()
+
+    def change(
+        params: optax.Params, ps: ByPath, us: ByPath, state: optax.ScaleByScheduleState
+    ) -> tuple[ByPath, optax.ScaleByScheduleState]:
         count, changed = jnp.asarray(state.count), {}
         for name in kernels.select(params, caller):
             p, u = ps[name], us[name]
@@ -97,13 +79,13 @@ def scale_by_weight_norm(
             past = record.at(count, name, kernels, p, caller).astype(norm.dtype)
             ratio = (norm / jnp.where(past > 0, past, 1)) ** NORM_POWERS[rule]
             if exact and weight_decay is not None:
-                ratio = ratio / (1 - value_at(learning_rate, count, norm.dtype) * weight_decay)
+                ratio = ratio / (1 - _update.value_at(learning_rate, count, norm.dtype) * weight_decay)
             ratio = kernels.align_norm(jnp.where((past > 0) & jnp.isfinite(ratio), ratio, 0), p)
             work = statistics_dtype(u.dtype)
             changed[name] = (ratio.astype(work) * u.astype(work)).astype(u.dtype)
-        return back(changed), optax.ScaleByScheduleState(next_step(count))
+        return changed, optax.ScaleByScheduleState(_update.next_step(count))
 
-    return as_transformation(init, update)
+    return _update.as_transformation(caller, start, init, change)
 
 
 def effective_learning_rates(
@@ -116,23 +98,15 @@ def effective_learning_rates(
 ) -> ByPath:
     """The learning rate that turns each kernel as far when its norm is `reference`: eta (reference / |w|) ** 2, by path.
 
+    The rates have the shapes that `norms` gives: scalars for the field "... i o", `[o]` for "... i"; infinite at norm 0.
     The formula is `normjax.diagnostics.effective_learning_rate`, here of the norm of each kernel of a model.
 
     Args:
       params: a pytree: linen's parameters, an `nnx.State`, an nnx module. [units w]
       learning_rate: eta.
       kernels: which, and what one norm is taken over; by default all that are called `kernel`, each as a whole.
-      rule: "sgd" for steps that scale with the gradient, momentum included; "sign" for those that do not (sign, Adam): the
-        first power.
+      rule: "sgd" for steps that scale with the gradient, momentum included; "sign" for those that do not (sign, Adam).
       reference: one norm for all, or norms by path, such as the initial ones. [units w]
-
-    Returns:
-      {path: rate}, of the shapes that `norms` gives: scalars for the field "... i o", `[o]` for "... i"; infinite at norm 0.
-
-    Raises:
-      FieldError: the layout of `kernels` does not fit a parameter that a mask takes.
-      TypeError: a mask without booleans, or weights that are not floating.
-      ValueError: a pattern that matches nothing, an unknown rule, or a kernel that the reference lacks.
 
     Source: Lyle et al. 2024, section on effective learning rates; Hoffer et al. 2018, section 3.
 
@@ -163,9 +137,6 @@ def equilibrium_norm(
       weight_decay: lambda.
       grad_square: G, the mean squared norm of the gradient at norm 1; it is G / |w| ** 2 at norm |w|.
       first_order: eta G / (2 lambda), the form that is usually quoted, to the first order of eta lambda.
-
-    Returns:
-      The norm of what G is the gradient of. [units w]
 
     Source: from the recursion of Hoffer et al. 2018.
 

@@ -13,7 +13,7 @@ from jax.scipy.special import erfc
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import require_float, statistics_dtype
-from normjax._leaves import one_of
+from normjax._leaves import one_of, safe_root
 from normjax._normalize.evaluate import affine
 
 
@@ -148,8 +148,7 @@ def standard_deviation(var: ArrayLike) -> jax.Array:
     >>> jax.grad(standard_deviation)(0.0)
     Array(0., dtype=float32, weak_type=True)
     """
-    var = jnp.asarray(var)
-    return jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1)), 0)
+    return safe_root(jnp.asarray(var))
 
 
 def _rectify(mean: jax.Array, var: jax.Array) -> Belief:

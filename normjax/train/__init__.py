@@ -1,7 +1,7 @@
 """Training steps with optax: the task's loss plus the L1 penalties of the layers, running statistics carried along.
 
-A step is a pure function `step(state, batch, key) -> (state, metrics)` that knows no particular model. What the model is
-asked and what is learned from its answer is the user's `loss`:
+A step is a pure function `step(state, batch, key) -> (state, metrics)` that knows no particular model. What the model
+is asked and what is learned from its answer is the user's `loss`:
 
     def loss(call, batch, train):                       # returns the loss of a batch and a dictionary of metrics
         logits = call(batch["image"], train=train)      # linen: the model's apply; nnx: the model itself
@@ -20,42 +20,19 @@ statistics too, because XLA sums over the devices what one device sums over the 
     step = jax.jit(linen_step(model, loss, tx, mesh=mesh), donate_argnums=0)
     state, metrics = step(state, shard(batch, mesh))    # one device's numbers, but for rounding
 
-Inside `jax.shard_map` a device sees its own examples alone. There fields name the mapped axis (`"@data n ..."`), and both
-the loss and the gradient are averaged over it, the gradient before anything else in `tx`:
-
-    def loss(call, batch, train):
-        ...
-        return lax.pmean(cross_entropy, "data"), {"accuracy": lax.pmean(accuracy, "data")}
-
-    tx = optax.chain(optax.stateless(lambda grads, params: lax.pmean(grads, "data")), tx)
-
-One of the two is not enough. Under `check_vma=True`, the default, JAX itself sums the gradients of replicated
-parameters: of N local losses, which averaging afterwards leaves N times too large. Under `check_vma=False` it does not,
-and the gradient of the averaged loss is each device's own. With both averages, either setting is right.
-
-`step.py` holds what both libraries share and knows no Flax; `linen.py` and `nnx.py` run the models; `mesh.py` says where
-states and batches lie, `metadata.py` what Flax says about it.
+Inside `jax.shard_map` a device sees its own examples alone. There fields name the mapped axis (`"@data n ..."`), and
+both the loss (`lax.pmean(loss, "data")`) and the gradient are averaged over it, the gradient before all else in `tx`:
+`optax.chain(optax.stateless(lambda grads, params: lax.pmean(grads, "data")), tx)`. One of the two is not enough. Under
+`check_vma=True`, the default, JAX itself sums the gradients of replicated parameters: of N local losses, which
+averaging afterwards leaves N times too large. Under `check_vma=False` it does not, and the gradient of the averaged
+loss is each device's own. With both averages, either setting is right.
 """
 
+from normjax.train._step import STATISTICS, State, Step, epoch
 from normjax.train.linen import linen_eval, linen_init, linen_recalibrate, linen_step
 from normjax.train.mesh import place, shard, shardings
 from normjax.train.nnx import nnx_eval, nnx_init, nnx_recalibrate, nnx_step
-from normjax.train.step import STATISTICS, State, Step, epoch
 
-__all__ = [
-    "STATISTICS",
-    "State",
-    "Step",
-    "epoch",
-    "linen_eval",
-    "linen_init",
-    "linen_recalibrate",
-    "linen_step",
-    "nnx_eval",
-    "nnx_init",
-    "nnx_recalibrate",
-    "nnx_step",
-    "place",
-    "shard",
-    "shardings",
-]
+__all__ = ["STATISTICS", "State", "Step", "epoch", "place", "shard", "shardings"]
+__all__ += ["linen_eval", "linen_init", "linen_recalibrate", "linen_step"]
+__all__ += ["nnx_eval", "nnx_init", "nnx_recalibrate", "nnx_step"]

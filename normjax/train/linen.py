@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax
 import optax
@@ -15,40 +15,28 @@ from jax.typing import ArrayLike
 from normjax._paths import PyTree
 from normjax.penalty import total_penalty
 from normjax.running import merge_trees, recalibrated
-from normjax.train import step
+from normjax.train import _step
+from normjax.train._metadata import bare
+from normjax.train._step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
-from normjax.train.metadata import bare
-from normjax.train.step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
 
-_SOWN = ("losses", "moments", "intermediates")
-
-Source: TypeAlias = Literal["asked", "batch", "stored"]
-"""What layers normalize with: what the model asks of each, or, whatever it asks, the batch's statistics or stored ones."""
-Call: TypeAlias = Callable[..., PyTree]
-"""The model as a function, `call(*args, **kwargs)`, with its variables looked after."""
+Call: TypeAlias = Callable[..., PyTree]  # the model as a function, with its variables looked after
 
 
 def linen_init(
     model: nn.Module, tx: optax.GradientTransformation, key: jax.Array, *inputs: PyTree, **kwargs: PyTree
 ) -> State:
-    """Initializes a linen model and its optimizer.
+    """The first State of a linen model, called with these inputs, and of the optax transformation `tx`.
 
-    Args:
-      model: a linen module.
-      tx: an optax transformation.
-      key: a PRNG key, for parameters and dropout.
-      *inputs: passed to the model.
-      **kwargs: passed to the model.
-
-    Returns:
-      The first State.
+    `key` is a PRNG key, for parameters and dropout.
 
     >>> linen_init(nn.Dense(2), optax.sgd(0.1), jax.random.key(0), jnp.ones((1, 3))).params["kernel"].shape
     (3, 2)
     """
-    variables = dict(model.init({"params": key, "dropout": jax.random.fold_in(key, 1)}, *inputs, **kwargs))
-    params = variables.pop("params", {})
-    return step.start_state(params, {name: value for name, value in variables.items() if name not in _SOWN}, tx)
+    variables = model.init({"params": key, "dropout": jax.random.fold_in(key, 1)}, *inputs, **kwargs)
+    sown = ("losses", "moments", "intermediates")
+    stats = {name: value for name, value in variables.items() if name not in ("params", *sown)}
+    return _step.start_state(variables.get("params", {}), stats, tx)
 
 
 def linen_step(
@@ -63,33 +51,26 @@ def linen_step(
     axis: Axis = "data",
     specs: PyTree = None,
 ) -> Step:
-    """Makes the training step of a linen model.
+    """Makes the training step of a linen model, `step(state, batch, key=None) -> (state, metrics)`.
+
+    The metrics are "loss" (of the task), "penalty", and the user's.
 
     Args:
       model: a linen module.
       loss: `loss(call, batch, train)`; `call` is `model.apply` with the variables bound, running statistics and sown
         penalties looked after, and `rngs={"dropout": key}` unless the caller gives others.
       tx: an optax transformation.
-      micro_batches: the batch is split into so many equal parts, whose gradients and metrics are averaged: part k of p
-        takes the examples k, k + p, k + 2 p, ..., so that every device has its share of it. Each part is normalized by
-        itself; what is stored are the statistics of all parts together, merged exactly where the row
-        allows it (order 2, A = B or None, no windows), else averaged. Layers that are lifted (`nn.scan`,
-        `nn.vmap`) merge if the collection `moments` is lifted with them; statistics of recurrent cells are averaged.
+      micro_batches: equal parts of the batch, whose gradients and metrics are averaged: part k of p takes the examples k,
+        k + p, k + 2 p, ..., so that every device has its share. Each is normalized by itself; their statistics are stored
+        merged, exactly where the row allows it (order 2, A = B or None, no windows), else averaged. Lifted layers
+        (`nn.scan`, `nn.vmap`) merge if `moments` is lifted with them; statistics of recurrent cells are averaged.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
-      penalty_weights: factors of the layers' penalties by path component, see `total_penalty`.
-      mesh: the devices to spread each batch over, with the state placed there by `place`. Axes of either type, Auto or
-        Explicit: how what is inside the step lies on the devices is left to XLA. A model that states its own shardings
-        in types does without `mesh`, since the step follows types.
+      penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`.
+      mesh: the devices to spread each batch over, with the state placed there by `place`. Axes Auto or Explicit: how
+        what is inside lies is left to XLA. A model that states its shardings in types does without `mesh`.
       axis: the axis of the mesh, or several, that the examples are spread over; all devices along the others see them.
       specs: those given to `place`, so that the state stays where it is: XLA might move it, and compile again.
-
-    Returns:
-      `step(state, batch, key=None) -> (state, metrics)`. metrics: "loss" (of the task), "penalty", and the user's.
-
-    Raises:
-      ValueError: an unknown way with statistics; a batch that does not divide into micro-batches, or these over the
-        devices; an axis that the mesh lacks; metrics that are called loss or penalty.
 
     >>> def loss(call, batch, train):
     ...     return jnp.mean((call(batch["x"]) - batch["y"]) ** 2), {}
@@ -101,32 +82,25 @@ def linen_step(
     >>> state.params["kernel"].item(), metrics["loss"].item()
     (2.0, 4.0)
     """
-    source: Source = "stored" if statistics == "frozen" else "asked"
-    trained = _LinenModel(model, loss, source, penalty_weights=penalty_weights)
-    return step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
+    trained = _LinenModel(model, loss, True if statistics == "frozen" else None, True, penalty_weights)
+    return _step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
 
 
 def linen_eval(model: nn.Module, loss: Loss[Call], *, mesh: Mesh | None = None, axis: Axis = "data") -> Evaluation:
     """Makes the evaluation `evaluate(state, batch) -> metrics` of a linen model, "loss" among them.
 
-    Args:
-      model: a linen module.
-      loss: `loss(call, batch, train)`, called with train=False; `call` is `model.apply` with the variables bound.
-      mesh: the devices to spread a batch over; one that does not divide is evaluated by each.
-      axis: the axis of the mesh, or several, that the examples are spread over.
-
-    Raises:
-      ValueError: an axis that the mesh lacks.
+    `loss(call, batch, train)` is called with train=False; `call` is `model.apply` with the variables bound. The batch is
+    spread over `axis` of the mesh; one that does not divide is evaluated by each device.
 
     >>> evaluate = linen_eval(nn.Dense(1), lambda call, batch, train: (jnp.sum(call(batch)), {"train": train}))
     >>> evaluate(linen_init(nn.Dense(1), optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 3))), jnp.zeros((2, 3)))
     {'loss': Array(0., dtype=float32), 'train': False}
     """
 
-    def run(state: State, batch: Batch) -> tuple[ArrayLike, step.Metrics]:
+    def run(state: State, batch: Batch) -> tuple[ArrayLike, _step.Metrics]:
         return loss(functools.partial(model.apply, {"params": state.params, **state.stats}), batch, False)
 
-    return step.make_evaluation(run, BatchSharding(mesh, axis))
+    return _step.make_evaluation(run, BatchSharding(mesh, axis))
 
 
 def linen_recalibrate(
@@ -134,22 +108,12 @@ def linen_recalibrate(
 ) -> Recalibration:
     """Makes `recalibrate(state, data, order) -> state`: the running statistics of the parameters as they are now.
 
-    An average over the steps of training mixes the statistics of many earlier parameters. This one evaluates the model
-    (`train` is False: no dropout) on every batch, except that each layer normalizes with the batch's own statistics, and
-    stores those of all batches together: exact where the row merges (order 2, A = B or None, no windows), else their mean.
-
-    Args:
-      model: a linen module.
-      loss: `loss(call, batch, train)`, called with train=False; only what the layers see matters.
-      mesh: the devices to spread each batch over.
-      axis: the axis of the mesh, or several, that the examples are spread over.
-
-    Returns:
-      A function of the state, data and order, which are those of `epoch`. Statistics of elements that no batch has
-      seen, and everything else of the state, stay.
-
-    Raises:
-      ValueError: a layer with running statistics saw no batch: it is not one of normjax's.
+    An average over training mixes the statistics of many earlier parameters. This one evaluates the model on every batch
+    (`loss(call, batch, False)`: no dropout; only what the layers see matters), except that each layer normalizes with the
+    batch's own statistics, and stores those of all batches together: exact where the row merges (order 2, A = B or None,
+    no windows), else their mean. Data and order are those of `epoch`, the batches spread over `axis` of the mesh;
+    statistics of elements that no batch has seen, and all else, stay. A layer with running statistics that saw no batch,
+    since it is not one of normjax's, is a ValueError.
 
     Source: Wu & Johnson 2021, section 3 ("precise" batch norm statistics).
 
@@ -161,50 +125,7 @@ def linen_recalibrate(
     >>> state.stats["batch_stats"]["mean"], state.stats["batch_stats"]["var"]
     (Array([4.], dtype=float32), Array([5.], dtype=float32))
     """
-    return step.make_recalibration(_LinenModel(model, loss, "batch", train=False), BatchSharding(mesh, axis))
-
-
-@dataclass(eq=False)
-class Collections:
-    """The variables of a linen model during one forward pass, which may call it several times.
-
-    Attributes:
-      model, params: the module and its parameters.
-      stats, losses, moments: the collections beside them, as the last call left them; the penalties that the layers have
-        sown; what they saw of the batch.
-      key: for dropout.
-      source: what the layers normalize with.
-
-    >>> from normjax.linen import Norm
-    >>> norm, x = Norm("batch", use_running_average=False, momentum=0.5), jnp.array([[1.0], [3.0]])
-    >>> variables = norm.init(jax.random.key(0), x)
-    >>> held = Collections(norm, variables["params"], {"batch_stats": variables["batch_stats"]})
-    >>> held.call(x).ravel().round(3), held.stats["batch_stats"]["mean"]
-    (Array([-1.,  1.], dtype=float32), Array([1.], dtype=float32))
-    """
-
-    model: nn.Module
-    params: PyTree
-    stats: Mapping[str, PyTree]
-    key: jax.Array | None = None
-    source: Source = "asked"
-    losses: Mapping[str, PyTree] = field(default_factory=dict, init=False)
-    moments: Mapping[str, PyTree] = field(default_factory=dict, init=False)
-
-    def call(self, *args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
-        """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""
-        if self.key is not None:
-            kwargs.setdefault("rngs", {"dropout": self.key})
-        asked = [mutable] if isinstance(mutable, str) else mutable
-        variables = {"params": self.params, **self.stats, "losses": self.losses, "moments": self.moments}
-        with _normalizing_with(self.source):
-            output, changed = self.model.apply(
-                variables, *args, mutable=[*self.stats, "losses", "moments", *asked], **kwargs
-            )
-        changed = dict(changed)
-        self.losses, self.moments = changed.pop("losses", {}), changed.pop("moments", {})
-        self.stats = {name: changed.pop(name, value) for name, value in self.stats.items()}
-        return (output, changed) if asked else output
+    return _step.make_recalibration(_LinenModel(model, loss, stored=False, train=False), BatchSharding(mesh, axis))
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,54 +134,50 @@ class _LinenModel:
 
     model: nn.Module
     loss: Loss[Call]
-    source: Source
+    stored: bool | None  # whether layers normalize with stored statistics or the batch's; None: as the model asks
     train: bool = True
     penalty_weights: Mapping[str, ArrayLike] | None = None
 
     def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
-        """One forward pass."""
-        held = Collections(self.model, params, stats, key, self.source)
-        value, metrics = self.loss(held.call, batch, self.train)
-        penalty = total_penalty(held.losses, self.penalty_weights)
-        return Pass(value, metrics, penalty, held.stats, held.moments)
+        variables = {"params": params, **stats, "losses": {}, "moments": {}}  # the last two as the last call left them
+
+        def call(*args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
+            """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""
+            if key is not None:
+                kwargs.setdefault("rngs", {"dropout": key})
+            asked = [mutable] if isinstance(mutable, str) else mutable
+            how, names = self.stored, (*stats, "losses", "moments")
+            with contextlib.nullcontext() if how is None else nn.intercept_methods(functools.partial(_override, how)):
+                output, changed = self.model.apply(variables, *args, mutable=[*names, *asked], **kwargs)
+            changed = {"losses": {}, "moments": {}, **changed}
+            variables.update({name: changed.pop(name) for name in names if name in changed})
+            return (output, changed) if asked else output
+
+        value, metrics = self.loss(call, batch, self.train)
+        penalty = total_penalty(variables["losses"], self.penalty_weights)
+        return Pass(value, metrics, penalty, {name: variables[name] for name in stats}, variables["moments"])
 
     def keep(self, before: PyTree, after: PyTree) -> PyTree:
-        """The collections afterwards, but running statistics from before."""
-        return {**after, **{name: value for name, value in before.items() if name == "batch_stats"}}
+        return {**after, "batch_stats": before["batch_stats"]} if "batch_stats" in before else after
 
     def merge(self, before: PyTree, after: PyTree, seen: PyTree) -> PyTree:
-        """The collections after micro-batches, running statistics merged."""
         if "batch_stats" not in before:
             return after
         old, new = (bare(stats["batch_stats"]) for stats in (before, after))
         return {**after, "batch_stats": nn.meta.replace_boxed(before["batch_stats"], merge_trees(old, new, seen))}
 
     def recalibrate(self, stats: PyTree, seen: PyTree) -> PyTree:
-        """The collections with the running statistics of all that was seen."""
         stored = stats.get("batch_stats", {})
         pure = recalibrated(bare(stored), seen)
         return {**stats, "batch_stats": nn.meta.replace_boxed(stored, pure)} if stored else stats
 
 
-@contextlib.contextmanager
-def _normalizing_with(source: Source) -> Iterator[None]:
-    """Makes every layer that can normalize with stored statistics do so, or not, whatever the model asks of it."""
-    if source == "asked":
-        yield
-        return
-
-    def intercept(
-        call: Call, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], context: nn.module.InterceptorContext
-    ) -> PyTree:
-        module = context.module
-        if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
-            return call(*args, **kwargs)
-        if module.use_running_average is not None:
-            # The layer is bound afresh at every apply.
-            object.__setattr__(module, "use_running_average", source == "stored")
-            return call(*args, **kwargs)
-        kwargs.pop("use_running_average", None)
-        return call(*args[:1], use_running_average=source == "stored", **kwargs)
-
-    with nn.intercept_methods(intercept):
-        yield
+def _override(stored: bool, call: Call, args: PyTree, kwargs: PyTree, context: nn.module.InterceptorContext) -> PyTree:
+    """Makes a layer that can normalize with stored statistics do so, or not, whatever the model asks of it."""
+    module = context.module
+    if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
+        return call(*args, **kwargs)
+    if module.use_running_average is None:
+        return call(*args[:1], **{**kwargs, "use_running_average": stored})
+    object.__setattr__(module, "use_running_average", stored)  # the layer is bound afresh at every apply
+    return call(*args, **kwargs)

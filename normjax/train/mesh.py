@@ -1,8 +1,4 @@
-"""Where a training state and its batches lie on the devices of a mesh.
-
-`place` puts a state, `shard` a batch; `BatchSharding` is what a step knows of the mesh. Everything is done with the
-shardings of global arrays: the compiler sends what has to be sent, and a statistic over the examples is one over all.
-"""
+"""Where a training state and its batches lie on a mesh: the shardings of global arrays, and XLA sends what must be sent."""
 
 import functools
 import math
@@ -18,9 +14,11 @@ from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from normjax._paths import PyTree, path_parts
-from normjax.train.metadata import annotated_spec, is_boxed, unboxed
+from normjax.train._metadata import annotated_spec, is_boxed, unboxed
 
 Axis = str | tuple[str, ...]
+Names = tuple[str, ...]
+Shape = tuple[int, ...]
 Tree = TypeVar("Tree")
 Function = TypeVar("Function", bound=Callable[..., PyTree])
 
@@ -28,16 +26,9 @@ Function = TypeVar("Function", bound=Callable[..., PyTree])
 def place(tree: Tree, mesh: Mesh, specs: PyTree = None) -> Tree:
     """Puts a State, or any pytree, on the devices of a mesh: copies, so that a step may take them as donated.
 
-    Args:
-      tree: a `normjax.train.State` with values that all processes have alike, of a fresh start or of a checkpoint.
-      mesh: the devices.
-      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them, as `shardings` takes them.
-
-    Returns:
-      The same with arrays on all devices of the mesh.
-
-    Raises:
-      ValueError: an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
+    `tree` holds values that all processes have alike, of a fresh start or of a checkpoint; `specs` are PartitionSpecs of
+    the parameters, under their paths or under a beginning of them, as `shardings` takes them. A ValueError names an axis
+    that the mesh lacks, an array that does not divide, or specs without a parameter.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> place({"w": jnp.ones(3)}, mesh)["w"].sharding.spec
@@ -60,21 +51,10 @@ def _put(a: ArrayLike, sharding: NamedSharding) -> jax.Array:
 
 
 def shard(batch: Tree, mesh: Mesh, axis: Axis = "data") -> Tree:
-    """Spreads the examples of a batch, or of a data set, over an axis of a mesh.
+    """Spreads the examples of a batch, or of a data set, over an axis of a mesh, or several.
 
-    With several processes each gives the examples of its own devices, in their order along the axis; the result is all
-    of them, as one array.
-
-    Args:
-      batch: a pytree of arrays with the examples along their first axis.
-      mesh: the devices.
-      axis: the axis of the mesh, or several.
-
-    Returns:
-      The same with arrays whose first axis lies along the axis of the mesh.
-
-    Raises:
-      ValueError: the examples do not divide over the devices, or the mesh lacks the axis.
+    The examples lie along the first axis of the arrays of a pytree, and divide over the devices. With several processes
+    each gives the examples of its own devices, in their order along the axis; the result is all of them, as one array.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> shard(jnp.ones((4, 3)), mesh).sharding.spec
@@ -95,23 +75,18 @@ def shard(batch: Tree, mesh: Mesh, axis: Axis = "data") -> Tree:
 
 
 def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> PyTree:
-    """Where each array of a State lies: for `place`, and for `jax.jit(init, out_shardings=...)`.
+    """Where each array of a State lies: NamedShardings for `place`, and for `jax.jit(init, out_shardings=...)`.
 
-    A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else it
-    is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if the
-    shapes agree. Running statistics are small and replicated.
+    A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else
+    it is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if
+    the shapes agree. Running statistics are small and replicated. A ValueError names an axis that the mesh lacks, an
+    array that does not divide, or specs without a parameter.
 
     Args:
-      tree: a State of arrays or of `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
+      tree: a State of arrays or `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
       mesh: the devices.
-      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them: `{"Dense_0": {"kernel":
-        P(None, "model")}}`, `{"Dense_0": P("model")}` or `P("model")`.
-
-    Returns:
-      A pytree of NamedShardings like `tree`.
-
-    Raises:
-      ValueError: an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
+      specs: PartitionSpecs of the parameters, under their paths or under a beginning of them: `P("model")`,
+        `{"Dense_0": P("model")}` or `{"Dense_0": {"kernel": P(None, "model")}}`.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> from normjax.train import State
@@ -128,17 +103,14 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
         names, shape = path_parts(path), jnp.shape(unboxed(leaf))
         tails = (known.get(names[k:]) for k in range(1, len(names)) if names[0] in ("params", "opt_state"))
         spec = next((spec for found, spec in filter(None, tails) if found == shape), None)
-        if spec is None:
-            spec = annotated_spec(leaf)
+        spec = annotated_spec(leaf) if spec is None else spec
         _check_spec(spec, shape, mesh, ".".join(names))
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_boxed)
 
 
-def _specified(
-    given: dict[tuple[str, ...], PartitionSpec], params: PyTree
-) -> dict[tuple[str, ...], tuple[tuple[int, ...], PartitionSpec]]:
+def _specified(given: dict[Names, PartitionSpec], params: PyTree) -> dict[Names, tuple[Shape, PartitionSpec]]:
     """Shape and spec of each parameter that has one, by path: the spec under the longest beginning of its path."""
     known, used = {}, set()
     for path, leaf in _leaves(params):
@@ -153,17 +125,7 @@ def _specified(
 
 
 class BatchSharding(NamedTuple):
-    """Where the batches of a step lie: along some axes of a mesh, or nowhere (mesh None).
-
-    Attributes:
-      mesh: the devices, or None.
-      axis: the axis of the mesh, or several, that the examples are spread over.
-      specs: PartitionSpecs of the parameters, as `shardings` takes them.
-
-    >>> where = BatchSharding(jax.make_mesh((1,), ("data",)), "data")
-    >>> where.devices, where.divides(jnp.ones((4, 3)))
-    (1, True)
-    """
+    """Where the batches of a step lie: along axes of a mesh, or nowhere (mesh None); `specs` as `shardings` takes them."""
 
     mesh: Mesh | None
     axis: Axis
@@ -196,6 +158,10 @@ class BatchSharding(NamedTuple):
 
         return jax.tree.map(one, batch)
 
+    def batch_at(self, data: Tree, rows: jax.Array) -> Tree:
+        """The batch of these rows of the data."""
+        return self.constrain_batch(jax.tree.map(lambda a: a[rows], data))
+
     def constrain_state(self, state: Tree) -> Tree:
         """The state where `place` put it."""
         mesh = self._here()
@@ -221,39 +187,26 @@ class BatchSharding(NamedTuple):
             here = jax.sharding.get_abstract_mesh()
             if not here.empty and AxisType.Explicit not in here.axis_types:  # an epoch has done it for its steps
                 return run(state, *args)
-            layout = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out(state), is_leaf=_is_spec)
+            specs, structure = jax.tree.flatten(out(state), lambda spec: isinstance(spec, PartitionSpec))
+            layout = structure.unflatten(NamedSharding(mesh, spec) for spec in specs)
             return jax.sharding.auto_axes(run, out_sharding=layout)(state, *args)
 
         return cast(Function, outside)
 
 
-def as_it_came(state: PyTree) -> tuple[PyTree, PartitionSpec]:
-    """Specs of the results of a step: the state lies as before, metrics are replicated.
-
-    >>> as_it_came({"w": jnp.ones(3)})
-    ({'w': P(None,)}, P())
-    """
-    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, state), PartitionSpec()
-
-
-def _is_spec(leaf: object) -> bool:
-    return isinstance(leaf, PartitionSpec)
-
-
 def _leaves(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
     """Paths and leaves; boxes and specs are leaves."""
-    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: is_boxed(leaf) or _is_spec(leaf))
+    return jax.tree_util.tree_leaves_with_path(tree, lambda leaf: is_boxed(leaf) or isinstance(leaf, PartitionSpec))
 
 
 def _check_divides(length: int, devices: int, axis: Axis, what: str = "batch") -> None:
     """Raises ValueError where examples do not divide over the devices."""
     if length % devices:
-        raise ValueError(
-            f"a {what} of {length} examples does not divide over the {devices} devices of mesh axis {axis!r}"
-        )
+        over = f"the {devices} devices of mesh axis {axis!r}"
+        raise ValueError(f"a {what} of {length} examples does not divide over {over}")
 
 
-def _check_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, name: str) -> None:
+def _check_spec(spec: PartitionSpec, shape: Shape, mesh: Mesh | AbstractMesh, name: str) -> None:
     """Raises ValueError where an array cannot lie as its spec says."""
     if len(spec) > len(shape):
         raise ValueError(f"{name} of shape {shape} has fewer axes than {spec}")

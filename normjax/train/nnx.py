@@ -14,29 +14,22 @@ from normjax._paths import PyTree
 from normjax.nnx import Moments, Penalty
 from normjax.penalty import total_penalty
 from normjax.running import merge_trees, recalibrated
-from normjax.train import step
+from normjax.train import _step
+from normjax.train._step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
-from normjax.train.step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
 
 M = TypeVar("M", bound=nnx.Module)
 
 
 def nnx_init(model: M, tx: optax.GradientTransformation) -> tuple[nnx.GraphDef[M], State]:
-    """Splits an nnx model into its static structure and the first State.
-
-    Args:
-      model: an nnx module.
-      tx: an optax transformation.
-
-    Returns:
-      The graph definition, for `nnx_step`, `nnx_eval` and `nnx_recalibrate`, and the first State.
+    """Splits an nnx model into its graph definition, for `nnx_step` and its kin, and the first State with that of `tx`.
 
     >>> structure, state = nnx_init(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), optax.sgd(0.1))
     >>> state.params["kernel"].shape
     (3, 2)
     """
     structure, params, stats = nnx.split(model, nnx.Param, ...)
-    return structure, step.start_state(params, stats, tx)
+    return structure, _step.start_state(params, stats, tx)
 
 
 def nnx_step(
@@ -51,32 +44,24 @@ def nnx_step(
     axis: Axis = "data",
     specs: PyTree = None,
 ) -> Step:
-    """Makes the training step of an nnx model.
+    """Makes the training step of an nnx model, `step(state, batch, key=None) -> (state, metrics)`.
 
-    `loss(model, batch, train)` gets the model itself, as a view in training mode: `use_running_average` and `deterministic`
-    are set on every layer, and a layer that is given `use_running_average` at its call follows the call, as in Flax; so
-    leave it out there for "frozen" to hold. Random states live in the model, and the step's key is not used.
+    The metrics are "loss" (of the task), "penalty", and the user's. Random states live in the model: no key is needed.
 
     Args:
       structure: the graph definition, from `nnx_init`.
-      loss: see above.
+      loss: `loss(model, batch, train)` gets the model, in training mode: `use_running_average` and `deterministic` are
+        set on every layer; one that is given `use_running_average` at its call follows that, and so cannot be "frozen".
       tx: an optax transformation.
-      micro_batches: the batch is split into so many equal parts, whose gradients and metrics are averaged. Each part is
-        normalized by itself; what is stored are the statistics of all parts together, merged exactly where the row allows
-        it (order 2, A = B or None, no windows), else averaged.
+      micro_batches: equal parts of the batch, whose gradients and metrics are averaged. Each is normalized by itself;
+        their statistics are stored merged, exactly where the row allows it (order 2, A = B or None, no windows), else
+        averaged.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
-      penalty_weights: factors of the layers' penalties by path component, see `total_penalty`.
+      penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`.
       mesh: the devices to spread each batch over, with the state placed there by `place`.
       axis: the axis of the mesh, or several, that the examples are spread over; all devices along the others see them.
       specs: those given to `place`, so that the state stays where it is.
-
-    Returns:
-      `step(state, batch, key=None) -> (state, metrics)`. metrics: "loss" (of the task), "penalty", and the user's.
-
-    Raises:
-      ValueError: an unknown way with statistics; a batch that does not divide into micro-batches, or these over the
-        devices; an axis that the mesh lacks; metrics that are called loss or penalty.
 
     >>> def loss(model, batch, train):
     ...     return jnp.mean((model(batch["x"]) - batch["y"]) ** 2), {}
@@ -87,20 +72,14 @@ def nnx_step(
     (['loss', 'penalty'], 1)
     """
     trained = _NnxModel(structure, loss, statistics == "frozen", penalty_weights=penalty_weights)
-    return step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
+    return _step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
 
 
 def nnx_eval(structure: nnx.GraphDef[M], loss: Loss[M], *, mesh: Mesh | None = None, axis: Axis = "data") -> Evaluation:
-    """Makes the evaluation `evaluate(state, batch) -> metrics` of an nnx model, in evaluation mode.
+    """Makes the evaluation `evaluate(state, batch) -> metrics` of an nnx model in evaluation mode, "loss" among them.
 
-    Args:
-      structure: the graph definition, from `nnx_init`.
-      loss: `loss(model, batch, train)`, called with train=False.
-      mesh: the devices to spread a batch over; one that does not divide is evaluated by each.
-      axis: the axis of the mesh, or several, that the examples are spread over.
-
-    Raises:
-      ValueError: an axis that the mesh lacks.
+    `structure` is that of `nnx_init`; `loss(model, batch, train)` is called with train=False. The batch is spread over
+    `axis` of the mesh; one that does not divide is evaluated by each device.
 
     >>> structure, state = nnx_init(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1))
     >>> evaluate = nnx_eval(structure, lambda model, batch, train: (jnp.sum(model(batch)), {}))
@@ -109,10 +88,10 @@ def nnx_eval(structure: nnx.GraphDef[M], loss: Loss[M], *, mesh: Mesh | None = N
     """
     evaluated = _NnxModel(structure, loss, use_running_average=True, train=False)
 
-    def run(state: State, batch: Batch) -> tuple[ArrayLike, step.Metrics]:
+    def run(state: State, batch: Batch) -> tuple[ArrayLike, _step.Metrics]:
         return loss(evaluated.view(state.params, state.stats), batch, False)
 
-    return step.make_evaluation(run, BatchSharding(mesh, axis))
+    return _step.make_evaluation(run, BatchSharding(mesh, axis))
 
 
 def nnx_recalibrate(
@@ -120,21 +99,11 @@ def nnx_recalibrate(
 ) -> Recalibration:
     """Makes `recalibrate(state, data, order) -> state`: the running statistics of the parameters as they are now.
 
-    The model is evaluated (`train` is False: no dropout) on every batch, except that each layer normalizes with the
-    batch's own statistics; those of all batches together are stored: exact where the row merges, else their mean.
-
-    Args:
-      structure: the graph definition, from `nnx_init`.
-      loss: `loss(model, batch, train)`, called with train=False; only what the layers see matters.
-      mesh: the devices to spread each batch over.
-      axis: the axis of the mesh, or several, that the examples are spread over.
-
-    Returns:
-      A function of the state, data and order, which are those of `epoch`. Statistics of elements that no batch has
-      seen, and everything else of the state, stay.
-
-    Raises:
-      ValueError: a layer with running statistics saw no batch: it is not one of normjax's.
+    The model of this `structure` (from `nnx_init`) is evaluated on every batch (`loss(model, batch, False)`: no dropout;
+    only what the layers see matters), except that each layer normalizes with the batch's own statistics; those of all
+    batches together are stored: exact where the row merges, else their mean. Data and order are those of `epoch`, the
+    batches spread over `axis` of the mesh; statistics of elements that no batch has seen, and all else, stay. A layer with
+    running statistics that saw no batch, since it is not one of normjax's, is a ValueError.
 
     Source: Wu & Johnson 2021, section 3 ("precise" batch norm statistics).
 
@@ -145,12 +114,15 @@ def nnx_recalibrate(
     Array([5.], dtype=float32)
     """
     model = _NnxModel(structure, loss, use_running_average=False, train=False)
-    return step.make_recalibration(model, BatchSharding(mesh, axis))
+    return _step.make_recalibration(model, BatchSharding(mesh, axis))
 
 
 @dataclass(frozen=True, eq=False)
 class _NnxModel(Generic[M]):
-    """An nnx model as a step asks for it; `train` is what the loss is told, and whether there is dropout."""
+    """An nnx model as a step asks for it; `train` is what the loss is told, and whether there is dropout.
+
+    Random states are in `stats`, so that no key is used.
+    """
 
     structure: nnx.GraphDef[M]
     loss: Loss[M]
@@ -165,7 +137,6 @@ class _NnxModel(Generic[M]):
         return nnx.view(model, raise_if_not_found=False, **flags)
 
     def run(self, params: nnx.State, stats: nnx.State, batch: Batch, key: jax.Array | None) -> Pass:
-        """One forward pass; random states are in `stats`, and the key is not used."""
         model = self.view(params, stats)
         (value, metrics), *sown = nnx.capture(lambda m: self.loss(m, batch, self.train), Penalty, Moments)(model)
         penalties, seen = map(nnx.to_pure_dict, sown)
@@ -173,17 +144,13 @@ class _NnxModel(Generic[M]):
         return Pass(value, metrics, total_penalty(penalties, self.penalty_weights), after, seen)
 
     def keep(self, before: nnx.State, after: nnx.State) -> nnx.State:
-        """The variables afterwards, but running statistics from before."""
         return nnx.merge_state(after, nnx.filter_state(before, nnx.BatchStat))
 
     def merge(self, before: nnx.State, after: nnx.State, seen: PyTree) -> nnx.State:
-        """The variables after micro-batches, running statistics merged."""
-        merged = merge_trees(nnx.to_pure_dict(before), nnx.to_pure_dict(after), seen)
-        nnx.replace_by_pure_dict(after, merged)
+        nnx.replace_by_pure_dict(after, merge_trees(nnx.to_pure_dict(before), nnx.to_pure_dict(after), seen))
         return after
 
     def recalibrate(self, stats: nnx.State, seen: PyTree) -> nnx.State:
-        """The variables with the running statistics of all that was seen."""
         after = jax.tree.map(lambda a: a, stats)  # a copy: the caller's variables stay as they are
         stored = nnx.to_pure_dict(nnx.filter_state(stats, nnx.BatchStat))
         nnx.replace_by_pure_dict(after, recalibrated(stored, seen))

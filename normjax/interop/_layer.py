@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from normjax.interop.libraries import AVERAGING, FOREVER, KINDS, choose, numbers_of, refuse
+from normjax._leaves import one_of
+from normjax.interop._libraries import AVERAGING, FOREVER, KINDS, numbers_of, refuse
 
 Array: TypeAlias = Any  # of NumPy, or None where the layer has none; whoever takes it knows which
 Said: TypeAlias = Mapping[str, Any]  # what the caller says of a layer: numbers, words and shapes by name
@@ -18,10 +19,8 @@ class Record:
 
     Attributes:
       kind: "batch", "layer", "group", "instance" or "rms".
-      scale: factor, None where the layer has none; `[c]` or the axes that the layer learns it for.
-      bias: addend, of such a shape, or None.
-      mean: running mean, float32 or wider, None where nothing is stored. [u]
-      var: running variance. [u ** 2]
+      scale, bias: factor and addend, None where the layer has none; `[c]` or the axes that the layer learns them for.
+      mean, var: running statistics, float32 or wider, None where nothing is stored. [u], [u ** 2]
       count: number of updates behind mean and var, a scalar or of their shape; None where it is not known.
       averaging: "exponential", "debiased" or "cumulative".
       epsilon: added to the variance. [u ** 2]
@@ -43,11 +42,7 @@ class Record:
 
 
 def to_record(where: str, library: str, kind: str, values: dict[str, Array], said: Said) -> Record:
-    """A Record of the arrays found in a layer, by part as `ADDRESSES` names them.
-
-    >>> to_record("torch layer 'n'", "torch", "layer", {"scale": np.ones(2)}, {"eps": 0.5}).epsilon
-    0.5
-    """
+    """A Record of the arrays found in a layer, by part as `ADDRESSES` names them."""
     numbers = numbers_of(library)
     epsilon = said.get(numbers.epsilon)
     epsilon = {"batch": numbers.batch, "rms": numbers.rms}.get(kind, numbers.other) if epsilon is None else epsilon
@@ -57,13 +52,15 @@ def to_record(where: str, library: str, kind: str, values: dict[str, Array], sai
         averaging = "cumulative" if momentum is None else averaging
         momentum = None if momentum is None else other_way(momentum)
     if library == "haiku":
-        values = {part: _squeeze(value) for part, value in values.items()}
+        # without the axes of length 1, but for the last of an array that has no others
+        shapes = {part: [n for n in v.shape if n != 1] or [1] * min(v.ndim, 1) for part, v in values.items()}
+        values = {part: v.reshape(shapes[part]) for part, v in values.items()}
     mean, var, count = (values.get(part) for part in ("mean", "var", "count"))
     if counts := [values[part] for part in ("mean_count", "var_count") if part in values]:
         if len(counts) < 2 or not np.array_equal(*counts):
             refuse(where, "other counts of updates for the mean than for the variance", "the same")
         count, averaging = counts[0], said.get("averaging", "debiased")
-        choose(f"{where}: averaging", averaging, AVERAGING)
+        one_of(f"{where}: averaging", averaging, AVERAGING)
     if "averages" in values:
         mean, var = values["averages"]
         if values.get("first", False):  # nothing is stored yet, only memory that nobody has filled
@@ -80,18 +77,14 @@ def to_record(where: str, library: str, kind: str, values: dict[str, Array], sai
         var = var * var.dtype.type(1 / _bessel(where, said["elements"]))
     if kind != "batch" and mean is None:
         momentum, averaging = None, "exponential"
-    scale = values.get("rms_scale", values.get("scale"))
-    return Record(kind, scale, values.get("bias"), mean, var, count, averaging, epsilon, momentum)
+    scale, bias = values.get("rms_scale", values.get("scale")), values.get("bias")
+    return Record(kind, scale, bias, mean, var, count, averaging, epsilon, momentum)
 
 
 def to_parts(where: str, library: str, record: Record, said: Said) -> dict[str, Array]:
-    """The parts of a layer as a library keeps them: copies, by the names of `ADDRESSES`.
-
-    >>> to_parts("torch layer 'n'", "torch", Record("group", np.ones(2)), {})
-    {'scale': array([1., 1.]), 'bias': array([0., 0.])}
-    """
+    """The parts of a layer as a library keeps them: copies, by the names of `ADDRESSES`."""
     kind, scale, bias, mean = record.kind, record.scale, record.bias, record.mean
-    choose(f"{where}: kind", kind, KINDS)
+    one_of(f"{where}: kind", kind, KINDS)
     _check_pair(where, mean, record.var)
     if mean is not None and kind != "batch" and (library, kind) != ("torch", "instance"):
         refuse(where, f"running statistics in kind {kind!r}", "kind 'batch', which gives the same inference")
@@ -123,7 +116,7 @@ def _stored(where: str, library: str, record: Record, said: Said) -> dict[str, A
     plain = {"mean": mean, "var": var}
     if library in ("linen", "nnx"):
         averaging = said.get("averaging", "exponential")
-        choose(f"{where}: averaging", averaging, AVERAGING)
+        one_of(f"{where}: averaging", averaging, AVERAGING)
         if averaging == "exponential":
             return plain
         if count is None:
@@ -136,7 +129,7 @@ def _stored(where: str, library: str, record: Record, said: Said) -> dict[str, A
         var = var * var.dtype.type(_bessel(where, said["elements"])) if "elements" in said else var
         return {"mean": mean, "var": var, "count": np.array(one or 0, np.int64)}
     mode = said.get("mode", "batch")
-    choose(f"{where}: mode", mode, ("batch", "ema"))
+    one_of(f"{where}: mode", mode, ("batch", "ema"))
     if mode == "ema":
         return {"averages": (mean, var), "first": np.array(one == 0)}
     updates, momentum = FOREVER, 0.0
@@ -158,11 +151,7 @@ def _check_pair(where: str, mean: Array, var: Array) -> None:
 
 
 def other_way(momentum: float) -> float:
-    """The weight of the new value from that of the old one, or back; rounded, as 1 - 0.9 is 0.09999999999999998.
-
-    >>> other_way(0.9)
-    0.1
-    """
+    """The weight of the new value from that of the old one, or back; rounded, as 1 - 0.9 is 0.09999999999999998."""
     return round(1 - momentum, 15)
 
 
@@ -185,8 +174,3 @@ def _one(where: str, count: np.ndarray) -> int:
     if np.size(count) == 0 or np.min(count) != np.max(count):
         refuse(where, f"counts of updates that differ by channel, {np.unique(count).tolist()}", "one count for all")
     return int(np.max(count))
-
-
-def _squeeze(value: np.ndarray) -> np.ndarray:
-    """Without the axes of length 1, but for the last of an array that has no others."""
-    return value.reshape([n for n in value.shape if n != 1] or [1] * min(value.ndim, 1))

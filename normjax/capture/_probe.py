@@ -1,8 +1,7 @@
 """What the probes of both libraries share: which layers are meant, what passes through them, and gradients at zeros."""
 
 import fnmatch
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -12,12 +11,14 @@ from jax.typing import ArrayLike
 from normjax._leaves import one_of
 from normjax._paths import PyTree
 
-PLACES = ("output", "input")
 SOWN = "intermediates"  # the collection of linen that activations are sown into
 
 Module = TypeVar("Module")
 Layers: TypeAlias = str | type | Sequence[str | type] | Callable[[str, Module], bool] | None
 Loss: TypeAlias = Callable[[PyTree], ArrayLike]
+Call: TypeAlias = Callable[..., PyTree]
+Args: TypeAlias = tuple[PyTree, ...]
+Kwargs: TypeAlias = dict[str, PyTree]
 Leaves: TypeAlias = dict[str, jax.Array]  # the arrays of one call, by their place in its output
 Calls: TypeAlias = dict[str, tuple[Leaves, ...]]  # those of each layer, call after call
 
@@ -40,54 +41,31 @@ class Captured(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run of a model.
-
-    Attributes:
-      output: what the model returned.
-      calls: the arrays that passed each layer that is meant.
-      reached: names of all layers that zeros were added in; others may be among them, if nothing was kept of these.
-
-    >>> Run(None, {"conv1": ({"": jnp.ones(2)}, {"": jnp.zeros(2)})}, set()).calls["conv1"][1]
-    {'': Array([0., 0.], dtype=float32)}
-    """
+    """One run of a model."""
 
     output: PyTree
-    calls: Calls
-    reached: set[str]
+    calls: Calls  # the arrays that passed each layer that is meant
+    reached: set[str]  # all layers that zeros were added in, and perhaps others of which nothing was kept
 
 
-@dataclass
-class Matches:
-    """Names of the layers that runs have met, of all and of those that are meant, in order, for errors.
+class Matches(NamedTuple):
+    """Names of the layers that runs have met, of all and of those that are meant, in order, for errors."""
 
-    >>> matches = Matches()
-    >>> matches.called |= {"conv1": None, "conv2": None}
-    >>> list(matches.called), list(matches.matched)
-    (['conv1', 'conv2'], [])
-    """
-
-    called: dict[str, None] = field(default_factory=dict)
-    matched: dict[str, None] = field(default_factory=dict)
+    called: dict[str, None]
+    matched: dict[str, None]
 
 
 def check_arguments(library: str, model: object, kind: type, layers: object, at: str) -> None:
-    """Raises for arguments that no probe can be made of.
-
-    >>> check_arguments("linen", 3, int, "conv*", "output")
-    """
+    """Raises for arguments that no probe can be made of."""
     if not isinstance(model, kind):
         raise TypeError(f"{library}_capture takes a model of flax.{library}, found {type(model).__name__}")
     if not (layers is None or callable(layers) or isinstance(layers, str | Sequence)):
         raise TypeError(f"layers are a name, a pattern, a type, several of these or a function; found {layers!r}")
-    one_of("at", at, PLACES)
+    one_of("at", at, ("output", "input"))
 
 
 def is_meant(layers: Layers[Module], name: str, module: Module) -> bool:
-    """Whether a layer is among those that a probe is made for.
-
-    >>> is_meant("block/*", "block/conv", None), is_meant(["conv1", int], "conv2", 3), is_meant(None, "conv", None)
-    (True, True, True)
-    """
+    """Whether a layer is among those that a probe is made for."""
     if layers is None:
         return True
     if isinstance(layers, str):
@@ -100,37 +78,19 @@ def is_meant(layers: Layers[Module], name: str, module: Module) -> bool:
 
 
 def layer_name(path: Iterable[Hashable]) -> str:
-    """The name of the layer at a path of attributes and numbers.
-
-    >>> layer_name(("layers", 0, "conv")), layer_name(())
-    ('layers/0/conv', '.')
-    """
+    """The name of the layer at a path of attributes and numbers; "." for the model itself."""
     return "/".join(map(str, path)) or "."
 
 
-def pass_through(
-    keep: Callable[[PyTree], PyTree],
-    at: str,
-    call: Callable[..., PyTree],
-    args: Sequence[PyTree],
-    kwargs: Mapping[str, PyTree],
-) -> PyTree:
-    """A call whose output, or whose first argument, passes through `keep`.
-
-    >>> pass_through(lambda x: 2 * x, "output", max, (3, 4), {}), pass_through(lambda x: 2 * x, "input", max, (3, 4), {})
-    (8, 6)
-    """
+def pass_through(keep: Callable[[PyTree], PyTree], at: str, call: Call, args: Args, kwargs: Kwargs) -> PyTree:
+    """A call whose output, or whose first argument, passes through `keep`."""
     if at == "output":
         return keep(call(*args, **kwargs))
     return call(keep(args[0]), *args[1:], **kwargs) if args else call(**kwargs)
 
 
 def map_floating(function: Callable[[str, jax.Array], jax.Array], value: PyTree) -> PyTree:
-    """Applies a function of place and array to the floating arrays of a tree.
-
-    >>> map_floating(lambda place, leaf: leaf + 1, {"a": jnp.zeros(1), "b": jnp.array(3)})
-    {'a': Array([1.], dtype=float32), 'b': Array(3, dtype=int32, weak_type=True)}
-    """
+    """Applies a function of place and array to the floating arrays of a tree."""
 
     def apply(path: jax.tree_util.KeyPath, leaf: PyTree) -> PyTree:
         floating = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -139,41 +99,14 @@ def map_floating(function: Callable[[str, jax.Array], jax.Array], value: PyTree)
     return jax.tree_util.tree_map_with_path(apply, value)
 
 
-def floating_leaves(value: PyTree) -> Leaves:
-    """The floating arrays of a tree by place.
-
-    >>> floating_leaves(((jnp.zeros(1), 3), jnp.ones(1)))
-    {'[0][0]': Array([0.], dtype=float32), '[1]': Array([1.], dtype=float32)}
-    """
-    found: Leaves = {}
-    map_floating(found.setdefault, value)
-    return found
-
-
 def capture(run: Callable[[Calls | None, Matches], Run], layers: Layers[Module], loss: Loss | None) -> Captured:
-    """Runs a model, with a loss twice: the first time abstractly, for the shapes of the zeros.
-
-    Args:
-      run: runs the model, with these zeros added to what passes its layers.
-      layers: which are meant, for errors.
-      loss: function of the output to a scalar, or None: no gradients.
-
-    Raises:
-      ValueError: nothing floating was captured.
-
-    >>> def run(zeros, matches):
-    ...     y = jnp.arange(3.0) + (0 if zeros is None else zeros["double"][0][""])
-    ...     return Run(y, {"double": ({"": y},)}, {"double"})
-    >>> capture(run, None, lambda y: jnp.sum(y**2)).gradients
-    {'double': Array([0., 2., 4.], dtype=float32)}
-    """
-    matches = Matches()
+    """Runs a model, with a loss twice: the first time abstractly, for the shapes of the zeros that are added."""
+    matches = Matches({}, {})
     if loss is None:
         output, calls, _ = run(None, matches)
         return Captured(output, _captured(calls, layers, matches), {})
-    shapes = jax.eval_shape(lambda: run(None, matches).calls)
+    shapes, reached = jax.eval_shape(lambda: run(None, matches).calls), set()
     _captured(shapes, layers, matches)
-    reached: set[str] = set()
 
     def objective(zeros: Calls) -> tuple[ArrayLike, tuple[PyTree, Calls]]:
         output, calls, names = run(zeros, matches)
@@ -187,21 +120,17 @@ def capture(run: Callable[[Calls | None, Matches], Run], layers: Layers[Module],
 
 def _flat(calls: Calls) -> dict[str, jax.Array]:
     """The arrays by name, number of the call and place."""
-    found = {}
-    for name, each in calls.items():
-        for number, leaves in enumerate(each):
-            found |= {f"{name}{f'#{number + 1}' if number else ''}{place}": leaf for place, leaf in leaves.items()}
-    return found
+    numbered = {name + (f"#{i + 1}" if i else ""): ls for name, each in calls.items() for i, ls in enumerate(each)}
+    return {name + place: leaf for name, leaves in numbered.items() for place, leaf in leaves.items()}
 
 
 def _captured(calls: Calls, layers: object, matches: Matches) -> dict[str, jax.Array]:
     """The arrays by name; refuses none at all."""
     found = _flat(calls)
     if not found and matches.matched:
-        raise ValueError(
-            f"nothing floating passes {', '.join(matches.matched)}, or a lifted transformation around them does not let "
-            f'the collection "{SOWN}" through: add it to its variable_axes'
-        )
+        through = f'does not let the collection "{SOWN}" through: add it to its variable_axes'
+        names = ", ".join(matches.matched)
+        raise ValueError(f"nothing floating passes {names}, or a lifted transformation around them {through}")
     if not found:
         raise ValueError(f"no layer that is called matches {layers!r}; found {', '.join(matches.called)}")
     return found

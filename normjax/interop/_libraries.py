@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple, NoReturn, TypeAlias
 
+from normjax._leaves import one_of
+
 KINDS = ("batch", "layer", "group", "instance", "rms")
 AVERAGING = ("exponential", "debiased", "cumulative")
 FOREVER = 2**30  # updates after which nothing is left of a debiasing; a step more still fits int32
@@ -37,9 +39,7 @@ class _Numbers(NamedTuple):
     batch: float  # default epsilon of batch norm
     rms: float  # of RMS norm
     other: float  # of the other kinds
-    default: (
-        float | None
-    )  # default momentum, as the library means it; None where it must be said: averages depend on it
+    default: float | None  # momentum as the library means it; None where it must be said: averages depend on it
 
 
 _NUMBERS = {
@@ -53,35 +53,20 @@ _NUMBERS = {
 
 
 def numbers_of(library: str) -> _Numbers:
-    """The names and defaults of a library; refuses one that is not known.
-
-    >>> numbers_of("haiku").momentum
-    'decay_rate'
-    """
-    choose("library", library, tuple(_NUMBERS))
+    """The names and defaults of a library; refuses one that is not known."""
+    one_of("library", library, tuple(_NUMBERS))
     return _NUMBERS[library]
 
 
 def joined(path: Path, library: str) -> str:
-    """A path with slashes, in every library.
-
-    >>> joined(("layer1.0.weight",), "torch")
-    'layer1/0/weight'
-    """
-    text = "/".join(map(str, path))
-    return text.replace(".", "/") if library == "torch" else text
+    """A path with slashes, in every library."""
+    return "/".join(map(str, path)).replace("." if library == "torch" else "/", "/")
 
 
 def keys_of(address: str, library: str) -> Path:
-    """The keys under which a library keeps an address.
-
-    >>> keys_of("state/net/n/~/var_ema/average", "haiku"), keys_of("layers/0/scale", "nnx")
-    (('state', 'net/n/~/var_ema', 'average'), ('layers', 0, 'scale'))
-    """
-    if library == "torch":
-        return (address.replace("/", "."),)
-    if library == "keras":
-        return (address,)
+    """The keys under which a library keeps an address: "layers/0/scale" is ("layers", 0, "scale") in nnx."""
+    if library in ("torch", "keras"):
+        return (address.replace("/", "." if library == "torch" else "/"),)
     names = address.split("/")
     if library == "haiku":  # modules are one key, with its slashes
         return names[0], "/".join(names[1:-1]), names[-1]
@@ -89,11 +74,7 @@ def keys_of(address: str, library: str) -> Path:
 
 
 def locate(path: Path, library: str) -> tuple[str, str]:
-    """The layer that an entry belongs to, and which part it is; a slash and the entry's name where it is none.
-
-    >>> locate(("layer1.0.running_var",), "torch"), locate(("fc.kernel",), "torch")
-    (('layer1/0', 'var'), ('fc', '/kernel'))
-    """
+    """The layer that an entry belongs to, and which part it is; a slash and the entry's name where it is none."""
     text = joined(path, library)
     for part, address in ADDRESSES[library].items():
         before, after = address.split("*/")
@@ -105,29 +86,11 @@ def locate(path: Path, library: str) -> tuple[str, str]:
     return layer, f"/{name}"
 
 
-def choose(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    """Refuses what is not among the accepted.
-
-    >>> choose("kind", "layer", KINDS)
-    """
-    if value not in accepted:
-        raise ValueError(f"{name} is one of {listed(accepted)}; found {value!r}")
-
-
 def listed(names: Iterable[object]) -> str:
-    """Names for a sentence.
-
-    >>> listed(["a", "b"])
-    "'a', 'b'"
-    """
+    """Names for a sentence."""
     return ", ".join(map(repr, names))
 
 
 def refuse(where: str, found: str, accepted: str) -> NoReturn:
-    """Says what was found and what is accepted.
-
-    >>> refuse("torch layer 'n'", "a bias", "a scale alone")
-    Traceback (most recent call last):
-    ValueError: torch layer 'n': found a bias; accepted: a scale alone
-    """
+    """Says what was found and what is accepted."""
     raise ValueError(f"{where}: found {found}; accepted: {accepted}")

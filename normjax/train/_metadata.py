@@ -9,20 +9,12 @@ from normjax._paths import PyTree
 
 
 def is_boxed(leaf: object) -> bool:
-    """Whether Flax's metadata surround an array: a box of linen or a variable of nnx.
-
-    >>> is_boxed(nn.Partitioned(jnp.ones(2), names=("model",))), is_boxed(nnx.Param(jnp.ones(2))), is_boxed(jnp.ones(2))
-    (True, True, False)
-    """
+    """Whether Flax's metadata surround an array: a box of linen or a variable of nnx."""
     return isinstance(leaf, nn.meta.AxisMetadata | nnx.Variable)
 
 
 def unboxed(leaf: object) -> PyTree:
-    """What is in a box, as it is: `nn.unbox` would also constrain where it lies. Anything else stays.
-
-    >>> unboxed(nn.Partitioned(jnp.ones(2), names=("model",))), unboxed(nnx.Param(jnp.ones(2))), unboxed(3)
-    (Array([1., 1.], dtype=float32), Array([1., 1.], dtype=float32), 3)
-    """
+    """What is in a box, as it is: `nn.unbox` would also constrain where it lies. Anything else stays."""
     if isinstance(leaf, nn.Partitioned):
         return leaf.value
     if isinstance(leaf, nn.meta.AxisMetadata):
@@ -31,20 +23,12 @@ def unboxed(leaf: object) -> PyTree:
 
 
 def bare(tree: PyTree) -> PyTree:
-    """A tree with its arrays out of Flax's boxes.
-
-    >>> bare({"mean": nn.Partitioned(jnp.ones(2), names=("model",))})
-    {'mean': Array([1., 1.], dtype=float32)}
-    """
+    """A tree with its arrays out of Flax's boxes."""
     return jax.tree.map(unboxed, tree, is_leaf=is_boxed)
 
 
 def annotated_spec(leaf: object) -> PartitionSpec:
-    """The axes of the mesh that Flax's metadata name for each axis of an array; replicated where nothing is said.
-
-    >>> annotated_spec(nn.Partitioned(jnp.ones((2, 3)), names=(None, "model"))), annotated_spec(jnp.ones(2))
-    (P(None, 'model'), P())
-    """
+    """The axes of the mesh that Flax's metadata name for each axis of an array; replicated where nothing is said."""
     if isinstance(leaf, nnx.Variable):
         return nnx.spmd.get_var_pspec(leaf) or PartitionSpec()
     if isinstance(leaf, nn.LogicallyPartitioned):

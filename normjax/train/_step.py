@@ -1,8 +1,4 @@
-"""One training step for models of either library, many under one scan, evaluation and recalibration. Knows no Flax.
-
-A model is asked four things (`_Model`): to run on a batch, and what becomes of its statistics after micro-batches, when
-they are kept, and when they are recalibrated. `linen.py` and `nnx.py` answer.
-"""
+"""Steps, epochs, evaluation and recalibration for models of either library, of which each answers as `_Model`."""
 
 import functools
 from collections.abc import Callable
@@ -15,18 +11,18 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
+from normjax._leaves import one_of
 from normjax._paths import PyTree
-from normjax.train.mesh import Axis, BatchSharding, as_it_came
+from normjax.train.mesh import Axis, BatchSharding
 
 STATISTICS = ("update", "keep", "frozen")
-
 Asked = TypeVar("Asked")
-Batch: TypeAlias = PyTree
-"""Arrays with the examples along their first axis."""
-Metrics: TypeAlias = dict[str, PyTree]
-"""Scalars by name, mostly: what a loss reports of a batch."""
+Batch: TypeAlias = PyTree  # arrays with the examples along their first axis
+Metrics: TypeAlias = dict[str, PyTree]  # scalars by name, mostly: what a loss reports of a batch
 Loss: TypeAlias = Callable[[Asked, Batch, bool], tuple[ArrayLike, Metrics]]
 """`loss(model, batch, train)`: the loss of a batch, a scalar, and metrics; the model is a function or an nnx module."""
+Aside: TypeAlias = tuple[Metrics, PyTree, PyTree]  # what is reported, what is stored afterwards, what the layers saw
+Run: TypeAlias = Callable[..., tuple["State", Metrics]]
 Evaluation: TypeAlias = Callable[["State", Batch], Metrics]
 Recalibration: TypeAlias = Callable[["State", Batch, jax.Array], "State"]
 
@@ -51,11 +47,7 @@ class State(NamedTuple):
 
 
 def start_state(params: PyTree, stats: PyTree, tx: optax.GradientTransformation) -> State:
-    """The State before the first step: what is trained, everything else that changes, and the optimizer's own.
-
-    >>> start_state({"w": jnp.ones(3)}, {}, optax.trace(0.9)).opt_state.trace
-    {'w': Array([0., 0., 0.], dtype=float32)}
-    """
+    """The State before the first step."""
     return State(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
 
 
@@ -74,28 +66,22 @@ class Step(Protocol):
 
 
 class Pass(NamedTuple):
-    """What one forward pass of a model gives.
+    """What one forward pass of a model gives."""
 
-    Attributes:
-      loss: the task's, a scalar.
-      metrics: the user's.
-      penalty: the sum of the layers' penalties, a scalar.
-      stats: everything that changes but the parameters, as it is afterwards.
-      seen: what the layers saw of the batch, nested dictionaries of `normjax.running.BatchRecord`.
-
-    >>> Pass(jnp.array(2.0), {}, jnp.array(0.5), {}, {}).penalty.item()
-    0.5
-    """
-
-    loss: ArrayLike
+    loss: ArrayLike  # the task's, a scalar
     metrics: Metrics
-    penalty: jax.Array
-    stats: PyTree
-    seen: PyTree
+    penalty: jax.Array  # the sum of the layers' penalties, a scalar
+    stats: PyTree  # everything that changes but the parameters, as it is afterwards
+    seen: PyTree  # what the layers saw of the batch, nested dictionaries of `normjax.running.BatchRecord`
+
+
+def _as_it_came(state: PyTree) -> tuple[PyTree, PartitionSpec]:
+    """Specs of the results of a step: the state lies as before, metrics are replicated."""
+    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, state), PartitionSpec()
 
 
 class _Model(Protocol):
-    """What a step asks of a model of either library."""
+    """What a step asks of a model of either library; this file knows no Flax."""
 
     def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
         """One forward pass."""
@@ -103,32 +89,19 @@ class _Model(Protocol):
 
     def keep(self, before: PyTree, after: PyTree) -> PyTree:
         """What is stored after a step, but the running statistics from before it."""
-        ...
 
     def merge(self, before: PyTree, after: PyTree, seen: PyTree) -> PyTree:
-        """What is stored after several micro-batches; their last state, running statistics and `seen` stacked."""
-        ...
+        """What is stored after several micro-batches, given their last state; statistics and `seen` are stacked."""
 
     def recalibrate(self, stats: PyTree, seen: PyTree) -> PyTree:
         """What is stored, the running statistics replaced by those of all batches in `seen`, stacked."""
-        ...
 
 
 def make_step(
     model: _Model, tx: optax.GradientTransformation, micro_batches: int, statistics: str, sharding: BatchSharding
 ) -> Step:
-    """The training step of a model of either library; arguments as `linen_step` and `nnx_step` document them.
-
-    >>> class Line:
-    ...     def run(self, params, stats, batch, key):
-    ...         return Pass(jnp.mean((params * batch["x"] - batch["y"]) ** 2), {}, jnp.array(0.0), stats, {})
-    >>> step = make_step(Line(), optax.sgd(0.25), 1, "update", BatchSharding(None, "data"))
-    >>> state = start_state(jnp.array(1.0), {}, optax.sgd(0.25))
-    >>> step(state, {"x": jnp.ones(2), "y": 3 * jnp.ones(2)})[0].params
-    Array(2., dtype=float32)
-    """
-    if statistics not in STATISTICS:
-        raise ValueError(f"statistics is one of {', '.join(map(repr, STATISTICS))}; found {statistics!r}")
+    """The training step of a model of either library; `linen_step` and `nnx_step` say what the arguments are."""
+    one_of("statistics", statistics, STATISTICS)
     if micro_batches < 1:
         raise ValueError(f"micro_batches is at least 1; found {micro_batches!r}")
     gradient = jax.grad(functools.partial(_objective, model), has_aux=True)
@@ -139,23 +112,21 @@ def make_step(
             grads, (metrics, stats, _) = gradient(state.params, state.stats, batch, key)
         else:
             parts = jax.tree.map(functools.partial(_split, parts=micro_batches), batch)
-            parts = sharding.constrain_batch(parts, 1)
-            grads, metrics, stats = _accumulate(model, gradient, state, parts, micro_batches, key)
+            grads, metrics, stats = _accumulate(model, gradient, state, sharding.constrain_batch(parts, 1), key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         stats = stats if statistics == "update" else model.keep(state.stats, stats)
         return sharding.constrain_state(State(state.step + 1, params, stats, opt_state)), metrics
 
-    return sharding.with_auto_axes(step, as_it_came)
+    return sharding.with_auto_axes(step, _as_it_came)
 
 
 def _objective(
     model: _Model, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None
-) -> tuple[ArrayLike, tuple[Metrics, PyTree, PyTree]]:
-    """What is minimized, and beside it what is reported, what is stored afterwards and what the layers saw."""
+) -> tuple[ArrayLike, Aside]:
+    """What is minimized, and what is found on the way."""
     found = model.run(params, stats, batch, key)
-    taken = {"loss", "penalty"} & set(found.metrics)
-    if taken:
+    if taken := {"loss", "penalty"} & set(found.metrics):
         raise ValueError(f"the step itself reports {sorted(taken)}; give the metrics of `loss` other names")
     metrics = {"loss": found.loss, "penalty": found.penalty, **found.metrics}
     return found.loss + found.penalty, (metrics, found.stats, found.seen)
@@ -170,37 +141,26 @@ def _split(a: jax.Array, parts: int) -> jax.Array:
 
 
 def _accumulate(
-    model: _Model,
-    gradient: Callable[..., tuple[PyTree, tuple[Metrics, PyTree, PyTree]]],
-    state: State,
-    parts: Batch,
-    count: int,
-    key: jax.Array | None,
+    model: _Model, gradient: Callable[..., tuple[PyTree, Aside]], state: State, parts: Batch, key: jax.Array | None
 ) -> tuple[PyTree, Metrics, PyTree]:
     """Mean gradients and metrics of the micro-batches `[count n/count ...]`, and what is stored after all of them."""
+    count = len(jax.tree.leaves(parts)[0])
 
     def one(carry: tuple[PyTree, PyTree], numbered: tuple[jax.Array, Batch]) -> tuple[PyTree, PyTree]:
         (total, stats), (number, part) = carry, numbered
         own_key = None if key is None else jax.random.fold_in(key, number)
         grads, (metrics, after, seen) = gradient(state.params, stats, part, own_key)
         # Random states go on; running statistics start every part from those before the step.
-        carry = jax.tree.map(jnp.add, total, grads), model.keep(state.stats, after)
-        return carry, (metrics, after, seen)
+        return (jax.tree.map(jnp.add, total, grads), model.keep(state.stats, after)), (metrics, after, seen)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     (grads, _), (metrics, after, seen) = lax.scan(one, (zeros, state.stats), (jnp.arange(count), parts))
-    grads = jax.tree.map(lambda g: g / count, grads)
-    metrics = jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
+    grads, metrics = jax.tree.map(lambda g: g / count, grads), jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
     return grads, metrics, model.merge(state.stats, after, seen)
 
 
 def make_evaluation(run: Callable[[State, Batch], tuple[ArrayLike, Metrics]], sharding: BatchSharding) -> Evaluation:
-    """The evaluation of a model of either library; a batch that does not divide is evaluated by each device.
-
-    >>> evaluate = make_evaluation(lambda state, batch: (jnp.sum(batch), {"size": 2}), BatchSharding(None, "data"))
-    >>> evaluate(State(jnp.array(0), {}, {}, ()), jnp.ones(2))
-    {'loss': Array(2., dtype=float32), 'size': 2}
-    """
+    """The evaluation of a model of either library; a batch that does not divide is evaluated by each device."""
 
     def evaluate(state: State, batch: Batch) -> Metrics:
         value, metrics = run(state, sharding.constrain_batch(batch) if sharding.divides(batch) else batch)
@@ -210,47 +170,27 @@ def make_evaluation(run: Callable[[State, Batch], tuple[ArrayLike, Metrics]], sh
 
 
 def make_recalibration(model: _Model, sharding: BatchSharding) -> Recalibration:
-    """The recalibration of a model of either library, which normalizes with the statistics of each batch meanwhile.
-
-    >>> class Mean:
-    ...     def run(self, params, stats, batch, key):
-    ...         return Pass(0.0, {}, jnp.array(0.0), stats, {"mean": jnp.mean(batch)})
-    ...     def recalibrate(self, stats, seen):
-    ...         return jax.tree.map(jnp.mean, seen)
-    >>> recalibrate = make_recalibration(Mean(), BatchSharding(None, "data"))
-    >>> recalibrate(State(jnp.array(0), {}, {}, ()), jnp.arange(4.0), jnp.array([[0, 1], [2, 3]])).stats
-    {'mean': Array(1.5, dtype=float32)}
-    """
+    """The recalibration of a model of either library, which normalizes with the statistics of each batch meanwhile."""
 
     def recalibrate(state: State, data: Batch, order: jax.Array) -> State:
         def one(_: None, rows: jax.Array) -> tuple[None, PyTree]:
-            batch = sharding.constrain_batch(jax.tree.map(lambda a: a[rows], data))
-            return None, model.run(state.params, state.stats, batch, None).seen
+            return None, model.run(state.params, state.stats, sharding.batch_at(data, rows), None).seen
 
-        _, seen = lax.scan(one, None, order)
-        return state._replace(stats=model.recalibrate(state.stats, seen))
+        return state._replace(stats=model.recalibrate(state.stats, lax.scan(one, None, order)[1]))
 
-    return sharding.with_auto_axes(recalibrate, lambda state: as_it_came(state)[0])
+    return sharding.with_auto_axes(recalibrate, lambda state: _as_it_came(state)[0])
 
 
-def epoch(
-    step: Callable[..., tuple[State, Metrics]], *, mesh: Mesh | None = None, axis: Axis = "data"
-) -> Callable[..., tuple[State, Metrics]]:
-    """Makes `run(state, data, order, key=None)`: many steps under one `lax.scan`, the data on the device.
+def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
+    """Makes `run(state, data, order, key=None)` of a step: many steps under one `lax.scan`, the data on the device.
 
-    On many devices the data lie in one of two ways. Replicated (`place(data, mesh)`), each device picks its part of a
-    batch from its own copy, and nothing is sent. Sharded by examples (`shard(data, mesh)`), as processes that read
-    their own part of the data must have them, each device holds its part only, and the devices exchange every batch.
+    It returns the last state and the metrics of every step, each `[steps, ...]`; data is a pytree of arrays, examples
+    along the first axis; order int32 indices `[steps, batch]`; step k gets the key `fold_in(key, state.step)`. The mesh
+    and its axis, or axes, that the examples are spread over are the step's own.
 
-    Args:
-      step: from `linen_step` or `nnx_step`.
-      mesh: the devices that each batch is spread over; the step's own.
-      axis: the axis of the mesh, or several, that the examples are spread over.
-
-    Returns:
-      A function of the state, data (a pytree of arrays, examples along the first axis), order (int32 indices, [steps,
-      batch]) and a key, from which step k takes `fold_in(key, state.step)`. It returns the last state and the metrics
-      of every step, each `[steps, ...]`.
+    On many devices the data lie replicated (`place(data, mesh)`): each picks its part of a batch from its own copy; or
+    sharded by examples (`shard(data, mesh)`), as processes that read their own part must have them: each holds its part
+    only, and the devices exchange every batch.
 
     >>> step = lambda state, batch, key=None: (state + batch.sum(), {"sum": batch.sum()})
     >>> epoch(step)(jnp.array(0.0), jnp.arange(4.0), jnp.array([[0, 1], [2, 3]]))
@@ -260,9 +200,9 @@ def epoch(
 
     def run(state: State, data: Batch, order: jax.Array, key: jax.Array | None = None) -> tuple[State, Metrics]:
         def one(state: State, rows: jax.Array) -> tuple[State, Metrics]:
-            batch = sharding.constrain_batch(jax.tree.map(lambda a: a[rows], data))
-            return step(state, batch, None if key is None else jax.random.fold_in(key, state.step))
+            own_key = None if key is None else jax.random.fold_in(key, state.step)
+            return step(state, sharding.batch_at(data, rows), own_key)
 
         return lax.scan(one, state, order)
 
-    return sharding.with_auto_axes(run, as_it_came)
+    return sharding.with_auto_axes(run, _as_it_came)
