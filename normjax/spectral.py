@@ -32,13 +32,7 @@ class Spectral(NamedTuple):
 
 
 def spectral_norm(
-    kernel: ArrayLike,
-    u: ArrayLike,
-    *,
-    steps: int = 1,
-    eps: float = 1e-12,
-    layout: str = "... i o",
-    outputs: str = "o",
+    kernel: ArrayLike, u: ArrayLike, *, steps: int = 1, eps: float = 1e-12, layout: str = "... i o", outputs: str = "o"
 ) -> Spectral:
     """Divides a kernel by an estimate of its largest singular value.
 
