@@ -6,16 +6,9 @@ the field. No statistic mixes examples, so nothing is stored and inference is th
 wider.
 """
 
-from normjax.weights._evaluate import EPS_RULES, INPUTS, KERNEL, OUTPUTS
-from normjax.weights.norm import (
-    BOUNDS,
-    bounded_weight_norm,
-    centred_weight_norm,
-    norm_bound,
-    weight_centring,
-    weight_norm,
-)
-from normjax.weights.standardization import scaled_weight_standardization, weight_standardization
+from ._evaluate import EPS_RULES, INPUTS, KERNEL, OUTPUTS
+from .norm import BOUNDS, bounded_weight_norm, centred_weight_norm, norm_bound, weight_centring, weight_norm
+from .standardization import scaled_weight_standardization, weight_standardization
 
 __all__ = [
     "BOUNDS",
