@@ -207,8 +207,10 @@ def gru_step(
     """
     zx, zh, bx, bh = _linear(weights, x, h, dtype)
     inside = norm if places.place == "inside" else None
-    apart = norm is not None and inside is None
-    zx, zh = _sides(norm, "gru", places, (zx, zh, bx, bh)) if apart else (_plus(zx, bx), _plus(zh, bh))
+    if norm is None or inside is not None:
+        zx, zh = _plus(zx, bx), _plus(zh, bh)
+    else:
+        zx, zh = _sides(norm, "gru", places, (zx, zh, bx, bh))
     (xr, xz, xn), (hr, hz, hn) = jnp.split(zx, 3, -1), jnp.split(zh, 3, -1)
     r, z = xr + hr, xz + hz
     if inside is not None:

@@ -184,4 +184,5 @@ def _stored_stats(running: Running, normalizer: Normalizer, shape: tuple[int, ..
 def _update_at(at: jax.Array, running: Running, batch: Stats, momentum: ArrayLike) -> Running:
     """Moves the statistics of one step towards those of a batch."""
     moved = update(Running(*(None if p is None else p[at] for p in running)), batch, momentum)
-    return Running(*(p if p is None else p.at[at].set(q.astype(p.dtype)) for p, q in zip(running, moved, strict=True)))
+    pairs = zip(running, moved, strict=True)
+    return Running(*(None if p is None or new is None else p.at[at].set(new.astype(p.dtype)) for p, new in pairs))

@@ -36,23 +36,14 @@ def weight_centring(
     field: AnyField = INPUTS,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """Takes from the weights of each output their mean: w = g * (v - E[v]).
+    """Takes from the weights of each output their mean: w = g * (v - E[v]). A field of one weight is refused.
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
-      scale: the learned factor g of each output: a scalar, the axes that the field does not name, `[o]`, or any array of the
-        rank of the kernel that broadcasts against it; None is 1.
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
+      scale: learned factor g: a scalar, `[o]` (the axes not in the field), or of the rank of the kernel; None is 1.
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      The kernel that enters the product, in the shape and dtype of `kernel`.
-
-    Raises:
-      FieldError: layout, field and shapes do not fit, or centring would leave nothing of a field of one weight.
-      TypeError: the kernel holds integers.
 
     Source: Huang et al. 2017, the centring alone; `WCConv2d` of Lubana et al. 2021.
 
@@ -79,26 +70,14 @@ def weight_norm(
     square (`eps=1e-12`), the code of Lubana et al. 2021 adds 1e-5 to the norm (`eps=1e-5, eps_rule="root"`).
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
-      scale: the norm g of each output, learned: a scalar, the axes that the field does not name, `[o]`, or any array of the
-        rank of the kernel that broadcasts against it; None is 1. [units of w]
-      p: order of the norm; `inf` divides by the largest |v|. The code of Hoffer et al. 2018 forgets the absolute value
-        there, bwn.py excepted, so that nothing bounds a negative weight.
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
+      scale: learned norm g: a scalar, `[o]` (the axes not in the field), or of the rank of the kernel; None is 1.
+      p: order of the norm; `inf` divides by the largest |v| (code of Hoffer et al. 2018, bwn.py excepted: by the largest v).
       eps: added to the sum of |v| ** p [u ** p], or to the norm [u] with "root".
-      eps_rule: where eps enters: "moment", inside of the root, "root", added after it, or "floor", the least value of what
-        the root is taken of (NFNets).
+      eps_rule: where eps enters: "moment", inside of the root; "root", after it; "floor", the least value inside (NFNets).
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      The kernel that enters the product, in the shape and dtype of `kernel`.
-
-    Raises:
-      FieldError: layout, field and shapes do not fit.
-      TypeError: the kernel holds integers.
-      ValueError: a p, eps or eps_rule is not accepted.
 
     Source: Salimans & Kingma 2016, equation 2; for other p Hoffer et al. 2018.
 
@@ -124,24 +103,13 @@ def centred_weight_norm(
     """Centres the weights of each output and gives them the norm g: w = g * (v - E[v]) / ||v - E[v]||.
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
-      scale: the norm g of each output, learned: a scalar, the axes that the field does not name, `[o]`, or any array of the
-        rank of the kernel that broadcasts against it; None is 1. [units of w]
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
+      scale: learned norm g: a scalar, `[o]` (the axes not in the field), or of the rank of the kernel; None is 1.
       eps: added to the sum of squares [u ** 2], or to the norm [u] with "root".
-      eps_rule: where eps enters: "moment", inside of the root, "root", added after it, or "floor", the least value of what
-        the root is taken of (NFNets).
+      eps_rule: where eps enters: "moment", inside of the root; "root", after it; "floor", the least value inside (NFNets).
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      The kernel that enters the product, in the shape and dtype of `kernel`.
-
-    Raises:
-      FieldError: layout, field and shapes do not fit, or centring would leave nothing of a field of one weight.
-      TypeError: the kernel holds integers.
-      ValueError: an eps or eps_rule is not accepted.
 
     Source: Huang et al. 2017, "Centered weight normalization in accelerating training of deep neural networks".
 
@@ -173,30 +141,19 @@ def bounded_weight_norm(
     """Gives the weights of every output one norm that is never learned: w = rho * v / ||v||_p.
 
     With a learned scale, as in the published bwn.py, only the norm of all outputs together is bounded: g is rescaled to
-    the root mean square rho. Its sibling bwn_alt.py has no scale and `rho = norm_bound(kernel, rule="mean")`; a later
-    code also overwrites v by v / ||v|| at each step, which is a projection and no part of this function.
+    the root mean square rho. Its sibling bwn_alt.py has no scale and `rho = norm_bound(kernel, rule="mean")`.
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
       scale: None for the paper; the learned g of each output, `[o]`, for bwn.py.
       rho: a constant of the layer, `norm_bound` of its initial kernel. [units of w]
       p: order of the norm; `inf` divides by the largest |v|.
       eps: added to the sum of |v| ** p [u ** p], or to the norm [u] with "root".
-      eps_rule: where eps enters: "moment", inside of the root, "root", added after it, or "floor", the least value of what
-        the root is taken of (NFNets).
+      eps_rule: where eps enters: "moment", inside of the root; "root", after it; "floor", the least value inside (NFNets).
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
       outputs: the field of the outputs, over which the mean square of the scale is taken.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      The kernel that enters the product, in the shape and dtype of `kernel`.
-
-    Raises:
-      FieldError: layout, field and shapes do not fit.
-      TypeError: the kernel holds integers.
-      ValueError: a p, eps or eps_rule is not accepted.
 
     Source: Hoffer et al. 2018, bounded weight normalization.
 
@@ -211,9 +168,8 @@ def bounded_weight_norm(
     work = statistics_dtype(kernel.dtype)
     g = jnp.asarray(rho).astype(jnp.finfo(work).dtype)
     if scale is not None:
-        scale = jnp.broadcast_to(
-            align_kernel_scale(scale, kernel, layout, field, work), rows_shape(kernel, layout, field)
-        )
+        scale = align_kernel_scale(scale, kernel, layout, field, work)
+        scale = jnp.broadcast_to(scale, rows_shape(kernel, layout, field))
         g = g * normalize(scale, Normalizer(None, outputs, eps=0.0), layout).y
     return evaluate(kernel, lp_norm(kernel, p, eps, layout, field), layout, g, None, eps_rule)
 
@@ -228,26 +184,16 @@ def norm_bound(
     outputs: AnyField = OUTPUTS,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """The constant rho of `bounded_weight_norm`, from the initial kernel V.
+    """The constant rho of `bounded_weight_norm`, from the initial kernel V: a scalar, float32 or wider. [u]
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
-      rule: "rms" is the paper's ||V||_F / sqrt(N_out), the root mean square of the norms of the outputs; "mean", of the
-        published bwn_alt.py, is their mean, which is never larger.
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
+      rule: "rms", the paper's ||V||_F / sqrt(N_out), is the root mean square of the norms; "mean" (bwn_alt.py) their mean.
       p: order of the norm; `inf` is the largest |v|.
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
-      outputs: the field of the outputs.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
+      outputs: the field of the outputs, which with the other leaves one number.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      A float32 (or wider) scalar. [u]
-
-    Raises:
-      FieldError: layout, field and shapes do not fit, or field and outputs together leave more than one number.
-      TypeError: the kernel holds integers.
-      ValueError: a rule or p is not accepted.
 
     Source: Hoffer et al. 2018.
 
