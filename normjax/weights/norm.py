@@ -184,7 +184,7 @@ def norm_bound(
     outputs: AnyField = OUTPUTS,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """The constant rho of `bounded_weight_norm`, from the initial kernel V: a scalar, float32 or wider. [u]
+    """The constant rho of `bounded_weight_norm`, from the initial kernel V: a scalar [u], float32 or wider.
 
     Args:
       kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]

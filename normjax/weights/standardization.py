@@ -39,7 +39,7 @@ def weight_standardization(
     Args:
       kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
       scale: learned factor g: a scalar, `[o]` (the axes not in the field), or of the rank of the kernel; None is 1.
-      eps: added to the variance, about 1 / fan-in [u ** 2], or to its root [u] with "root", where the code has 1e-5.
+      eps: added to the variance [u ** 2], which is about 1 / fan-in, or to its root [u] with "root", the code's 1e-5.
       eps_rule: where eps enters: "moment", inside of the root; "root", after it; "floor", the least value inside (NFNets).
       unbiased: divide the squares by fan-in - 1, as the code, and not by fan-in, as the paper. Not with a mask.
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
