@@ -16,14 +16,5 @@ micro-batches, 0.95 for large ones) or learned. The first layer has no prior: `N
 from .mixing import logit, mix_beliefs, require_gain
 from .normalize import STORED, Kalman, kalman_normalize, normalize_by_belief, require_kalman_row, statistics_to_store
 
-__all__ = [
-    "STORED",
-    "Kalman",
-    "kalman_normalize",
-    "logit",
-    "mix_beliefs",
-    "normalize_by_belief",
-    "require_gain",
-    "require_kalman_row",
-    "statistics_to_store",
-]
+__all__ = ["STORED", "Kalman", "kalman_normalize", "logit", "mix_beliefs", "normalize_by_belief", "require_gain"]
+__all__ += ["require_kalman_row", "statistics_to_store"]

@@ -26,23 +26,17 @@ def corrections(
 ) -> tuple[jax.Array, jax.Array]:
     """The corrections r and d of batch renormalization: r * y + d is y as the stored statistics would give it.
 
+    They are float32 or wider, of the rank of the batch, which they broadcast against; no gradient flows into them; 1 and 0
+    where a field holds no weight. The row stores all its moments, and has neither floor nor keep_mean; complex is refused.
+
     Args:
       stats: statistics that normalized a batch of this shape, which broadcast against it.
       running: the stored statistics, from before the batch.
       normalizer: a row that stores both moments.
       layout: name of each axis of the batch.
       shape: shape of the batch.
-      limits: r_max and d_max, numbers or arrays: r lies within [1 / r_max, r_max], d within [-d_max, d_max]. (1, 0) is
-        batch norm.
+      limits: r_max and d_max: r lies within [1 / r_max, r_max], d within [-d_max, d_max]; (1, 0) is batch norm.
       eps: replaces the row's number: a scalar, or an array that broadcasts against the batch. [units of x ** order]
-
-    Returns:
-      r and d, float32 or wider, of the rank of the batch, which they broadcast against; no units where order * power = 1.
-      No gradient flows into them. 1 and 0 where a field holds no weight.
-
-    Raises:
-      ValueError: the row does not store all its moments, or has a floor or keep_mean; limits below (1, 0).
-      TypeError: complex data.
 
     Source: Ioffe 2017, algorithm 1.
 
@@ -75,14 +69,7 @@ def corrections(
 
 
 def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
-    """Raises where batch renormalization has no meaning.
-
-    Args:
-      normalizer: the row.
-      limits: r_max, at least 1, and d_max, at least 0.
-
-    Raises:
-      ValueError: the row does not store all its moments, or has a floor or keep_mean; limits below (1, 0).
+    """Raises ValueError for limits (r_max, d_max) below (1, 0), and for rows that `corrections` refuses.
 
     Source: Ioffe 2017, algorithm 1.
 
@@ -106,13 +93,7 @@ def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, Arra
 
 
 def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """The paper's limits r_max and d_max at a training step: batch norm for 5000 steps, then 3 from 40,000, 5 from 25,000.
-
-    Args:
-      step: number of updates made, a number or an array.
-
-    Returns:
-      Two float32 arrays of the shape of `step`.
+    """The paper's limits r_max and d_max after so many updates: batch norm for 5000, then 3 from 40,000, 5 from 25,000.
 
     Source: Ioffe 2017, section 4.1.
 
@@ -126,17 +107,16 @@ def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
 def renormalized(
     stats: Stats, r: jax.Array, d: jax.Array, normalizer: Normalizer, eps: ArrayLike | None = None
 ) -> Stats:
-    """The statistics with which a layer gives r * y + d: for layers that do more with them than to centre and divide.
+    """The statistics with which a layer gives r * y + d: sigma / r in place of sigma, and mean - d * sigma / r of the mean.
+
+    For layers that do more with them than to centre and divide.
 
     Args:
       stats: statistics of a batch, which broadcast against it.
-      r: factor, from `corrections`; it broadcasts against the batch.
-      d: addend, from `corrections`; it broadcasts against the batch.
+      r: factor, from `corrections`.
+      d: addend, from `corrections`.
       normalizer: the row whose statistics they are.
       eps: replaces the row's number. [units of x ** order]
-
-    Returns:
-      Statistics with the weights of the batch: sigma / r in place of sigma, and mean - d * sigma / r of the mean.
 
     Source: Ioffe 2017, algorithm 1, solved for the statistics.
 
