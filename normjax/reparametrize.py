@@ -143,11 +143,9 @@ def _chosen(weight: Weight, *names: str) -> dict[str, Any]:
 
 
 def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str, Field, tuple[int, ...]]:
-    """Flax's axes by number as a layout that names them so, the field of all other axes, and the feature axes, ascending.
+    """Flax's feature axes as a layout of so many axes, the field of all others, and their numbers, ascending.
 
-    Args:
-      ndim: number of axes of the array.
-      feature_axes: axes that are averaged apart; negative ones count from the end; None averages all together.
+    Feature axes are those that are averaged apart; negative ones count from the end; None averages all together.
 
     >>> by_number(3, (-1, 0))
     ('a0 a1 a2', Field.parse('a1'), (0, 2))

@@ -15,12 +15,9 @@ from normjax.field import FieldError
 
 
 class Spectral(NamedTuple):
-    """What `spectral_norm` returns.
+    """The kernel over sigma; u to start from the next time; sigma, a scalar, float32 or wider [units of the kernel].
 
-    Attributes:
-      kernel: the kernel over sigma, in its shape and dtype.
-      u: the output vector to start from the next time, in the shape and dtype of the u that was given.
-      sigma: the estimate of the largest singular value, a scalar, float32 or wider. [units of the kernel]
+    Kernel and u have the shape and dtype of those that were given.
 
     >>> spectral_norm(jnp.diag(jnp.array([4.0, 1.0])), jnp.array([1.0, 0.0])).sigma.item()
     4.0

@@ -27,13 +27,7 @@ ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
 
 
 class Mixed(NamedTuple):
-    """What `mix` returns.
-
-    Attributes:
-      y: the normalized array, in the dtype of x.
-      centered: v = x - mean, float32 or wider, 0 where masked.
-      stats: the mixed statistics, each broadcasting against x.
-      parts: the statistics of each row.
+    """What `mix` returns: y; v = x - mean, float32 or wider, 0 where masked; the mixed statistics and those of each row.
 
     >>> out = mix(jnp.array([[1.0, 3.0], [5.0, 7.0]]), ("token", "batch"))
     >>> out.stats.mean.shape, [part.mean.shape for part in out.parts]
@@ -90,7 +84,7 @@ def mix(
     rows = require_mixable(normalizers)
     x = require_float(x, "mix")
     work = x.astype(statistics_dtype(x.dtype))
-    given: list[Stats | None] = [None for _ in rows] if stats is None else list(stats)
+    given = [None for _ in rows] if stats is None else list(stats)
     if len(given) != len(rows):
         raise ValueError(f"statistics are one for each of the {len(rows)} rows; found {len(given)}")
     parts = _parts(work, rows, layout, given, mask, unbiased, refuse)
@@ -146,8 +140,6 @@ def blend(
 
 def weights_of(logits: ArrayLike) -> jax.Array:
     """The weights `[rows]` from the logits `[rows]` that are learned: a softmax, as the authors', float32 or wider.
-
-    Source: Luo et al. 2019, section 3.
 
     >>> weights_of(jnp.zeros(2))
     Array([0.5, 0.5], dtype=float32)
@@ -227,10 +219,7 @@ def _nested(small: Normalizer, large: Normalizer) -> bool:
 def pool(stats: Stats, normalizer: Normalizer | str, layout: str = "n ... c") -> Stats:
     """The statistics of a row that averages over all that another has averaged over, and more, from the other's.
 
-    Args:
-      stats: means, variances and the weights behind them, of a row of whole axes.
-      normalizer: the row to find; A = B, order 2, no windows.
-      layout: name of each axis.
+    The given ones are means, variances and the weights behind them, of a row of whole axes; the row has A = B, no windows.
 
     Source: the law of total variance; Luo et al. 2019, equation 4, has it as a difference of squares.
 

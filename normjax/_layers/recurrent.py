@@ -22,6 +22,7 @@ from normjax.recurrent import Activation, Carry, Clock, Norm, Places, Site, Weig
 from normjax.running import Running, Slot, stores
 from normjax.theory import Normalizer, row
 
+Arrays = Mapping[str, jax.Array]
 Step = Callable[..., jax.Array | tuple[jax.Array, ...]]  # the steps take different numbers of states
 
 
@@ -32,14 +33,7 @@ class SiteOptions(NamedTuple):
     slots: Mapping[str, Slot]  # what is stored, by name
     normalize: Callable[..., Site]  # `normalize_site` with the options of the cell
 
-    def __call__(
-        self,
-        z: jax.Array,
-        learned: Mapping[str, jax.Array],
-        stored: Mapping[str, jax.Array],
-        clock: Clock | None,
-        use_running: bool,
-    ) -> Site:
+    def __call__(self, z: jax.Array, learned: Arrays, stored: Arrays, clock: Clock | None, use_running: bool) -> Site:
         eps = jnp.square(learned["sigma"]) if "sigma" in learned else None
         given = {"scale": learned.get("scale"), "bias": learned.get("bias"), "use_running": use_running}
         return self.normalize(z, running=Running(**stored), clock=clock, eps=eps, **given)
@@ -125,24 +119,18 @@ class Cell(_Asked):
         n, sites = self._row(), self._sites()
         assert n is not None
         learns, size = {}, sites[name]
-        for key, use, init in (
-            ("scale", self.use_scale, self.scale_init),
-            ("bias", self.use_bias, self.norm_bias_init),
-        ):
+        options = ("scale", self.use_scale, self.scale_init), ("bias", self.use_bias, self.norm_bias_init)
+        for key, use, init in options:
             if name in recurrent.choose_sites(f"use_{key}", use, tuple(sites)):
                 learns[key] = Parameter((size,), init)
         sigma = recurrent.start_sigma(n, self.learn_sigma, self.sigma_init)
         learns |= {} if sigma is None else {"sigma": Parameter((), sigma)}
-        normalize = functools.partial(
-            recurrent.normalize_site,
-            normalizer=n.local() if starting else n,
-            max_steps=self.max_steps,
-            refuse=not starting,
-            momentum=self.momentum,
-            l1=0.0 if starting else self.l1,
-            l1_axis_name=self.l1_axis_name,
-        )
-        return SiteOptions(learns, recurrent.site_slots(n, size, self.max_steps), normalize)
+        slots = recurrent.site_slots(n, size, self.max_steps)
+        given = {"max_steps": self.max_steps, "momentum": self.momentum, "l1_axis_name": self.l1_axis_name}
+        given |= {"refuse": False, "l1": 0.0} if starting else {"l1": self.l1}
+        n = n.local() if starting else n
+        normalize = functools.partial(recurrent.normalize_site, normalizer=n, **given)
+        return SiteOptions(learns, slots, normalize)
 
     def _has_two_biases(self) -> bool:
         """Whether each linear map has its own bias, ahead of its norm, where Flax's cell has one for both."""

@@ -26,7 +26,7 @@ class Kalman(NamedTuple):
       y: the normalized array, in the dtype of x.
       filtered: what is believed of x and of y.
       stats: the batch's own statistics, each broadcasting against x, with their weights.
-      centered: v = x - mean, float32 or wider, 0 where masked; the L1 penalty takes its mean absolute value.
+      centered: v = x - mean, float32 or wider, 0 where masked; the L1 penalty is on it.
 
     >>> out = kalman_normalize(jnp.array([[0.0], [2.0]]))
     >>> out.filtered.input.mean.item(), out.stats.mean.item(), out.centered.ravel().tolist()

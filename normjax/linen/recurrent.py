@@ -73,11 +73,13 @@ class Host(cells.Cell, nn.RNNCellBase, kw_only=True):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Flax's kernels of one side, side by side, and the biases of the gates in `biased`."""
         c, given = self._features(), {"param_dtype": self.param_dtype, "kernel_init": kernel_init}
-        names = {gate: side + gate if len(gates) > 1 else side for gate in gates}
-        made = {g: DenseParams(c, g in biased, bias_init=self.bias_init, name=names[g], **given)(x) for g in gates}
+        made = []
+        for gate in gates:
+            name = side + gate if len(gates) > 1 else side
+            made.append(DenseParams(c, use_bias=gate in biased, bias_init=self.bias_init, name=name, **given)(x))
         zero = jnp.zeros((c,), self.param_dtype)
-        bias = jnp.concatenate([zero if b is None else b for _, b in made.values()]) if biased else None
-        return jnp.concatenate([kernel for kernel, _ in made.values()], -1), bias
+        bias = jnp.concatenate([zero if b is None else b for _, b in made]) if biased else None
+        return jnp.concatenate([kernel for kernel, _ in made], -1), bias
 
     def _second_bias(self, name: str, gates: int) -> jax.Array | None:
         """The bias of the linear map to which Flax gives none; needed where each map has its own, ahead of its norm."""

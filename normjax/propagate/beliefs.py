@@ -33,11 +33,7 @@ class Belief(NamedTuple):
 
 
 class Filtered(NamedTuple):
-    """What is believed of a layer after its batch.
-
-    Attributes:
-      input: of x, the belief that normalized it: what a skip connection carries on.
-      output: of y: what enters the activation.
+    """What is believed of a layer after its batch: `input` of x, which a skip connection carries on, and `output` of y.
 
     >>> belief = Belief(jnp.zeros((1, 3)), jnp.ones((1, 3)))
     >>> Filtered(belief, belief).output.mean.shape                                      # of something not normalized

@@ -17,6 +17,7 @@ from normjax.field import EXAMPLES, FieldError
 from normjax.propagate.beliefs import Activation, Belief, Filtered, activate, as_wide, standard_deviation
 from normjax.theory import Normalizer
 
+Size = Sequence[int] | None
 Padding = str | int | Sequence[int | tuple[int, int]]
 TRANSITIONS = ("analytic", "monte_carlo", "released")
 
@@ -61,12 +62,7 @@ class _Geometry(NamedTuple):
 
 
 def _geometry(
-    kernel: jax.Array,
-    channels: int,
-    size: Sequence[int] | None,
-    strides: int | Sequence[int],
-    padding: Padding,
-    groups: int,
+    kernel: jax.Array, channels: int, size: Size, strides: int | Sequence[int], padding: Padding, groups: int
 ) -> _Geometry:
     """The numbers of a convolution, checked against its kernel and the channels of a belief."""
     window = kernel.shape[:-2]
@@ -169,7 +165,7 @@ def predict(
     *,
     activation: Activation = "relu",
     bias: ArrayLike | None = None,
-    size: Sequence[int] | None = None,
+    size: Size = None,
     strides: int | Sequence[int] = 1,
     padding: Padding = "SAME",
     groups: int = 1,

@@ -80,8 +80,6 @@ def merge_into(running: Running, seen: BatchRecord) -> Running:
 
     Layers side by side (`vmap`, `scan`) have axes of their own: in front of what is stored, behind the batches of `seen`.
 
-    Source: Chan, Golub & LeVeque 1983, equation 2.1.
-
     >>> parts = Stats(jnp.array([1.0, 3.0]), None, jnp.array([2.0, 2.0]), None)
     >>> merge_into(Running(jnp.array(0.0)), BatchRecord(parts, jnp.array([0.5, 0.5]))).mean
     Array(1., dtype=float32)
@@ -143,8 +141,6 @@ def mergeable(normalizer: Normalizer, layout: str) -> bool:
     A moment around a mean needs order 2 and A = B; no windows, since elements of one window have different means; and no
     examples that stand beside each other with statistics of their own (blocks of n, or n unnamed beside `@n`).
 
-    Source: Chan, Golub & LeVeque 1983, equation 2.1.
-
     >>> from normjax import TABLE
     >>> mergeable(TABLE["batch"], "n ... c"), mergeable(TABLE["ghost"], "n ... c")
     (True, False)
@@ -182,8 +178,6 @@ def record(
       averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
       unbiased: whether the unbiased variance is stored.
       exact: whether the statistics of two batches give those of both, see `mergeable`.
-
-    Source: Ioffe & Szegedy 2015, algorithm 2.
 
     >>> from normjax import TABLE, normalize
     >>> x, running = jnp.array([[1.0], [3.0]]), Running(jnp.zeros(1), jnp.ones(1))

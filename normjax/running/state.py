@@ -45,8 +45,6 @@ NOTHING = Running()  # no stored statistics
 def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     """Whether the mean is stored, and whether the moment is: each where its own field mixes examples.
 
-    Source: Ioffe & Szegedy 2015, algorithm 2, read for every row.
-
     >>> from normjax import Normalizer, TABLE
     >>> stores(TABLE["batch"]), stores(TABLE["layer"])
     ((True, True), (False, False))
@@ -96,8 +94,6 @@ def slots(
       shape: shape of the array; lengths may be None where they are not known yet.
       averaging: "exponential"; "debiased" and "cumulative" store counts too.
 
-    Source: Ioffe & Szegedy 2015, algorithm 2; the shapes and first values are Flax's.
-
     >>> from normjax import TABLE, Normalizer
     >>> [(name, slot.shape) for name, slot in slots(TABLE["batch"], "n ... c", (8, 32, 32, 64)).items()]
     [('mean', (64,)), ('var', (64,))]
@@ -120,8 +116,6 @@ def slots(
 def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averaging: str = "exponential") -> Running:
     """The statistics before the first batch, of this shape: means of zero and moments of one, float32, as `slots` has them.
 
-    Source: Ioffe & Szegedy 2015, algorithm 2; the first values are Flax's.
-
     >>> from normjax import TABLE
     >>> initial(TABLE["mean_only"], "n c", (8, 2)).mean
     Array([0., 0.], dtype=float32)
@@ -131,8 +125,6 @@ def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averagi
 
 def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
     """Stored statistics laid out beside an array of this shape, against which they broadcast, as `normalize` takes them.
-
-    Source: Ioffe & Szegedy 2015, algorithm 2.
 
     >>> from normjax import TABLE
     >>> as_stats(Running(jnp.zeros(3), jnp.ones(3)), TABLE["batch"], "n c ...", (8, 3, 4, 4)).mean.shape
@@ -168,8 +160,8 @@ def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int,
     [15.0, 16.0]
     """
     merged: list[tuple[jax.Array | None, jax.Array | None]] = []
-    pairs = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
-    for field, value, weight in pairs:
+    triples = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
+    for field, value, weight in triples:
         if field is None or value is None or weight is None:
             merged.append((None, None))
             continue
