@@ -42,14 +42,9 @@ def _rows(belief: Belief, layout: str) -> Belief:
 def _from_rows(rows: Belief, layout: str, ndim: int) -> Belief:
     """The belief of such a matrix beside an array of this layout and rank."""
     where = axes(layout, ndim)
-
-    def lay(s: ArrayLike) -> jax.Array:
-        s = jnp.asarray(s)
-        sizes = dict(zip((where.get(EXAMPLES, (None,))[0], where["c"][0]), s.shape, strict=True))
-        turned = EXAMPLES in where and where["c"] < where[EXAMPLES]
-        return (s.T if turned else s).reshape([sizes.get(i, 1) for i in range(ndim)])
-
-    return Belief(lay(rows.mean), lay(rows.var))
+    sizes = dict(zip((where.get(EXAMPLES, (None,))[0], where["c"][0]), rows.mean.shape, strict=True))
+    turned = EXAMPLES in where and where["c"] < where[EXAMPLES]
+    return Belief(*((s.T if turned else s).reshape([sizes.get(i, 1) for i in range(ndim)]) for s in rows))
 
 
 class _Geometry(NamedTuple):

@@ -10,20 +10,8 @@ from normjax._leaves import one_of
 from normjax._normalize.evaluate import normalize
 from normjax.field import FieldError
 from normjax.theory import Normalizer
-from normjax.weights._evaluate import (
-    INPUTS,
-    KERNEL,
-    OUTPUTS,
-    AnyField,
-    align_kernel_scale,
-    evaluate,
-    fan_in,
-    floating_kernel,
-    lp_norm,
-    root,
-    rows_shape,
-    zero_masked_kernel,
-)
+from normjax.weights import _kernel
+from normjax.weights._kernel import INPUTS, KERNEL, OUTPUTS, AnyField
 
 BOUNDS = ("rms", "mean")
 
@@ -50,7 +38,7 @@ def weight_centring(
     >>> weight_centring(jnp.array([[1.0, 2.0], [3.0, 8.0]])).tolist()
     [[-1.0, -3.0], [1.0, 3.0]]
     """
-    return evaluate(floating_kernel(kernel), Normalizer(field, None), layout, scale, mask)
+    return _kernel.evaluate(_kernel.floating_kernel(kernel), Normalizer(field, None), layout, scale, mask)
 
 
 def weight_norm(
@@ -86,8 +74,8 @@ def weight_norm(
     >>> weight_norm(jnp.array([[2.0], [-4.0]]), p=float("inf")).tolist()
     [[0.5], [-1.0]]
     """
-    kernel = zero_masked_kernel(kernel, mask)
-    return evaluate(kernel, lp_norm(kernel, p, eps, layout, field), layout, scale, None, eps_rule)
+    kernel = _kernel.zero_masked_kernel(kernel, mask)
+    return _kernel.evaluate(kernel, _kernel.lp_norm(kernel, p, eps, layout, field), layout, scale, None, eps_rule)
 
 
 def centred_weight_norm(
@@ -116,10 +104,10 @@ def centred_weight_norm(
     >>> centred_weight_norm(jnp.array([[1.0], [9.0], [1.0], [9.0]])).ravel().tolist()
     [-0.5, 0.5, -0.5, 0.5]
     """
-    kernel = floating_kernel(kernel)
+    kernel = _kernel.floating_kernel(kernel)
     if mask is None:
-        n = Normalizer(field, field, eps=eps, gain=fan_in(kernel, layout, field))
-        return evaluate(kernel, n, layout, scale, None, eps_rule)
+        n = Normalizer(field, field, eps=eps, gain=_kernel.fan_in(kernel, layout, field))
+        return _kernel.evaluate(kernel, n, layout, scale, None, eps_rule)
     # In two steps, since each output has a fan-in of its own: after the centring, masked weights are zeros to a sum.
     v = weight_centring(kernel.astype(statistics_dtype(kernel.dtype)), layout=layout, field=field, mask=mask)
     return weight_norm(v, scale, eps=eps, eps_rule=eps_rule, layout=layout, field=field).astype(kernel.dtype)
@@ -164,14 +152,14 @@ def bounded_weight_norm(
     >>> [round(norm, 3) for norm in jnp.linalg.norm(w, axis=0).tolist()]    # root mean square 5
     [7.0, 1.0]
     """
-    kernel = zero_masked_kernel(kernel, mask)
+    kernel = _kernel.zero_masked_kernel(kernel, mask)
     work = statistics_dtype(kernel.dtype)
     g = jnp.asarray(rho).astype(jnp.finfo(work).dtype)
     if scale is not None:
-        scale = align_kernel_scale(scale, kernel, layout, field, work)
-        scale = jnp.broadcast_to(scale, rows_shape(kernel, layout, field))
+        scale = _kernel.align_kernel_scale(scale, kernel, layout, field, work)
+        scale = jnp.broadcast_to(scale, _kernel.rows_shape(kernel, layout, field))
         g = g * normalize(scale, Normalizer(None, outputs, eps=0.0), layout).y
-    return evaluate(kernel, lp_norm(kernel, p, eps, layout, field), layout, g, None, eps_rule)
+    return _kernel.evaluate(kernel, _kernel.lp_norm(kernel, p, eps, layout, field), layout, g, None, eps_rule)
 
 
 def norm_bound(
@@ -202,13 +190,13 @@ def norm_bound(
     (13.0, 3.0)
     """
     one_of("rule", rule, BOUNDS)
-    kernel = zero_masked_kernel(kernel, mask)
-    n = lp_norm(kernel, p, 0.0, layout, field)
-    norms = root(n.gain * normalize(kernel, n, layout).stats.var, n.power)
+    kernel = _kernel.zero_masked_kernel(kernel, mask)
+    n = _kernel.lp_norm(kernel, p, 0.0, layout, field)
+    norms = _kernel.root(n.gain * normalize(kernel, n, layout).stats.var, n.power)
     rho = expect(norms if rule == "mean" else norms**2, outputs, layout)
     if rho.size != 1:
         raise FieldError(
             f'one bound is asked for: outputs "{outputs}" beside field "{field}" leave {rho.size} numbers of a '
             f'kernel of shape {kernel.shape}, layout "{layout}"'
         )
-    return (rho if rule == "mean" else root(rho, 0.5)).reshape(())
+    return (rho if rule == "mean" else _kernel.root(rho, 0.5)).reshape(())

@@ -11,16 +11,8 @@ from normjax._expect.expectation import expect
 from normjax._leaves import inverse_power
 from normjax.gain import RELU_GAIN, activation_gain
 from normjax.theory import Normalizer
-from normjax.weights._evaluate import (
-    INPUTS,
-    KERNEL,
-    AnyField,
-    align_kernel_scale,
-    evaluate,
-    fan_in,
-    floating_kernel,
-    valid_weights,
-)
+from normjax.weights import _kernel
+from normjax.weights._kernel import INPUTS, KERNEL, AnyField
 
 
 def weight_standardization(
@@ -51,13 +43,13 @@ def weight_standardization(
     >>> weight_standardization(jnp.array([[1.0], [3.0]])).tolist()
     [[-1.0], [1.0]]
     """
-    kernel, gain = floating_kernel(kernel), 1.0
+    kernel, gain = _kernel.floating_kernel(kernel), 1.0
     if unbiased:
         if mask is not None:
             raise ValueError("unbiased=True divides by fan-in - 1, which a mask makes another number for each output")
-        count = fan_in(kernel, layout, field)
+        count = _kernel.fan_in(kernel, layout, field)
         gain = count / (count - 1) if count > 1 else 1.0  # one weight is refused below
-    return evaluate(kernel, Normalizer(field, field, eps=eps, gain=gain), layout, scale, mask, eps_rule)
+    return _kernel.evaluate(kernel, Normalizer(field, field, eps=eps, gain=gain), layout, scale, mask, eps_rule)
 
 
 def scaled_weight_standardization(
@@ -92,12 +84,12 @@ def scaled_weight_standardization(
     """
     if isinstance(gain, str):
         raise TypeError(f"gain is a number or the activation itself, as in gain=jax.nn.relu; found {gain!r}")
-    kernel = floating_kernel(kernel)
+    kernel = _kernel.floating_kernel(kernel)
     work = statistics_dtype(kernel.dtype)
-    count = jnp.asarray(fan_in(kernel, layout, field), jnp.finfo(work).dtype)
+    count = jnp.asarray(_kernel.fan_in(kernel, layout, field), jnp.finfo(work).dtype)
     if mask is not None:
-        count = count * expect(valid_weights(kernel, mask).astype(count.dtype), field, layout)
+        count = count * expect(_kernel.valid_weights(kernel, mask).astype(count.dtype), field, layout)
     g = (activation_gain(gain) if callable(gain) else gain) * inverse_power(count, 0.5)
     if scale is not None:
-        g = g * align_kernel_scale(scale, kernel, layout, field, work)
-    return evaluate(kernel, Normalizer(field, field, eps=eps), layout, g, mask, eps_rule)
+        g = g * _kernel.align_kernel_scale(scale, kernel, layout, field, work)
+    return _kernel.evaluate(kernel, Normalizer(field, field, eps=eps), layout, g, mask, eps_rule)

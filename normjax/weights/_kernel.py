@@ -1,4 +1,4 @@
-"""The equation on a kernel, evaluated."""
+"""The equation on a kernel, evaluated; scales, masks and fields of kernels."""
 
 import functools
 import math
