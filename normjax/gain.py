@@ -37,8 +37,7 @@ def activation_gain(activation: Callable[[jax.Array], jax.Array]) -> float:
 
 def _integrated(activation: Callable[[jax.Array], jax.Array], dtype: DTypeLike) -> float:
     """The gain of an activation by the rule, its values in this dtype."""
-    nodes, weights = np.polynomial.legendre.leggauss(8)
-    edges = np.arange(-12, 12, 1 / 8)
+    (nodes, weights), edges = np.polynomial.legendre.leggauss(8), np.arange(-12, 12, 1 / 8)
     z = (edges[:, None] + (nodes + 1) / 16).ravel()
     density = np.tile(weights / 16, len(edges)) * np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     with jax.ensure_compile_time_eval():

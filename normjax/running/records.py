@@ -168,16 +168,9 @@ def record(
 ) -> tuple[Running, BatchRecord]:
     """What a training batch leaves: the statistics to store from now on, and what the layer saw of the batch.
 
-    Args:
-      running: what is stored.
-      stats: statistics of the batch with their weights, which broadcast against it.
-      normalizer: the row that normalized.
-      layout: name of each axis of the batch.
-      shape: shape of the batch.
-      momentum: weight of the old value.
-      averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
-      unbiased: whether the unbiased variance is stored.
-      exact: whether the statistics of two batches give those of both, see `mergeable`.
+    The given ones are `running`, which is stored, and `stats` of a batch of this shape, with their weights, which broadcast
+    against it. `unbiased` stores the unbiased variance; `exact` says that statistics of batches merge, see `mergeable`;
+    momentum and averaging are those of `update`.
 
     >>> from normjax import TABLE, normalize
     >>> x, running = jnp.array([[1.0], [3.0]]), Running(jnp.zeros(1), jnp.ones(1))

@@ -88,11 +88,7 @@ def slots(
 ) -> dict[str, Slot]:
     """What is stored for arrays of this shape, by its name in `Running`: means of zero and moments of one, as in Flax.
 
-    Args:
-      normalizer: the row that stores; its windows do not slide over the examples.
-      layout: name of each axis of the array.
-      shape: shape of the array; lengths may be None where they are not known yet.
-      averaging: "exponential"; "debiased" and "cumulative" store counts too.
+    Lengths of the shape may be None where they are not known yet; averages other than "exponential" store counts too.
 
     >>> from normjax import TABLE, Normalizer
     >>> [(name, slot.shape) for name, slot in slots(TABLE["batch"], "n ... c", (8, 32, 32, 64)).items()]
