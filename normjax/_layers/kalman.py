@@ -1,6 +1,7 @@
 """Kalman normalization as a layer: what is believed of its input travels through the model beside the arrays."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,12 +78,8 @@ class KalmanNorm(RunningLayer):
     >>> from normjax.nnx import KalmanNorm
     >>> rngs = nnx.Rngs(0)
     >>> first, dense, second = KalmanNorm(3, rngs=rngs), nnx.Linear(3, 5, rngs=rngs), KalmanNorm(5, rngs=rngs)
-    >>> @nnx.jit
-    ... def run(first, dense, second, x):
-    ...     h, state = first(x)
-    ...     prior = predict(state, dense.kernel[...], bias=dense.bias[...])
-    ...     return second(dense(nnx.relu(h)), prior)
-    >>> y, state = run(first, dense, second, jax.random.normal(jax.random.key(0), (2, 3)))
+    >>> h, state = first(jax.random.normal(jax.random.key(0), (2, 3)))
+    >>> y, state = second(dense(nnx.relu(h)), predict(state, dense.kernel[...], bias=dense.bias[...]))
     >>> y.shape, state.output.var.shape, second.var.shape
     ((2, 5), (1, 5), (5,))
     """
@@ -167,15 +164,8 @@ class KalmanNorm(RunningLayer):
             moved, belief = renormalized(used, *correct(used, n), n), out.filtered.input
             return taken(kalman.normalize_by_belief(work, belief, n, self.layout, stats=moved, **given), shown)
 
-        return self._normalized(
-            x.shape,
-            take,
-            use_running_average,
-            update_running_average=update_running_average,
-            renorm=renorm,
-            mask=mask,
-            renormed=renormed,
-        )
+        call = functools.partial(self._normalized, x.shape, take, use_running_average, renormed=renormed)
+        return call(update_running_average=update_running_average, renorm=renorm, mask=mask)
 
     def _mixed(
         self,
