@@ -10,7 +10,7 @@ Host, nn.GRUCell)`.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -262,9 +262,9 @@ def mean_penalty(cell: object, values: jax.Array, seq_lengths: ArrayLike | None,
 
 
 def start_sequence(
-    cell: Any, inputs: jax.Array, time_major: bool, carry: Carry, first: Callable[[tuple[int, ...]], Carry]
+    features: int, inputs: jax.Array, time_major: bool, carry: Carry, first: Callable[[tuple[int, ...]], Carry]
 ) -> tuple[int, Carry, bool]:
-    """The axis of time, the carry (None: `first`, of the shape of one step), and whether it counts steps."""
-    time = 0 if time_major else inputs.ndim - cell.num_feature_axes - 1
+    """The axis of time, before so many of features; the carry (None: `first` of a step's shape); whether it counts steps."""
+    time = 0 if time_major else inputs.ndim - features - 1
     carry = first(inputs.shape[:time] + inputs.shape[time + 1 :]) if carry is None else carry
     return time, carry, recurrent.unpack(carry)[1] is not None

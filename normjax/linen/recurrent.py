@@ -187,10 +187,11 @@ class RNN(nn.RNN):
                     inputs, initial_carry=initial_carry, init_key=init_key, seq_lengths=seq_lengths, **given
                 )
         how = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        major = how["time_major"]
         first = functools.partial(cell.initialize_carry, jax.random.key(0) if init_key is None else init_key)
-        time, carry, clocked = cells.start_sequence(cell, inputs, how["time_major"], initial_carry, first)
+        time, carry, clocked = cells.start_sequence(cell.num_feature_axes, inputs, major, initial_carry, first)
         carry = carry if seq_lengths is None else recurrent.with_lengths(carry, seq_lengths)
-        examples, major = inputs.ndim - cell.num_feature_axes - 1, how["time_major"]
+        examples = inputs.ndim - cell.num_feature_axes - 1
         flip = functools.partial(flip_sequences, seq_lengths=seq_lengths, num_batch_dims=examples, time_major=major)
         inputs = flip(inputs) if how["reverse"] else inputs
         asked = {} if use_running_average is None else {"use_running_average": use_running_average}

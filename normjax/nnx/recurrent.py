@@ -5,20 +5,21 @@ Any `nnx.RNN` runs a cell; ours, `RNN`, also masks padding and captures the pena
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
+from flax.typing import PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
 from normjax._layers import recurrent as cells
 from normjax._layers.describe import Initializer
 from normjax._layers.recurrent import SiteOptions
-from normjax.nnx.host import Keeping, Penalty
+from normjax.nnx.host import Keeping, Metadata, Penalty
 from normjax.recurrent import Carry, Clock, Site, Weights
 from normjax.theory import Normalizer
 
@@ -54,11 +55,11 @@ class CellOptions(TypedDict, total=False):
     dtype: DTypeLike | None
     param_dtype: DTypeLike
     carry_init: Initializer | None
-    promote_dtype: Callable[..., Any]
+    promote_dtype: PromoteDtypeFn
     keep_rngs: bool
-    kernel_metadata: Mapping[str, Any]
-    recurrent_kernel_metadata: Mapping[str, Any]
-    bias_metadata: Mapping[str, Any]
+    kernel_metadata: Metadata
+    recurrent_kernel_metadata: Metadata
+    bias_metadata: Metadata
 
 
 def _value(variable: nnx.Variable | None) -> jax.Array | None:
@@ -250,7 +251,7 @@ class RNN(nnx.RNN):
             stream = self.rngs if rngs is None else rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
             return cell.initialize_carry(shape, stream)
 
-        time, carry, clocked = cells.start_sequence(cell, inputs, major, initial_carry, first)
+        time, carry, clocked = cells.start_sequence(cell.num_feature_axes, inputs, major, initial_carry, first)
         if seq_lengths is not None:
             seq_lengths = jnp.asarray(seq_lengths)
             carry = recurrent.with_lengths(carry, seq_lengths) if ours else carry

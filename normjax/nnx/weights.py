@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import PathParts
+from jax.sharding import PartitionSpec, Sharding
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._layers import weights
@@ -76,7 +77,7 @@ class Linear(weights.Dense, Host, nnx.Linear):  # noqa: D101
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **flax)
         self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Sharding | PartitionSpec | None = None) -> jax.Array:
         """Multiplies inputs, `[... i]`, by the reparametrized kernel."""
         return nnx.Linear.__call__(self._product(), inputs, out_sharding)
 
@@ -102,7 +103,7 @@ class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
         nnx.Conv.__init__(self, in_features, out_features, kernel_size, strides, rngs=rngs, **flax)
         self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Sharding | PartitionSpec | None = None) -> jax.Array:
         """Convolves inputs, `[n ... i]`, with the reparametrized kernel."""
         return nnx.Conv.__call__(self._product(), inputs, out_sharding)
 
