@@ -32,13 +32,7 @@ def reparametrize(params: Any, rules: Mapping[str, Weight]) -> Any:
     Args:
       params: a linen dictionary, an `nnx.State` or any other pytree of arrays.
       rules: patterns of paths "block/conv1/kernel" and functions kernel -> kernel. `*` matches slashes too, `?`, `[ab]`
-        as in `fnmatch`; of several that match a path the first counts.
-
-    Returns:
-      A tree of the same structure.
-
-    Raises:
-      ValueError: a pattern matches no path.
+        as in `fnmatch`; of several that match a path the first counts, and one that matches none is refused.
 
     >>> params = {"conv": {"kernel": jnp.ones((4, 1)), "bias": jnp.ones(1)}}
     >>> reparametrize(params, {"*/kernel": weight_norm})["conv"]["kernel"].ravel().tolist()
@@ -58,23 +52,15 @@ def reparametrize(params: Any, rules: Mapping[str, Weight]) -> Any:
 
 
 def matching_scale(kernel: ArrayLike, weight: Weight = weight_norm, **options: Any) -> jax.Array:
-    """The scale that brings a reparametrized kernel nearest to the kernel itself, in least squares for each output.
+    """The scale `[o]` that brings a reparametrized kernel nearest to the kernel itself, in least squares for each output.
 
     For weight norm, bounded or not, it is ||v||, which PyTorch and Hoffer et al. 2018 start from: the layer then computes
-    what it did.
+    what it did. Float32 or wider. [u over the units of what `weight` gives]
 
     Args:
       kernel: the initial kernel, `[... i o]` or as the layout of `weight` says. [units u]
-      weight: a reparametrization, called without a scale; a constant rho that it needs is 1. Its layout and field are
-        those of the scale too.
+      weight: a reparametrization, called without a scale; a constant rho that it needs is 1.
       **options: arguments of `weight`.
-
-    Returns:
-      An array of the shape of the outputs, `[o]`, float32 or wider. [u over the units of what `weight` gives]
-
-    Raises:
-      FieldError: layout, field and shapes do not fit.
-      TypeError: the kernel holds integers.
 
     Source: for weight norm Salimans & Kingma 2016, section 2 (g = ||v|| leaves w as it is).
 
@@ -94,7 +80,7 @@ def matching_scale(kernel: ArrayLike, weight: Weight = weight_norm, **options: A
 
 
 def initial_bound(kernel: ArrayLike, weight: Weight, rule: str = "rms", **options: Any) -> jax.Array:
-    """The constant `rho` that a reparametrization needs, of the initial kernel.
+    """The constant `rho` that a reparametrization needs, of the initial kernel: a scalar [u], float32 or wider.
 
     It is `norm_bound` with the p, fields, layout and mask that the weight was given: with the L1 norms for
     `functools.partial(bounded_weight_norm, p=1)`, as in the code of Hoffer et al. 2018.
@@ -104,13 +90,6 @@ def initial_bound(kernel: ArrayLike, weight: Weight, rule: str = "rms", **option
       weight: `bounded_weight_norm`, or a `functools.partial` of it.
       rule: "rms", the root mean square of the norms of the outputs, or "mean", their mean (see `norm_bound`).
       **options: further arguments of `weight`.
-
-    Returns:
-      A float32 (or wider) scalar. [u]
-
-    Raises:
-      FieldError: layout, fields and shapes do not fit.
-      ValueError: no rule has this name.
 
     Source: Hoffer et al. 2018, bounded weight normalization.
 
@@ -127,18 +106,13 @@ def data_dependent_start(
 ) -> tuple[jax.Array, jax.Array]:
     """The scale and the bias of weight norm with which the outputs of a first batch have mean 0 and variance 1.
 
+    They are g = 1 / std[t] [1 / u] and b = -mean[t] / std[t], each `[c]`, float32 or wider; 0 where t is constant.
+
     Args:
       t: what the layer gives for that batch with scale 1 and bias 0, `[n ... c]` or as the layout says. [units u]
       layout: name of each axis of t.
       field: what one number of the scale and of the bias is shared by.
       mask: booleans or weights that broadcast against t.
-
-    Returns:
-      g = 1 / std[t] [1 / u] and b = -mean[t] / std[t], each `[c]`, float32 or wider; 0 where t is constant.
-
-    Raises:
-      FieldError: layout, field and shape do not fit.
-      TypeError: t holds integers.
 
     Source: Salimans & Kingma 2016, section 3, equation 6.
 
@@ -152,10 +126,7 @@ def data_dependent_start(
 
 
 def takes_bound(weight: Weight) -> bool:
-    """Whether a reparametrization still needs its constant `rho`, as `bounded_weight_norm` does.
-
-    Args:
-      weight: a function of `normjax.weights`, any other, or a `functools.partial` of one.
+    """Whether a reparametrization, or a `functools.partial` of one, still needs its constant `rho`.
 
     >>> from normjax.weights import bounded_weight_norm
     >>> takes_bound(bounded_weight_norm), takes_bound(weight_norm)
@@ -172,17 +143,9 @@ def _chosen(weight: Weight, *names: str) -> dict[str, Any]:
 
 
 def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str, Field, tuple[int, ...]]:
-    """Flax's axes by number, read as a layout and a field.
+    """Flax's feature axes as a layout of so many axes, the field of all others, and their numbers, ascending.
 
-    Args:
-      ndim: number of axes of the array.
-      feature_axes: axes that are averaged apart; negative ones count from the end; None averages all together.
-
-    Returns:
-      A layout that names the axes by number, the field of all other axes, and the feature axes, ascending.
-
-    Raises:
-      ValueError: the array has no such axis.
+    Feature axes are those that are averaged apart; negative ones count from the end; None averages all together.
 
     >>> by_number(3, (-1, 0))
     ('a0 a1 a2', Field.parse('a1'), (0, 2))

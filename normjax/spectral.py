@@ -15,12 +15,9 @@ from normjax.field import FieldError
 
 
 class Spectral(NamedTuple):
-    """What `spectral_norm` returns.
+    """The kernel over sigma; u to start from the next time; sigma, a scalar, float32 or wider [units of the kernel].
 
-    Attributes:
-      kernel: the kernel over sigma, in its shape and dtype.
-      u: the output vector after the iterations, to start from the next time; shape and dtype of the u that was given.
-      sigma: the estimate of the largest singular value, a float32 (or wider) scalar. [units of the kernel]
+    Kernel and u have the shape and dtype of those that were given.
 
     >>> spectral_norm(jnp.diag(jnp.array([4.0, 1.0])), jnp.array([1.0, 0.0])).sigma.item()
     4.0
@@ -32,22 +29,14 @@ class Spectral(NamedTuple):
 
 
 def spectral_norm(
-    kernel: ArrayLike,
-    u: ArrayLike,
-    *,
-    steps: int = 1,
-    eps: float = 1e-12,
-    layout: str = "... i o",
-    outputs: str = "o",
+    kernel: ArrayLike, u: ArrayLike, *, steps: int = 1, eps: float = 1e-12, layout: str = "... i o", outputs: str = "o"
 ) -> Spectral:
     """Divides a kernel by an estimate of its largest singular value.
 
     A kernel of a convolution is the matrix [space and inputs, outputs], as in the paper: not the convolution's own
-    operator norm. u and v are constants to the gradient, which flows through sigma = v W u and through W.
-
-    Training stores the new u; inference uses the stored one and stores nothing, with the same number of steps (as Flax
-    does) or with `steps=0`, which takes u for the singular vector (as PyTorch does). Where sigma is 0 the kernel stays as
-    it is.
+    operator norm. u and v are constants to the gradient, which flows through sigma = v W u and through W. Training stores
+    the new u; inference stores nothing, with as many steps (as Flax does) or with `steps=0`, which takes the stored u for
+    the singular vector (as PyTorch does). Where sigma is 0 the kernel stays as it is.
 
     Args:
       kernel: array of a real floating dtype, `[... i o]` or as the layout says.
@@ -56,14 +45,6 @@ def spectral_norm(
       eps: added to the squared norms of the iteration.
       layout: name of each axis of the kernel.
       outputs: names of the axes that are the columns of the matrix; the others are its rows.
-
-    Returns:
-      `(kernel, u, sigma)`: the kernel over sigma, the new u, and sigma.
-
-    Raises:
-      FieldError: u has another size than the outputs, or the layout does not fit.
-      TypeError: the kernel holds integers or complex numbers.
-      ValueError: steps is negative.
 
     Source: Miyato et al. 2018, algorithm 1 and equation 12 (the gradient).
 

@@ -27,13 +27,7 @@ ROWS = ("instance", "layer", "batch")  # the order of the authors' weights
 
 
 class Mixed(NamedTuple):
-    """What `mix` returns.
-
-    Attributes:
-      y: the normalized array, in the dtype of x.
-      centered: v = x - mean, float32 or wider, 0 where masked.
-      stats: the mixed statistics, each broadcasting against x.
-      parts: the statistics of each row.
+    """What `mix` returns: y; v = x - mean, float32 or wider, 0 where masked; the mixed statistics and those of each row.
 
     >>> out = mix(jnp.array([[1.0, 3.0], [5.0, 7.0]]), ("token", "batch"))
     >>> out.stats.mean.shape, [part.mean.shape for part in out.parts]
@@ -66,28 +60,20 @@ def mix(
 
     Args:
       x: floating-point array, axes as named by `layout`.
-      normalizers: rows of order 2 that divide, and no floor; their own eps, gain and power are not used. One without a
-        summation field gives the mean zero.
+      normalizers: rows of order 2 that divide, without floor; their eps, gain and power are not used. Without A, the mean
+        is zero.
       mean_weight: weight of each row's mean, `[rows]`; equal weights by default. The authors' are a softmax.
       var_weight: weight of each row's variance, `[rows]`.
       layout: name of each axis of x.
       stats: for each row, statistics to use instead of those of x (inference); None computes them.
       scale: factor of y: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       bias: added to scale * y, in the shapes of `scale`.
-      mask: boolean mask or weights that broadcast against x; at weight zero x counts in no statistic and the output is
-        the bias. A row that pools another's statistics weighs them by what is not masked.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts in no statistic and the output is the bias.
       eps: added to the mixed variance. [units of x squared]
       unbiased: variances divide by one less than the number of elements before they are pooled or mixed, as in the
-        authors' code, where PyTorch's `var` does so by default. The paper divides by the number.
+        authors' code; the paper divides by the number.
       refuse: whether a field over a single element is an error, as it is for `normjax.normalize`.
       dtype: of y, by default that of x.
-
-    Returns:
-      `(y, centered, stats, parts)`: y has the shape of x and `dtype`; the mixed statistics and each row's own.
-
-    Raises:
-      FieldError: a row does not fit x.
-      ValueError: a row cannot be mixed, or the weights are not one for each row.
 
     Source: Luo et al. 2019 (differentiable learning to normalize), equation 3; pooled statistics: equation 4.
 
@@ -98,16 +84,15 @@ def mix(
     rows = require_mixable(normalizers)
     x = require_float(x, "mix")
     work = x.astype(statistics_dtype(x.dtype))
-    given: list[Stats | None] = [None for _ in rows] if stats is None else list(stats)
+    given = [None for _ in rows] if stats is None else list(stats)
     if len(given) != len(rows):
         raise ValueError(f"statistics are one for each of the {len(rows)} rows; found {len(given)}")
     parts = _parts(work, rows, layout, given, mask, unbiased, refuse)
     real = jnp.finfo(work.dtype).dtype
     weights = [_one_for_each_row(name, w, len(rows), real) for name, w in (("mean", mean_weight), ("var", var_weight))]
     means = [jnp.zeros((1,) * x.ndim, work.dtype) if p.mean is None else p.mean for p in parts]
-    mean = sum(
-        (w.astype(work.dtype) * m for w, m in zip(weights[0], means, strict=True)), start=jnp.zeros((), work.dtype)
-    )
+    none = jnp.zeros((), work.dtype)
+    mean = sum((w.astype(work.dtype) * m for w, m in zip(weights[0], means, strict=True)), start=none)
     var = sum((w * p.var for w, p in zip(weights[1], parts, strict=True)), start=jnp.zeros((), real))
     centred = next((n for n in rows if n.mean is not None), None)
     final = Normalizer(None if centred is None else centred.mean, rows[0].var)
@@ -126,24 +111,17 @@ def blend(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """A weighted sum of what several rows, of any kind, make of x.
+    """A weighted sum of what several rows, of any kind, make of x, in its dtype.
 
     Args:
       x: floating-point array, axes as named by `layout`.
       normalizers: the rows.
-      weight: of each row, `[rows]`, or of each row and channel, `[rows, c]`. Batch-instance norm has ("batch", "instance")
-        with (rho, 1 - rho), rho in [0, 1].
+      weight: of each row, `[rows]`, or of each row and channel, `[rows, c]`; batch-instance norm has (rho, 1 - rho) for
+        ("batch", "instance").
       layout: name of each axis of x.
       scale: factor of the sum: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       bias: added to it, in the shapes of `scale`.
-      mask: boolean mask or weights that broadcast against x; at weight zero x counts in no statistic and the output is
-        the bias.
-
-    Returns:
-      An array of the shape and dtype of x.
-
-    Raises:
-      ValueError: the weights are not one for each row.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts in no statistic and the output is the bias.
 
     Source: Nam & Kim 2018 (batch-instance normalization), equation 3.
 
@@ -157,23 +135,11 @@ def blend(
     total = jnp.zeros_like(work)
     for w, n in zip(weight, normalizers, strict=True):
         total = total + normalize(work, n, layout, scale=w, mask=mask).y
-    final = Normalizer(None, None)
-    return equation(total, final, layout, scale=scale, bias=bias, dtype=x.dtype).y
+    return equation(total, Normalizer(None, None), layout, scale=scale, bias=bias, dtype=x.dtype).y
 
 
 def weights_of(logits: ArrayLike) -> jax.Array:
-    """The weights of the rows from what is learned, a softmax as the authors'.
-
-    Args:
-      logits: one for each row, `[rows]`.
-
-    Returns:
-      Positive numbers `[rows]` whose sum is 1, float32 or wider.
-
-    Raises:
-      TypeError: integers.
-
-    Source: Luo et al. 2019, section 3.
+    """The weights `[rows]` from the logits `[rows]` that are learned: a softmax, as the authors', float32 or wider.
 
     >>> weights_of(jnp.zeros(2))
     Array([0.5, 0.5], dtype=float32)
@@ -183,27 +149,20 @@ def weights_of(logits: ArrayLike) -> jax.Array:
 
 
 def storing(normalizers: Sequence[Normalizer | str]) -> int | None:
-    """Which row of a mix stores statistics; None if none does.
-
-    Raises:
-      ValueError: more than one does.
+    """Which row of a mix stores statistics; None if none does. Two are refused.
 
     >>> storing(("instance", "layer", "batch"))
     2
     """
     found = [k for k, n in enumerate(normalizers) if any(stores(row(n)))]
     if len(found) > 1:
-        raise ValueError(
-            f"one row of a mix may store statistics; found {', '.join(str(normalizers[k]) for k in found)}"
-        )
+        names = ", ".join(str(normalizers[k]) for k in found)
+        raise ValueError(f"one row of a mix may store statistics; found {names}")
     return found[0] if found else None
 
 
 def require_mixable(normalizers: Sequence[Normalizer | str]) -> list[Normalizer]:
-    """The rows, where each of them has a variance that can be mixed.
-
-    Raises:
-      ValueError: there are none, or one does not divide, is of another order than 2, or has a floor or keep_mean.
+    """The rows; ValueError where there is none, or one does not divide, has another order than 2, a floor or keep_mean.
 
     >>> require_mixable(("token", "batch"))
     [Normalizer('c', 'c'), Normalizer('n ...', 'n ...')]
@@ -237,16 +196,14 @@ def _parts(
     """The statistics of each row; those of a row that averages over more than an earlier one from the earlier one's."""
     parts: list[Stats] = []
     for k, n in enumerate(rows):
-        stats = given[k]
-        if stats is None:
-            below = next((j for j in range(k) if given[j] is None and _nested(rows[j], n)), None)
-            if below is not None:
-                stats = pool(parts[below], n, layout)
-            else:
-                stats = (normalize if refuse else equation)(x, n, layout, mask=mask).stats
-                if unbiased:
-                    require_unbiased(n)
-                    stats = with_unbiased_variance(stats)
+        stats, below = given[k], next((j for j in range(k) if given[j] is None and _nested(rows[j], n)), None)
+        if stats is None and below is not None:
+            stats = pool(parts[below], n, layout)
+        elif stats is None:
+            stats = (normalize if refuse else equation)(x, n, layout, mask=mask).stats
+            if unbiased:
+                require_unbiased(n)
+                stats = with_unbiased_variance(stats)
         parts.append(stats)
     return parts
 
@@ -262,16 +219,7 @@ def _nested(small: Normalizer, large: Normalizer) -> bool:
 def pool(stats: Stats, normalizer: Normalizer | str, layout: str = "n ... c") -> Stats:
     """The statistics of a row that averages over all that another has averaged over, and more, from the other's.
 
-    Args:
-      stats: means, variances and the weights behind them, of a row of whole axes.
-      normalizer: the row to find; A = B, order 2, no windows.
-      layout: name of each axis.
-
-    Returns:
-      Stats that broadcast against x.
-
-    Raises:
-      FieldError: the layout does not fit the statistics.
+    The given ones are means, variances and the weights behind them, of a row of whole axes; the row has A = B, no windows.
 
     Source: the law of total variance; Luo et al. 2019, equation 4, has it as a difference of squares.
 

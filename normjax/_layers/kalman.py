@@ -1,6 +1,7 @@
 """Kalman normalization as a layer: what is believed of its input travels through the model beside the arrays."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import kalman
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import (
-    Initializer,
-    Parameter,
-    Shape,
-    channel_shape,
-    description,
-    ones,
-    promoted,
-    scale_and_bias,
-    zeros,
-)
+from normjax._layers import describe
+from normjax._layers.describe import Initializer, Parameter, Shape, description, ones, zeros
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
 from normjax._leaves import one_of
 from normjax.propagate import Belief, Filtered, linear
@@ -43,8 +35,8 @@ class KalmanNorm(RunningLayer):
       layout: name of each axis of the input.
       gain: weight q of the batch: 0.1 for micro-batches, 0.95 for large ones; where it starts if it is learned.
       learn_gain: whether the gain is learned, one scalar: the parameter `gain_logit`, whose sigmoid it is.
-      learn_transition: whether the prior is corrected by a * mean + u and a ** 2 * var + r, learned `[c]` each (the paper's
-        A, u and R as recalled, diagonal): parameters `a`, `u` and `r`, of which r holds the inverse softplus of the noise.
+      learn_transition: whether the prior is corrected by a * mean + u and a ** 2 * var + r (the paper's A, u and R as
+        recalled, diagonal): parameters `a`, `u` and `r`, `[c]` each, of which r holds the inverse softplus of the noise.
       guard: where the mean of prior variance / batch variance is not below this number, the batch's statistics alone are
         used; the published code has 100.
       stored: what the running statistics average: "filtered", the statistics that normalized; "batch", the batch's own;
@@ -75,8 +67,7 @@ class KalmanNorm(RunningLayer):
     ...         conv = linen.Conv(3, (3, 3), use_bias=False)
     ...         x = x + conv(linen.relu(h))
     ...         branch = predict(state, conv.variables["params"]["kernel"], size=x.shape[1:3])
-    ...         h, state = KalmanNorm(gain=0.1)(x, join(state.input, branch), not train)
-    ...         return h
+    ...         return KalmanNorm(gain=0.1)(x, join(state.input, branch), not train)[0]
     >>> variables = jax.eval_shape(lambda x: Stack().init(jax.random.key(0), x, train=True), jnp.ones((2, 8, 8, 3)))
     >>> variables["batch_stats"]["KalmanNorm_1"]["var"].shape
     (3,)
@@ -87,12 +78,8 @@ class KalmanNorm(RunningLayer):
     >>> from normjax.nnx import KalmanNorm
     >>> rngs = nnx.Rngs(0)
     >>> first, dense, second = KalmanNorm(3, rngs=rngs), nnx.Linear(3, 5, rngs=rngs), KalmanNorm(5, rngs=rngs)
-    >>> @nnx.jit
-    ... def run(first, dense, second, x):
-    ...     h, state = first(x)
-    ...     prior = predict(state, dense.kernel[...], bias=dense.bias[...])
-    ...     return second(dense(nnx.relu(h)), prior)
-    >>> y, state = run(first, dense, second, jax.random.normal(jax.random.key(0), (2, 3)))
+    >>> h, state = first(jax.random.normal(jax.random.key(0), (2, 3)))
+    >>> y, state = second(dense(nnx.relu(h)), predict(state, dense.kernel[...], bias=dense.bias[...]))
     >>> y.shape, state.output.var.shape, second.var.shape
     ((2, 5), (1, 5), (5,))
     """
@@ -124,9 +111,9 @@ class KalmanNorm(RunningLayer):
         return False  # here the option is that of what is believed
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
-        size = channel_shape(self.layout, shape) if self.learn_transition else ()
+        size = describe.channel_shape(self.layout, shape) if self.learn_transition else ()
         return {
-            **scale_and_bias(self, shape),
+            **describe.scale_and_bias(self, shape),
             "gain_logit": Parameter((), kalman.logit(self.gain)) if self.learn_gain else None,
             **{k: Parameter(size, v) if self.learn_transition else None for k, v in FIRST_TRANSITION.items()},
         }
@@ -143,7 +130,7 @@ class KalmanNorm(RunningLayer):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> tuple[jax.Array, Filtered]:
-        """Normalizes x.
+        """Normalizes x, and gives what is believed of x and of y.
 
         Args:
           x: floating-point array, axes as named by `layout`.
@@ -151,20 +138,12 @@ class KalmanNorm(RunningLayer):
           use_running_average: whether to use the stored statistics, for rows that have any.
           update_running_average: whether a training batch moves the stored statistics; replaces the option.
           renorm: limits of batch renormalization; replaces the option.
-          mask: boolean mask or weights that broadcast against x; where it is zero, x counts in no statistic and the
-            output is the bias.
+          mask: booleans or weights that broadcast against x; where 0, x counts in no statistic and y is the bias.
           scale: replaces the learned factor: a scalar, `[c]`, `[n, c]`, or of the rank of x, constant over space.
           bias: replaces the learned addend; the shapes of `scale`.
-
-        Returns:
-          An array of the shape of x, and what is believed of x and of it.
-
-        Raises:
-          FieldError: normalizer or prior do not fit the input.
-          TypeError: integer input.
         """
         x, dtype = require_float(x, "KalmanNorm"), self.dtype
-        work, n = promoted(x, dtype), self._row()
+        work, n = describe.promoted(x, dtype), self._row()
         n = n.local() if self._starting() else n  # while initializing, mapped axes need not exist yet
         learned = self._learned(x.shape, scale=scale, bias=bias)
         given = {"mask": mask, "scale": learned.get("scale"), "bias": learned.get("bias")}
@@ -182,19 +161,11 @@ class KalmanNorm(RunningLayer):
         def renormed(correct: Correct) -> Taken[tuple[jax.Array, Filtered]]:
             out = self._mixed(work, prior, n, learned, **given)
             used, shown = (kalman.statistics_to_store(out, n, self.layout, name) for name in ("filtered", self.stored))
-            moved = renormalized(used, *correct(used, n), n)
-            belief = out.filtered.input
+            moved, belief = renormalized(used, *correct(used, n), n), out.filtered.input
             return taken(kalman.normalize_by_belief(work, belief, n, self.layout, stats=moved, **given), shown)
 
-        return self._normalized(
-            x.shape,
-            take,
-            use_running_average,
-            update_running_average=update_running_average,
-            renorm=renorm,
-            mask=mask,
-            renormed=renormed,
-        )
+        call = functools.partial(self._normalized, x.shape, take, use_running_average, renormed=renormed)
+        return call(update_running_average=update_running_average, renorm=renorm, mask=mask)
 
     def _mixed(
         self,
@@ -202,25 +173,13 @@ class KalmanNorm(RunningLayer):
         prior: Belief | None,
         n: Normalizer,
         learned: dict[str, jax.Array],
-        *,
-        mask: ArrayLike | None,
-        scale: ArrayLike | None,
-        bias: ArrayLike | None,
+        **given: ArrayLike | None,
     ) -> kalman.Kalman:
         """Mixes the prior, corrected by the learned transition, and the batch by the gain."""
         gain = jax.nn.sigmoid(learned["gain_logit"]) if self.learn_gain else self.gain
         if self.learn_transition and prior is not None:
             prior = linear(prior, learned["a"], learned["u"], jax.nn.softplus(learned["r"]), self.layout)
+        refuse, unbiased = not self._starting(), self.unbiased
         return kalman.kalman_normalize(
-            x,
-            prior,
-            n,
-            self.layout,
-            gain=gain,
-            guard=self.guard,
-            unbiased=self.unbiased,
-            refuse=not self._starting(),
-            mask=mask,
-            scale=scale,
-            bias=bias,
+            x, prior, n, self.layout, gain=gain, guard=self.guard, unbiased=unbiased, refuse=refuse, **given
         )

@@ -4,57 +4,66 @@ A cell has the arguments, parameters and carry of Flax's; with `normalizer=None`
 is by name only, and says what is normalized, and where. Each site (`normjax.recurrent.sites`) is a submodule `norm_<site>`.
 
 The faces, `linen/recurrent.py` and `nnx/recurrent.py`, add Flax's cell and its variables: `class GRUCell(recurrent.GRUCell,
-Host, nn.GRUCell)`. What a description asks of its host starts with an underscore.
+Host, nn.GRUCell)`.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
-from normjax.recurrent import Carry, Clock, Norm, Places, Site, Weights
-from normjax.running import Slot, stores
+from normjax._layers.describe import Initializer, Parameter, ones, zeros
+from normjax.recurrent import Activation, Carry, Clock, Norm, Places, Site, Weights
+from normjax.running import Running, Slot, stores
 from normjax.theory import Normalizer, row
 
-Initializer = Callable[..., jax.Array]  # of a random key, a shape and a dtype
-Step = Callable[..., Any]  # the steps take different numbers of states
+Arrays = Mapping[str, jax.Array]
+Step = Callable[..., jax.Array | tuple[jax.Array, ...]]  # the steps take different numbers of states
 
 
 class SiteOptions(NamedTuple):
-    """One normalized array of a cell, as the cell tells it.
+    """One normalized array of a cell, as the cell tells it."""
 
-    Attributes:
-      scaled: whether a factor `[site]` is learned.
-      biased: whether an addend `[site]` is learned.
-      sigma_init: first value of a learned sigma; None learns none.
-      slots: what is stored, by name.
-      normalize: `normalize_site` with the options of the cell.
-    """
+    learns: Mapping[str, Parameter]  # of "scale" `[site]`, "bias" `[site]` and "sigma" what is learned
+    slots: Mapping[str, Slot]  # what is stored, by name
+    normalize: Callable[..., Site]  # `normalize_site` with the options of the cell
 
-    scaled: bool
-    biased: bool
-    sigma_init: float | None
-    slots: Mapping[str, Slot]
-    normalize: Callable[..., Site]
+    def __call__(self, z: jax.Array, learned: Arrays, stored: Arrays, clock: Clock | None, use_running: bool) -> Site:
+        eps = jnp.square(learned["sigma"]) if "sigma" in learned else None
+        given = {"scale": learned.get("scale"), "bias": learned.get("bias"), "use_running": use_running}
+        return self.normalize(z, running=Running(**stored), clock=clock, eps=eps, **given)
 
 
-class _FlaxCell:
-    """The attributes of Flax's cells that a step reads."""
+class _Asked:
+    """What a cell asks of its face: attributes of Flax's cells that a step reads, and what needs variables."""
 
-    gate_fn: Callable[..., Any]
-    activation_fn: Callable[..., Any]
+    bias_init: Initializer
+    gate_fn: Activation
+    activation_fn: Activation
     residual: bool
-    dtype: Any
+    dtype: DTypeLike | None
     param_dtype: DTypeLike
+
+    def _features(self) -> int: ...  # length of the states
+
+    def _weights(self, x: jax.Array, h: jax.Array) -> Weights: ...  # the linear maps, for x `[n, i]` and h `[n, c]`
+
+    def _uses_running(self, at_call: bool | None) -> bool: ...  # asked only where statistics are stored
+
+    def _at_site(self, name: str, z: jax.Array, clock: Clock | None, use_running: bool) -> Site:
+        """Normalizes a site with its variables, and stores what is to be stored."""
+        ...
+
+    def _penalize(self, value: Callable[[], jax.Array]) -> None: ...  # leaves the penalty of a step to those who ask
 
 
 @dataclasses.dataclass(kw_only=True, init=False, eq=False, repr=False)
-class Cell(_FlaxCell):
+class Cell(_Asked):
     """What the cells have beyond Flax's.
 
     Attributes:
@@ -70,9 +79,8 @@ class Cell(_FlaxCell):
       sigma_init: its initial value; by default the square root of the row's eps.
       scale_init: initializer of the factors.
       norm_bias_init: initializer of the addends.
-      l1: weight alpha of the L1 penalty, alpha * mean |v| summed over the sites; 0 leaves none. In linen it is sown as `l1`
-        into the collection `losses` at each step when that is mutable, never while initializing; in nnx it is captured as
-        `Penalty`.
+      l1: weight alpha of the L1 penalty, alpha * mean |v| summed over the sites; 0 leaves none. In linen each step sows it
+        as `l1` into `losses` when that is mutable, never while initializing; in nnx it is captured as `Penalty`.
       l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
     """
 
@@ -86,8 +94,8 @@ class Cell(_FlaxCell):
     use_bias: bool | Sequence[str] = True
     learn_sigma: bool = False
     sigma_init: float | None = None
-    scale_init: Initializer = jax.nn.initializers.ones
-    norm_bias_init: Initializer = jax.nn.initializers.zeros
+    scale_init: Initializer = ones
+    norm_bias_init: Initializer = zeros
     l1: float = 0.0
     l1_axis_name: str | Sequence[str] | None = None
 
@@ -97,30 +105,6 @@ class Cell(_FlaxCell):
         """One of the steps of `recurrent`, `step(norm, places, weights, *states, x)`, with the cell's activations."""
         raise NotImplementedError
 
-    # What a host says.
-
-    def _features(self) -> int:
-        """Length of the states."""
-        raise NotImplementedError
-
-    def _weights(self, x: jax.Array, h: jax.Array) -> Weights:
-        """The linear maps, for an input x `[n, i]` and a state h `[n, c]`."""
-        raise NotImplementedError
-
-    def _uses_running(self, at_call: bool | None) -> bool:
-        """Whether the stored statistics normalize; asked only where some are stored."""
-        raise NotImplementedError
-
-    def _at_site(self, name: str, z: jax.Array, clock: Clock | None, use_running: bool) -> Site:
-        """Normalizes a site with its variables, and stores what is to be stored."""
-        raise NotImplementedError
-
-    def _penalize(self, value: jax.Array) -> None:
-        """Leaves the penalty of a step to those who ask for it."""
-        raise NotImplementedError
-
-    # What all of them do.
-
     def _row(self) -> Normalizer | None:
         return None if self.normalizer is None else row(self.normalizer)
 
@@ -128,26 +112,25 @@ class Cell(_FlaxCell):
         return Places(self.place, self.per_gate, self.bias_at)
 
     def _sites(self) -> dict[str, int]:
-        """The names and lengths of the sites."""
         return recurrent.sites(self._kind, self._features(), self._places())
 
     def _site(self, name: str, starting: bool = False) -> SiteOptions:
         """The options of a site; `starting` while initializing, when mapped axes need not exist yet."""
         n, sites = self._row(), self._sites()
         assert n is not None
-        learned = (("use_scale", self.use_scale), ("use_bias", self.use_bias))
-        scaled, biased = (name in recurrent.choose_sites(option, given, tuple(sites)) for option, given in learned)
-        normalize = functools.partial(
-            recurrent.normalize_site,
-            normalizer=n.local() if starting else n,
-            max_steps=self.max_steps,
-            refuse=not starting,
-            momentum=self.momentum,
-            l1=0.0 if starting else self.l1,
-            l1_axis_name=self.l1_axis_name,
-        )
+        learns, size = {}, sites[name]
+        options = ("scale", self.use_scale, self.scale_init), ("bias", self.use_bias, self.norm_bias_init)
+        for key, use, init in options:
+            if name in recurrent.choose_sites(f"use_{key}", use, tuple(sites)):
+                learns[key] = Parameter((size,), init)
         sigma = recurrent.start_sigma(n, self.learn_sigma, self.sigma_init)
-        return SiteOptions(scaled, biased, sigma, recurrent.site_slots(n, sites[name], self.max_steps), normalize)
+        learns |= {} if sigma is None else {"sigma": Parameter((), sigma)}
+        slots = recurrent.site_slots(n, size, self.max_steps)
+        given = {"max_steps": self.max_steps, "momentum": self.momentum, "l1_axis_name": self.l1_axis_name}
+        given |= {"refuse": False, "l1": 0.0} if starting else {"l1": self.l1}
+        n = n.local() if starting else n
+        normalize = functools.partial(recurrent.normalize_site, normalizer=n, **given)
+        return SiteOptions(learns, slots, normalize)
 
     def _has_two_biases(self) -> bool:
         """Whether each linear map has its own bias, ahead of its norm, where Flax's cell has one for both."""
@@ -168,15 +151,13 @@ class Cell(_FlaxCell):
         Args:
           carry: (c, h) of an LSTM, h of the others, each `[n, c]`; or (c, h, Clock), (h, Clock). From `initialize_carry`.
           inputs: `[n, i]`; all axes but the last are examples.
-          use_running_average: whether to normalize with the stored statistics, for rows that have any; replaces the
-            attribute.
+          use_running_average: whether the stored statistics of rows that have any normalize; replaces the attribute.
 
         Returns:
           The new carry, and h, `[n, c]`.
 
         Raises:
           FieldError: the normalizer does not fit, or needs a clock that the carry lacks.
-          ValueError: an attribute has another name than is accepted.
         """
         x, (states, clock) = jnp.asarray(inputs), recurrent.unpack(carry)
         weights, n = self._weights(x, states[-1]), self._row()
@@ -193,7 +174,7 @@ class Cell(_FlaxCell):
             norm = at_site
         out = recurrent.advance(functools.partial(self._step(), norm, self._places(), weights), states, clock, x)
         if penalties:
-            self._penalize(sum(penalties[1:], penalties[0]))
+            self._penalize(lambda: sum(penalties[1:], penalties[0]))
         return out
 
 
@@ -225,10 +206,8 @@ class LSTMCell(Cell):
     _kind = "lstm"
 
     def _step(self) -> Step:
-        gate, act, bias = self.gate_fn, self.activation_fn, self.forget_bias
-        return functools.partial(
-            recurrent.lstm_step, gate_fn=gate, activation_fn=act, forget_bias=bias, dtype=self.dtype
-        )
+        given = {"gate_fn": self.gate_fn, "activation_fn": self.activation_fn, "dtype": self.dtype}
+        return functools.partial(recurrent.lstm_step, forget_bias=self.forget_bias, **given)
 
 
 class GRUCell(Cell):
@@ -276,17 +255,16 @@ class SimpleCell(Cell):
 
 
 def mean_penalty(cell: object, values: jax.Array, seq_lengths: ArrayLike | None, before: jax.Array | None) -> jax.Array:
-    """The penalty of a sequence: the mean over all valid steps of all examples, beside what was there before.
-
-    Args:
-      cell: one of ours, or any other.
-      values: the penalty of each step, `[t]`.
-      seq_lengths: number of valid steps of each example, `[n]`; None where no sequence is padded.
-      before: a penalty to add it to.
-
-    >>> mean_penalty(None, jnp.array([1.0, 3.0]), None, jnp.array(0.5))
-    Array(2.5, dtype=float32)
-    """
+    """The penalty of a sequence: the mean of that of each step, `[t]`, over all valid steps of all examples, and before."""
     axes = recurrent.penalty_axes(cell.normalizer, cell.l1_axis_name) if isinstance(cell, Cell) else ()
     value = recurrent.mean_over_time(values, seq_lengths, axes)
     return value if before is None else before + value
+
+
+def start_sequence(
+    features: int, inputs: jax.Array, time_major: bool, carry: Carry, first: Callable[[tuple[int, ...]], Carry]
+) -> tuple[int, Carry, bool]:
+    """The axis of time, before so many of features; the carry (None: `first` of a step's shape); whether it counts steps."""
+    time = 0 if time_major else inputs.ndim - features - 1
+    carry = first(inputs.shape[:time] + inputs.shape[time + 1 :]) if carry is None else carry
+    return time, carry, recurrent.unpack(carry)[1] is not None

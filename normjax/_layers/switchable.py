@@ -20,7 +20,7 @@ class SwitchableNorm(RunningLayer):
 
     The weights are a softmax of the learned `mean_weight` and `var_weight`, one for each row. The statistics of the row
     that mixes examples are stored; at inference they take the place of the batch's, and the other rows are computed from x.
-    The authors' code starts the running variance from 0, here it is 1, as in Flax; `var_init` is theirs.
+    The authors' code starts the running variance from 0; here it is 1, as in Flax, or `var_init`.
 
     Attributes:
       normalizers: the rows, of which one may store statistics; on `[n, c]` take ("layer", "batch").
@@ -38,8 +38,7 @@ class SwitchableNorm(RunningLayer):
         stored, as in the authors' code.
 
     All other options are those of every layer with running statistics, see `Norm`. Batch renormalization (`renorm`) keeps
-    the statistics of the row that stores them near the stored ones before they are mixed; the L1 penalty is on x less
-    the mixed mean.
+    the statistics of the storing row near the stored ones before they are mixed; the L1 penalty is on x less the mixed mean.
 
     Source: Luo et al. 2019 (differentiable learning to normalize), equation 3.
 
@@ -100,22 +99,13 @@ class SwitchableNorm(RunningLayer):
           use_running_average: whether the row that stores statistics takes the stored ones.
           update_running_average: whether a training batch moves the stored statistics; replaces the option.
           renorm: limits of batch renormalization; replaces the option.
-          mask: boolean mask or weights that broadcast against x; where it is zero, x counts in no statistic and the
-            output is the bias.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          FieldError: a row does not fit the input.
-          TypeError: integer input.
+          mask: booleans or weights that broadcast against x; where 0, x counts in no statistic and y is the bias.
         """
         x, starting = require_float(x, "SwitchableNorm"), self._starting()
         rows = [row(n).local() if starting else row(n) for n in self.normalizers]  # mapped axes may not exist yet
         at = switchable.storing(rows)
         learned = self._learned(x.shape)
         w, v = (switchable.weights_of(learned.pop(name)) for name in ("mean_weight", "var_weight"))
-
         mix = functools.partial(switchable.mix, eps=self.epsilon, unbiased=self.unbiased, refuse=not starting)
 
         def take(stats: Stats | None) -> Taken[jax.Array]:

@@ -6,36 +6,28 @@ faces share is here as functions of one parameter.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
+from normjax._layers.describe import Initializer, ones
 from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
 from normjax.spectral import Spectral, spectral_norm
 from normjax.weights import weight_norm
 
 Axes = int | Sequence[int]
-Initializer = Callable[..., jax.Array]  # of a random key, a shape and a dtype
 
 
 @dataclasses.dataclass(init=False, eq=False, repr=False)
 class Reparametrized:
-    """What `Dense`, `Linear` and `Conv` add to Flax's.
-
-    Attributes:
-      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, or `weight(kernel)` where
-        `use_scale` is False; `functools.partial` sets its options.
-      use_scale: whether a factor of each output is learned, the parameter `scale`, `[o]`.
-      scale_init: its initializer; None starts from the norms of the kernel, so that weight norm changes nothing at first.
-      bound: how `bounded_weight_norm` finds its constant in the initial kernel, "rms" or "mean" (see `norm_bound`); it
-        is stored as `rho` among the running statistics, and never changes.
-    """
+    """What `Dense`, `Linear` and `Conv` add to Flax's: the options that they document."""
 
     weight: Weight = weight_norm
     use_scale: bool = True
-    scale_init: Initializer | None = jax.nn.initializers.ones
+    scale_init: Initializer | None = ones
     bound: str = "rms"
 
     def _masked(self) -> dict[str, ArrayLike]:
@@ -58,8 +50,7 @@ class Reparametrized:
 
     def _entering(self, kernel: jax.Array, scale: jax.Array | None, rho: jax.Array | None) -> jax.Array:
         """The kernel as it enters the product, `[... i o]`."""
-        scales = () if scale is None else (scale,)
-        bounds = {} if rho is None else {"rho": rho}
+        scales, bounds = () if scale is None else (scale,), {} if rho is None else {"rho": rho}
         return self.weight(kernel, *scales, **self._masked(), **bounds)
 
 
@@ -69,8 +60,8 @@ class Dense(Reparametrized):
     All other arguments are Flax's.
 
     Attributes:
-      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, or `weight(kernel)` where
-        `use_scale` is False; `functools.partial` sets its options.
+      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, `weight(kernel)` without `use_scale`;
+        `functools.partial` sets its options.
       use_scale: whether a factor of each output is learned, the parameter `scale`, `[o]`.
       scale_init: its initializer; None starts from the norms of the kernel, so that weight norm changes nothing at first.
       bound: how `bounded_weight_norm` finds its constant in the initial kernel, "rms" or "mean" (see `norm_bound`); it
@@ -79,15 +70,12 @@ class Dense(Reparametrized):
 
     Source: Salimans & Kingma 2016, equation 2; of other functions, theirs.
 
+    >>> from flax.nnx import Rngs
     >>> from normjax import linen, nnx
-    >>> x = jnp.ones((2, 3))
-    >>> jax.tree.map(jnp.shape, linen.Dense(4).init(jax.random.key(0), x))
-    {'params': {'bias': (4,), 'kernel': (3, 4), 'scale': (4,)}}
     >>> from normjax.weights import bounded_weight_norm
-    >>> layer = linen.Dense(4, weight=bounded_weight_norm, use_scale=False)
+    >>> layer, x = linen.Dense(4, weight=bounded_weight_norm, use_scale=False), jnp.ones((2, 3))
     >>> jax.tree.map(jnp.shape, layer.init(jax.random.key(0), x))
     {'batch_stats': {'rho': ()}, 'params': {'bias': (4,), 'kernel': (3, 4)}}
-    >>> from flax.nnx import Rngs
     >>> layer = nnx.Linear(3, 4, rngs=Rngs(0))
     >>> layer(x).shape, layer.scale.shape
     ((2, 4), (4,))
@@ -100,8 +88,8 @@ class Conv(Reparametrized):
     All other arguments are Flax's; its `mask` leaves masked weights out of the statistics too.
 
     Attributes:
-      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, or `weight(kernel)` where
-        `use_scale` is False; `functools.partial` sets its options.
+      weight: a function of `normjax.weights` or any other `weight(kernel, scale)`, `weight(kernel)` without `use_scale`;
+        `functools.partial` sets its options.
       use_scale: whether a factor of each output is learned, the parameter `scale`, `[o]`.
       scale_init: its initializer; None starts from the norms of the kernel, so that weight norm changes nothing at first.
       bound: how `bounded_weight_norm` finds its constant in the initial kernel, "rms" or "mean" (see `norm_bound`); it
@@ -119,32 +107,35 @@ class Conv(Reparametrized):
 
 
 def scale_shape(shape: Sequence[int], feature_axes: Axes | None) -> tuple[int, ...]:
-    """The shape of the scale that `WeightNorm` learns for a parameter of this shape.
-
-    >>> scale_shape((3, 3, 8, 4), -1), scale_shape((3, 4), None)
-    ((4,), ())
-    """
+    """The shape of the scale that `WeightNorm` learns for a parameter of this shape."""
     return tuple(shape[axis] for axis in by_number(len(shape), feature_axes)[2])
 
 
-def weight_normed(value: jax.Array, scale: jax.Array | None, feature_axes: Axes | None, epsilon: float) -> jax.Array:
-    """A parameter as `WeightNorm` has it: at norm `scale` along its feature axes; float32 or wider.
-
-    >>> weight_normed(jnp.array([[3.0], [4.0]]), jnp.array([10.0]), -1, 0.0).ravel().tolist()
-    [6.0, 8.0]
-    """
+def weight_normed(
+    value: jax.Array, scale: jax.Array | None, feature_axes: Axes | None, epsilon: float, dtype: DTypeLike | None
+) -> jax.Array:
+    """A parameter as `WeightNorm` has it: at norm `scale` along its feature axes."""
     layout, field, _ = by_number(value.ndim, feature_axes)
-    return weight_norm(_wide(value), scale, eps=epsilon, layout=layout, field=field)
+    new = weight_norm(_wide(value), scale, eps=epsilon, layout=layout, field=field)
+    return _as_flax(new, dtype, value, *(() if scale is None else (scale,)))
 
 
-def spectral_normed(value: jax.Array, u: jax.Array, n_steps: int, epsilon: float) -> Spectral:
-    """A parameter as `SpectralNorm` has it, over its largest singular value, with the new u; float32 or wider.
-
-    >>> spectral_normed(jnp.diag(jnp.array([4.0, 1.0])), jnp.array([[1.0, 0.0]]), 1, 0.0).kernel.tolist()
-    [[1.0, 0.0], [0.0, 0.25]]
-    """
-    return spectral_norm(_wide(value), u, steps=n_steps, eps=epsilon, layout="... o")
+def spectral_normed(
+    value: jax.Array, u: jax.Array, sigma: jax.Array, n_steps: int, epsilon: float, dtype: DTypeLike | None
+) -> Spectral:
+    """A parameter as `SpectralNorm` has it, over its largest singular value, with the new u and sigma."""
+    out = spectral_norm(_wide(value), u, steps=n_steps, eps=epsilon, layout="... o")
+    return out._replace(kernel=_as_flax(out.kernel, dtype, value, u, sigma), sigma=out.sigma.astype(sigma.dtype))
 
 
 def _wide(value: jax.Array) -> jax.Array:
     return value.astype(statistics_dtype(value.dtype))
+
+
+def _as_flax(array: jax.Array, dtype: DTypeLike | None, *arrays: jax.Array) -> jax.Array:
+    """The array in the dtype that Flax gives to a parameter normalized by these arrays."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*arrays) if dtype is None else dtype
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(f"Dtype must be inexact: {dtype}")
+    return array.astype(dtype)

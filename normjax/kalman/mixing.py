@@ -1,6 +1,5 @@
 """The mixture of a prediction and a batch, by a gain."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -10,15 +9,12 @@ from normjax.propagate import Belief
 
 
 def mix_beliefs(prior: Belief, batch: Belief, gain: ArrayLike) -> Belief:
-    """The mean and variance of a mixture, of 1 - gain parts prior and gain parts batch.
+    """The belief after a batch: mean and variance of a mixture, of 1 - gain parts prior and gain parts batch.
 
     Args:
       prior: the prediction.
       batch: the batch's mean and (biased) variance, of shapes that broadcast against the prior's.
       gain: q, between 0 and 1, a scalar or an array that broadcasts against the prior's.
-
-    Returns:
-      The belief after the batch, in the dtype of the prior.
 
     Source: Wang et al. 2018, the update step; its published code writes it with p = 1 - q.
 
@@ -32,10 +28,7 @@ def mix_beliefs(prior: Belief, batch: Belief, gain: ArrayLike) -> Belief:
 
 
 def logit(gain: float) -> float:
-    """The number whose sigmoid is the gain: where a learned gain starts.
-
-    Raises:
-      ValueError: the gain is not strictly between 0 and 1.
+    """The number whose sigmoid is the gain, strictly between 0 and 1: where a learned gain starts.
 
     >>> round(logit(0.1), 4)
     -2.1972
@@ -55,25 +48,3 @@ def require_gain(gain: ArrayLike) -> None:
     """
     if isinstance(gain, int | float | np.number) and not 0 <= gain <= 1:
         raise ValueError(f"gain lies between 0 and 1; found {gain!r}")
-
-
-def is_near(
-    before: jax.Array | np.ndarray, now: jax.Array | np.ndarray, weighted: jax.Array, guard: float
-) -> jax.Array:
-    """Whether the mean of before / now lies below the guard; a batch variance of 0 is as far as can be.
-
-    Args:
-      before: variance of the prior.
-      now: variance of the batch, of the same shape.
-      weighted: where the batch has any weight; the mean is over these.
-      guard: the largest ratio, the published code's is 100.
-
-    Source: the published code of Wang et al. 2018.
-
-    >>> is_near(jnp.array([99.0, 5.0]), jnp.ones(2), jnp.array([True, False]), 100)
-    Array(True, dtype=bool)
-    """
-    ratio = jnp.where(now > 0, before / jnp.where(now > 0, now, 1), jnp.inf)
-    ratio = jnp.where(weighted, ratio, 0)
-    count = jnp.sum(jnp.broadcast_to(weighted, ratio.shape).astype(ratio.dtype))
-    return lax.stop_gradient(jnp.sum(ratio) < guard * count)

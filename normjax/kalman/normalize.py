@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 from normjax._expect.arrays import align_parameter, require_float, statistics_dtype
 from normjax._leaves import one_of
 from normjax._normalize.evaluate import equation, normalize
-from normjax.kalman.blocks import believed_output, blocks_of, pooled_prior
-from normjax.kalman.mixing import is_near, mix_beliefs, require_gain
+from normjax.kalman._blocks import believed_output, blocks_of, pooled_prior
+from normjax.kalman.mixing import mix_beliefs, require_gain
 from normjax.propagate import Belief, Filtered
 from normjax.running import unbiased as with_unbiased_variance
 from normjax.theory import Normalizer, Stats, row
@@ -26,7 +26,7 @@ class Kalman(NamedTuple):
       y: the normalized array, in the dtype of x.
       filtered: what is believed of x and of y.
       stats: the batch's own statistics, each broadcasting against x, with their weights.
-      centered: v = x - mean, float32 or wider, 0 where masked; the L1 penalty takes its mean absolute value.
+      centered: v = x - mean, float32 or wider, 0 where masked; the L1 penalty is on it.
 
     >>> out = kalman_normalize(jnp.array([[0.0], [2.0]]))
     >>> out.filtered.input.mean.item(), out.stats.mean.item(), out.centered.ravel().tolist()
@@ -76,17 +76,11 @@ def normalize_by_belief(
       belief: mean and variance of x, of its rank: one number for each channel or for all, and for each block of examples.
       normalizer: a row with A = B, order 2: "batch", blocks of it `Normalizer("n/64 ...", "n/64 ...")`, "group", "layer".
       layout: name of each axis.
-      stats: means and variances that normalize in place of the belief, each broadcasting against x: within the limits of
-        batch renormalization y is not normalized by what is believed of x, and the belief of y follows from both.
+      stats: means and variances that normalize in place of the belief, as batch renormalization limits them, each
+        broadcasting against x; the belief of y follows from both.
       scale: factor of y: a scalar, `[c]`, `[n, c]`, or of the rank of x, constant over space.
       bias: added to scale * y, in the shapes of `scale`.
       mask: boolean mask or weights that broadcast against x; at weight zero the output is the bias.
-
-    Returns:
-      `(y, filtered, stats, centered)`; the statistics are those that normalized.
-
-    Raises:
-      FieldError: field, layout or shapes do not fit.
 
     Source: Wang et al. 2018.
 
@@ -123,29 +117,19 @@ def kalman_normalize(
     Args:
       x: array of a real floating dtype, axes as named by `layout`. [units u]
       prior: the prediction, from `normjax.propagate.predict` or `join`; None for the first layer, which is plain
-        normalization. A prior for each channel is pooled over channels, and one for each example over examples, where
-        the fields share statistics.
+        normalization. One for each channel or example is pooled over those that share statistics.
       normalizer: a row with A = B, order 2: "batch", blocks of it `Normalizer("n/64 ...", "n/64 ...")`, "group", "layer".
       layout: name of each axis.
       gain: q, the weight of the batch, a scalar or one number a channel, `[c]`.
       scale: factor of y: a scalar, `[c]`, `[n, c]`, or of the rank of x, constant over space.
       bias: added to scale * y, in the shapes of `scale`.
-      mask: boolean mask or weights that broadcast against x. At weight zero, x is left out of every statistic and the
-        output is the bias; where no element is valid, the prior stands.
-      guard: where the mean of prior variance / batch variance is not below this number, the batch's statistics alone are
-        used; the published code has 100. The mean is over the channels and blocks of this array (of this shard).
+      mask: boolean mask or weights that broadcast against x; where 0, x counts in no statistic and the output is the bias;
+        where no element is valid, the prior stands.
+      guard: where the mean (over channels and blocks of this shard) of prior variance / batch variance is not below this
+        number, the batch's statistics alone are used; the published code has 100.
       unbiased: whether, without a prior, the variance that is believed is w / (w - 1) times that which normalizes, for w
         elements: so in the published code, whose first layer is a fused operation.
       refuse: whether, without a prior, a field over a single element is an error, as it is for `normjax.normalize`.
-
-    Returns:
-      `(y, filtered, stats, centered)`: y in the dtype of x; what is believed of x and y; the batch's own statistics; and
-      x less the mean that normalized it.
-
-    Raises:
-      FieldError: field, layout, shapes or prior do not fit.
-      TypeError: integers or complex numbers, or a prior that is no Belief.
-      ValueError: the row has no variance, or the gain is not between 0 and 1.
 
     Source: Wang et al. 2018; `guard` and `unbiased` from its published code.
 
@@ -173,7 +157,11 @@ def kalman_normalize(
     weighted = blocks.for_each_block(stats.var_weight) > 0
     belief = mix_beliefs(before, batch, align_parameter(gain, x, layout, "gain", before.mean.dtype))
     if guard is not None:
-        near = is_near(before.var, batch.var, weighted, guard)
+        # Is the mean of before / now below the guard? A batch variance of 0 is as far as can be.
+        now = batch.var
+        ratio = jnp.where(weighted, jnp.where(now > 0, before.var / jnp.where(now > 0, now, 1), jnp.inf), 0)
+        count = jnp.sum(jnp.broadcast_to(weighted, ratio.shape).astype(ratio.dtype))
+        near = lax.stop_gradient(jnp.sum(ratio) < guard * count)
         belief = Belief(*(jnp.where(near, mixed, plain) for mixed, plain in zip(belief, batch, strict=True)))
     belief = Belief(*(jnp.where(weighted, mixed, stays) for mixed, stays in zip(belief, before, strict=True)))
     out = normalize_by_belief(x, belief, n, layout, scale=scale, bias=bias, mask=mask)
@@ -183,21 +171,14 @@ def kalman_normalize(
 def statistics_to_store(
     out: Kalman, normalizer: Normalizer | str = "batch", layout: str = "n ... c", stored: str = "filtered"
 ) -> Stats:
-    """What a training batch gives to the running statistics of a layer.
+    """What a training batch gives to the running statistics of a layer: input of `normjax.running.observe`.
 
     Args:
       out: what `kalman_normalize` returned.
       normalizer: the row that it was given.
       layout: name of each axis.
       stored: "filtered", the statistics that normalized, so that inference does what training did; "batch", the batch's
-        own; "first_block", the first block's that normalized it, which is what the published code stores: 2 of its 128
-        images.
-
-    Returns:
-      Statistics, each broadcasting against x, with their weights, for `normjax.running.observe`.
-
-    Raises:
-      ValueError: `stored` is none of these.
+        own; "first_block", the first block's that normalized it, as the published code: 2 of its 128 images.
 
     Source: Wang et al. 2018; "first_block" from its published code.
 
@@ -215,8 +196,5 @@ def statistics_to_store(
     if stored == "filtered" or axis is None:
         return found
 
-    def of_the_first(s: ArrayLike) -> jax.Array:
-        s = jnp.asarray(s)
-        return jnp.broadcast_to(lax.slice_in_dim(s, 0, 1, axis=axis), s.shape)
-
-    return Stats(*map(of_the_first, found))
+    arrays = map(jnp.asarray, found)
+    return Stats(*(jnp.broadcast_to(lax.slice_in_dim(s, 0, 1, axis=axis), s.shape) for s in arrays))

@@ -15,42 +15,38 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
-from flax.core.scope import union_filters
+from flax.core.scope import CollectionFilter, union_filters
 from flax.linen import initializers
 from flax.linen.recurrent import DenseParams, flip_sequences
+from flax.typing import InOutScanAxis
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
 from normjax._layers import recurrent as cells
-from normjax._layers.recurrent import Initializer, SiteOptions
+from normjax._layers.describe import Initializer
+from normjax._layers.recurrent import SiteOptions
+from normjax.linen.host import Keeping
 from normjax.recurrent import Carry, Clock, Site, Weights
-from normjax.running import Running
 
 
 class _Site(nn.Module):
     """The parameters and statistics of one site."""
 
     options: SiteOptions
-    scale_init: Initializer
-    norm_bias_init: Initializer
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, z: jax.Array, clock: Clock | None, use_running: bool) -> tuple[jax.Array, jax.Array | None]:
-        at, shape, dtype = self.options, (z.shape[-1],), self.param_dtype
-        scale = self.param("scale", self.scale_init, shape, dtype) if at.scaled else None
-        bias = self.param("bias", self.norm_bias_init, shape, dtype) if at.biased else None
-        eps = None
-        if at.sigma_init is not None:
-            eps = jnp.square(self.param("sigma", initializers.constant(at.sigma_init), (), dtype))
-        stored = {name: self.variable("batch_stats", name, slot.make) for name, slot in at.slots.items()}
-        running = Running(**{name: variable.value for name, variable in stored.items()})
-        given = {"running": running, "clock": clock, "use_running": use_running}
-        out = at.normalize(z, scale=scale, bias=bias, eps=eps, **given)
+    def __call__(self, z: jax.Array, clock: Clock | None, use_running: bool) -> Site:
+        learned = {}
+        for name, (shape, init) in self.options.learns.items():
+            make = init if callable(init) else initializers.constant(init)
+            learned[name] = self.param(name, make, shape, self.param_dtype)
+        stored = {name: self.variable("batch_stats", name, slot.make) for name, slot in self.options.slots.items()}
+        out = self.options(z, learned, {name: v.value for name, v in stored.items()}, clock, use_running)
         if stored and not self.is_initializing() and not use_running:
             for name, variable in stored.items():
                 variable.value = getattr(out.running, name)
-        return out.y, out.penalty
+        return out
 
 
 class Host(cells.Cell, nn.RNNCellBase, kw_only=True):
@@ -63,21 +59,32 @@ class Host(cells.Cell, nn.RNNCellBase, kw_only=True):
     use_running_average: bool | None = None
 
     __call__ = nn.compact(cells.Cell.__call__)
+    _uses_running, _penalize = Keeping._uses_running, Keeping._penalize  # pyright: ignore[reportAssignmentType]
 
     def _features(self) -> int:
         return self.features  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _uses_running(self, at_call: bool | None) -> bool:
-        return bool(nn.merge_param("use_running_average", self.use_running_average, at_call))
-
     def _at_site(self, name: str, z: jax.Array, clock: Clock | None, use_running: bool) -> Site:
-        options = self._site(name, self.is_initializing())
-        site = _Site(options, self.scale_init, self.norm_bias_init, self.param_dtype, name=f"norm_{name}")
-        y, penalty = site(z, clock, use_running)
-        return Site(y, Running(), penalty)
+        site = _Site(self._site(name, self.is_initializing()), self.param_dtype, name=f"norm_{name}")
+        return site(z, clock, use_running)
 
-    def _penalize(self, value: jax.Array) -> None:
-        self.sow("losses", "l1", value, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros((), value.dtype))
+    def _dense(
+        self, side: str, gates: str, x: jax.Array, kernel_init: Initializer, biased: str
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Flax's kernels of one side, side by side, and the biases of the gates in `biased`."""
+        c, given = self._features(), {"param_dtype": self.param_dtype, "kernel_init": kernel_init}
+        made = []
+        for gate in gates:
+            name = side + gate if len(gates) > 1 else side
+            made.append(DenseParams(c, use_bias=gate in biased, bias_init=self.bias_init, name=name, **given)(x))
+        zero = jnp.zeros((c,), self.param_dtype)
+        bias = jnp.concatenate([zero if b is None else b for _, b in made]) if biased else None
+        return jnp.concatenate([kernel for kernel, _ in made], -1), bias
+
+    def _second_bias(self, name: str, gates: int) -> jax.Array | None:
+        """The bias of the linear map to which Flax gives none; needed where each map has its own, ahead of its norm."""
+        shape = (gates * self._features(),)
+        return self.param(name, self.bias_init, shape, self.param_dtype) if self._has_two_biases() else None
 
     @nn.nowrap
     def initialize_carry(
@@ -87,34 +94,13 @@ class Host(cells.Cell, nn.RNNCellBase, kw_only=True):
         return self._clocked(super().initialize_carry(rng, input_shape), input_shape, seq_lengths)
 
 
-def _dense(
-    cell: Any, side: str, gates: str, x: jax.Array, kernel_init: Initializer, biased: str
-) -> tuple[jax.Array, jax.Array | None]:
-    """Flax's kernels of one side, side by side, and the biases of the gates in `biased`."""
-    given = {"param_dtype": cell.param_dtype, "kernel_init": kernel_init, "bias_init": cell.bias_init}
-    names = {gate: side + gate if len(gates) > 1 else side for gate in gates}
-    found = [DenseParams(cell.features, use_bias=gate in biased, name=names[gate], **given)(x) for gate in gates]
-    bias = None
-    if biased:
-        zero = jnp.zeros((cell.features,), cell.param_dtype)
-        bias = jnp.concatenate([zero if b is None else b for _, b in found])
-    return jnp.concatenate([kernel for kernel, _ in found], -1), bias
-
-
-def _second_bias(cell: Any, name: str, gates: int) -> jax.Array | None:
-    """The bias of the linear map to which Flax gives none; needed where each map has its own, ahead of its norm."""
-    if not cell._has_two_biases():
-        return None
-    return cell.param(name, cell.bias_init, (gates * cell.features,), cell.param_dtype)
-
-
 class LSTMCell(cells.LSTMCell, Host, nn.LSTMCell):  # noqa: D101
     __doc__ = cells.LSTMCell.__doc__
 
     def _weights(self, x: jax.Array, h: jax.Array) -> Weights:
-        w, _ = _dense(self, "i", "ifgo", x, self.kernel_init, "")
-        u, bias = _dense(self, "h", "ifgo", h, self.recurrent_kernel_init, "ifgo")
-        return Weights(w, u, _second_bias(self, "input_bias", 4), bias)
+        w, _ = self._dense("i", "ifgo", x, self.kernel_init, "")
+        u, bias = self._dense("h", "ifgo", h, self.recurrent_kernel_init, "ifgo")
+        return Weights(w, u, self._second_bias("input_bias", 4), bias)
 
 
 class OptimizedLSTMCell(LSTMCell):
@@ -125,8 +111,8 @@ class GRUCell(cells.GRUCell, Host, nn.GRUCell):  # noqa: D101
     __doc__ = cells.GRUCell.__doc__
 
     def _weights(self, x: jax.Array, h: jax.Array) -> Weights:
-        w, bw = _dense(self, "i", "rzn", x, self.kernel_init, "rzn")
-        u, bu = _dense(self, "h", "rzn", h, self.recurrent_kernel_init, "n")
+        w, bw = self._dense("i", "rzn", x, self.kernel_init, "rzn")
+        u, bu = self._dense("h", "rzn", h, self.recurrent_kernel_init, "n")
         return Weights(w, u, bw, bu)
 
 
@@ -134,9 +120,9 @@ class SimpleCell(cells.SimpleCell, Host, nn.SimpleCell):  # noqa: D101
     __doc__ = cells.SimpleCell.__doc__
 
     def _weights(self, x: jax.Array, h: jax.Array) -> Weights:
-        w, bw = _dense(self, "i", "z", x, self.kernel_init, "z")
-        u, _ = _dense(self, "h", "z", h, self.recurrent_kernel_init, "")
-        return Weights(w, u, bw, _second_bias(self, "hidden_bias", 1))
+        w, bw = self._dense("i", "z", x, self.kernel_init, "z")
+        u, _ = self._dense("h", "z", h, self.recurrent_kernel_init, "")
+        return Weights(w, u, bw, self._second_bias("hidden_bias", 1))
 
 
 class RNN(nn.RNN):
@@ -160,8 +146,8 @@ class RNN(nn.RNN):
     ShapeDtypeStruct(shape=(), dtype=float32)
     """
 
-    variable_axes: Mapping[Any, Any] = FrozenDict({"losses": 0})
-    variable_carry: Any = "batch_stats"
+    variable_axes: Mapping[CollectionFilter, InOutScanAxis] = FrozenDict({"losses": 0})
+    variable_carry: CollectionFilter = "batch_stats"
 
     def __call__(
         self,
@@ -201,17 +187,12 @@ class RNN(nn.RNN):
                     inputs, initial_carry=initial_carry, init_key=init_key, seq_lengths=seq_lengths, **given
                 )
         how = {name: getattr(self, name) if value is None else value for name, value in given.items()}
-        batch = inputs.ndim - cell.num_feature_axes - 1
-        time = 0 if how["time_major"] else batch
-        carry = initial_carry
-        if carry is None:
-            shape = inputs.shape[:time] + inputs.shape[time + 1 :]
-            carry = cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, shape)
-        clocked = recurrent.unpack(carry)[1] is not None
+        major = how["time_major"]
+        first = functools.partial(cell.initialize_carry, jax.random.key(0) if init_key is None else init_key)
+        time, carry, clocked = cells.start_sequence(cell.num_feature_axes, inputs, major, initial_carry, first)
         carry = carry if seq_lengths is None else recurrent.with_lengths(carry, seq_lengths)
-        flip = functools.partial(
-            flip_sequences, seq_lengths=seq_lengths, num_batch_dims=batch, time_major=how["time_major"]
-        )
+        examples = inputs.ndim - cell.num_feature_axes - 1
+        flip = functools.partial(flip_sequences, seq_lengths=seq_lengths, num_batch_dims=examples, time_major=major)
         inputs = flip(inputs) if how["reverse"] else inputs
         asked = {} if use_running_average is None else {"use_running_average": use_running_average}
         carry, outputs = _scanned(self, carry, inputs, time, seq_lengths, asked)

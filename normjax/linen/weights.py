@@ -1,18 +1,17 @@
 """Flax linen modules with normalized kernels: Flax's own, with parameters and state around `_layers/weights.py`.
 
 `WeightNorm` and `SpectralNorm` have the arguments, names, shapes and collections of Flax's, so that a checkpoint loads. What
-differs is what is right here: only parameters are normalized, never a batch statistic of the wrapped layer, which also stays
-free to update; initial kernels are stored as the layer made them; norms are float32 or wider.
+differs: only parameters are normalized, never a batch statistic of the wrapped layer, which also stays free to update;
+initial kernels are stored as the layer made them; norms are float32 or wider.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import dtypes
-from jax.typing import DTypeLike
 
 from normjax._layers import weights
 
@@ -45,31 +44,18 @@ class Conv(weights.Conv, Host, nn.Conv):  # noqa: D101
 def _with_params(
     wrapper: nn.WeightNorm | nn.SpectralNorm,
     change: Callable[[str, jax.Array], jax.Array],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    forward: Callable[[nn.Module], Any],
 ) -> Any:
-    """Calls the wrapped layer with parameters changed one by one: `change(path, value)`."""
-
-    def forward(layer: Any) -> Any:
-        return layer(*args, **kwargs)
-
+    """What `forward` gives for the wrapped layer with parameters changed one by one: `change(path, value)`."""
     if wrapper.is_initializing():
         forward(wrapper.layer_instance)  # makes the parameters, which the second call then finds
 
-    def one(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+    def one(path: jax.tree_util.KeyPath, value: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
         return change(f"{wrapper.layer_instance.name}/{name}", value)
 
-    def changed(collections: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(one, collections)
-
+    changed = functools.partial(jax.tree_util.tree_map_with_path, one)
     return nn.map_variables(forward, "params", trans_in_fn=changed)(wrapper.layer_instance)
-
-
-def _as_flax(array: jax.Array, dtype: DTypeLike | None, *arrays: jax.Array) -> jax.Array:
-    """The array in the dtype that Flax gives to a parameter normalized by these arrays."""
-    with jax.numpy_dtype_promotion("standard"):
-        return array.astype(dtypes.canonicalize_dtype(*arrays, dtype=dtype))
 
 
 class WeightNorm(nn.WeightNorm):
@@ -100,14 +86,12 @@ class WeightNorm(nn.WeightNorm):
         def change(name: str, value: jax.Array) -> jax.Array:
             if self.variable_filter and not any(part in name for part in self.variable_filter):
                 return value
-            scales: tuple[jax.Array, ...] = ()
-            if self.use_scale:
-                shape = [*weights.scale_shape(value.shape, self.feature_axes)]
-                scales = (self.param(f"{name}/scale", self.scale_init, shape, self.param_dtype),)
-            new = weights.weight_normed(value, scales[0] if scales else None, self.feature_axes, self.epsilon)
-            return _as_flax(new, self.dtype, value, *scales)
+            shape = [*weights.scale_shape(value.shape, self.feature_axes)]
+            made = (self.scale_init, shape, self.param_dtype)
+            scale = self.param(f"{name}/scale", *made) if self.use_scale else None
+            return weights.weight_normed(value, scale, self.feature_axes, self.epsilon, self.dtype)
 
-        return _with_params(self, change, args, kwargs)
+        return _with_params(self, change, lambda layer: layer(*args, **kwargs))
 
 
 class SpectralNorm(nn.SpectralNorm):
@@ -145,10 +129,9 @@ class SpectralNorm(nn.SpectralNorm):
             start = None if self.has_variable(collection, f"{name}/u") else self.make_rng("params")
             u = self.variable(collection, f"{name}/u", jax.random.normal, start, shape, self.param_dtype)
             sigma = self.variable(collection, f"{name}/sigma", jnp.ones, (), self.param_dtype)
-            out = weights.spectral_normed(value, u.value, self.n_steps, self.epsilon)
-            new = _as_flax(out.kernel, self.dtype, value, u.value, sigma.value)
+            out = weights.spectral_normed(value, u.value, sigma.value, self.n_steps, self.epsilon, self.dtype)
             if update_stats and not self.is_initializing():
                 u.value, sigma.value = out.u, out.sigma.astype(self.param_dtype)
-            return new
+            return out.kernel
 
-        return _with_params(self, change, args, kwargs)
+        return _with_params(self, change, lambda layer: layer(*args, **kwargs))

@@ -5,21 +5,22 @@ Any `nnx.RNN` runs a cell; ours, `RNN`, also masks padding and captures the pena
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
+from flax.typing import PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
 from normjax._layers import recurrent as cells
-from normjax._layers.recurrent import Initializer, SiteOptions
-from normjax.nnx.host import Penalty
+from normjax._layers.describe import Initializer
+from normjax._layers.recurrent import SiteOptions
+from normjax.nnx.host import Keeping, Metadata, Penalty
 from normjax.recurrent import Carry, Clock, Site, Weights
-from normjax.running import Running
 from normjax.theory import Normalizer
 
 
@@ -54,11 +55,11 @@ class CellOptions(TypedDict, total=False):
     dtype: DTypeLike | None
     param_dtype: DTypeLike
     carry_init: Initializer | None
-    promote_dtype: Callable[..., Any]
+    promote_dtype: PromoteDtypeFn
     keep_rngs: bool
-    kernel_metadata: Mapping[str, Any]
-    recurrent_kernel_metadata: Mapping[str, Any]
-    bias_metadata: Mapping[str, Any]
+    kernel_metadata: Metadata
+    recurrent_kernel_metadata: Metadata
+    bias_metadata: Metadata
 
 
 def _value(variable: nnx.Variable | None) -> jax.Array | None:
@@ -68,27 +69,23 @@ def _value(variable: nnx.Variable | None) -> jax.Array | None:
 class _Site(nnx.Module):
     """The parameters and statistics of one site."""
 
-    def __init__(self, options: SiteOptions, size: int, cell: "Host", inits: tuple[Initializer, ...], rngs: nnx.Rngs):
-        def learned(make: Initializer, use: bool) -> nnx.Param | None:
-            return nnx.Param(make(rngs.params(), (size,), cell.param_dtype)) if use else nnx.data(None)
-
-        self.scale, self.bias = learned(inits[0], options.scaled), learned(inits[1], options.biased)
-        sigma = options.sigma_init
-        self.sigma = nnx.data(None) if sigma is None else nnx.Param(jnp.asarray(sigma, cell.param_dtype))
-        slots = options.slots
-        self.mean, self.var = (
-            nnx.BatchStat(slots[name].make()) if name in slots else nnx.data(None) for name in ("mean", "var")
-        )
+    def __init__(self, options: SiteOptions, dtype: DTypeLike, rngs: nnx.Rngs):
+        for name in ("scale", "bias", "sigma", "mean", "var"):
+            setattr(self, name, nnx.data(None))
+        for name, (shape, init) in options.learns.items():
+            made = init(rngs.params(), shape, dtype) if callable(init) else jnp.full(shape, init, dtype)
+            setattr(self, name, nnx.Param(made))
+        for name, slot in options.slots.items():
+            setattr(self, name, nnx.BatchStat(slot.make()))
 
     def __call__(self, options: SiteOptions, z: jax.Array, clock: Clock | None, use_running: bool) -> Site:
         """The normalized z and its penalty; stores what is to be stored."""
-        given = {"scale": _value(self.scale), "bias": _value(self.bias), "clock": clock, "use_running": use_running}
-        eps = None if self.sigma is None else jnp.square(self.sigma[...])
-        out = options.normalize(z, running=Running(_value(self.mean), _value(self.var)), eps=eps, **given)
+        learned, stored = ({name: getattr(self, name) for name in names} for names in (options.learns, options.slots))
+        known, running = ({name: variable[...] for name, variable in some.items()} for some in (learned, stored))
+        out = options(z, known, running, clock, use_running)
         if not use_running:
-            for name, variable in (("mean", self.mean), ("var", self.var)):
-                if variable is not None:
-                    variable[...] = getattr(out.running, name)
+            for name, variable in stored.items():
+                variable[...] = getattr(out.running, name)
         return out
 
 
@@ -104,6 +101,7 @@ class Host(cells.Cell, nnx.RNNCellBase):
     """
 
     _second: tuple[str, int] | None = None  # name and gates of the bias that Flax's cell does without
+    _uses_running, _penalize = Keeping._uses_running, Keeping._penalize  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -117,16 +115,13 @@ class Host(cells.Cell, nnx.RNNCellBase):
         flax: dict[str, Any] = {"bias_init": initializers.zeros_init(), **options}
         ours = {field.name: flax.pop(field.name, field.default) for field in dataclasses.fields(self)}
         super().__init__(in_features, hidden_features, rngs=rngs, **flax)  # pyright: ignore[reportCallIssue]
-        inits = ours.pop("scale_init"), ours.pop("norm_bias_init")
         for name, value in ours.items():
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.use_running_average = use_running_average
         self.normalizer = self._row()
-        sites = self._sites()
-        if self.normalizer is None:
-            return
-        for name, size in sites.items():
-            setattr(self, f"norm_{name}", _Site(self._site(name), size, self, inits, rngs))
+        for name in () if self.normalizer is None else self._sites():
+            setattr(self, f"norm_{name}", _Site(self._site(name), self.param_dtype, rngs))
+        del self.scale_init, self.norm_bias_init  # they have done their work
         if self._second and self._has_two_biases():
             name, gates = self._second
             value = flax["bias_init"](rngs.params(), (gates * hidden_features,), self.param_dtype)
@@ -144,21 +139,8 @@ class Host(cells.Cell, nnx.RNNCellBase):
     def _features(self) -> int:
         return self.hidden_features  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _uses_running(self, at_call: bool | None) -> bool:
-        use_running = self.use_running_average if at_call is None else at_call
-        if use_running is None:
-            raise ValueError(
-                f"No `use_running_average` argument was provided to {type(self).__name__}. Pass it to the constructor or "
-                "to the call, or set it on the whole model: nnx.view(model, use_running_average=True) or False."
-            )
-        return bool(use_running)
-
     def _at_site(self, name: str, z: jax.Array, clock: Clock | None, use_running: bool) -> Site:
         return getattr(self, f"norm_{name}")(self._site(name), z, clock, use_running)
-
-    def _penalize(self, value: jax.Array) -> None:
-        if hasattr(self, "__captures__"):
-            self.sow(Penalty, "l1", value, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros((), value.dtype))
 
     def _second_bias(self) -> jax.Array | None:
         return _value(getattr(self, self._second[0], None)) if self._second else None
@@ -264,18 +246,17 @@ class RNN(nnx.RNN):
         ours = isinstance(cell, Host)  # others read no clock, and have no penalty
         major = self.time_major if time_major is None else time_major
         returned = self.return_carry if return_carry is None else return_carry
-        time = 0 if major else inputs.ndim - cell.num_feature_axes - 1
-        carry = initial_carry
-        if carry is None:
+
+        def first(shape: tuple[int, ...]) -> Carry:
             stream = self.rngs if rngs is None else rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
-            carry = cell.initialize_carry(inputs.shape[:time] + inputs.shape[time + 1 :], stream)
-        clocked = recurrent.unpack(carry)[1] is not None
+            return cell.initialize_carry(shape, stream)
+
+        time, carry, clocked = cells.start_sequence(cell.num_feature_axes, inputs, major, initial_carry, first)
         if seq_lengths is not None:
             seq_lengths = jnp.asarray(seq_lengths)
             carry = recurrent.with_lengths(carry, seq_lengths) if ours else carry
-        sown = [
-            v for v in getattr(cell, "__captures__", ()) if type(v) is Penalty and ours and cell.l1 and cell.normalizer
-        ]
+        captures = getattr(cell, "__captures__", ()) if ours and cell.l1 and cell.normalizer else ()
+        sown = [v for v in captures if type(v) is Penalty]
         before = [v["l1"] if "l1" in v else None for v in sown]
         for v in sown:  # a scan writes only what exists
             v["l1"] = jnp.zeros(inputs.shape[time], jnp.float32)

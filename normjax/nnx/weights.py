@@ -1,43 +1,36 @@
 """Flax nnx modules with normalized kernels: Flax's own, with parameters and state around `_layers/weights.py`.
 
-`WeightNorm` and `SpectralNorm` have the arguments, attributes and shapes of Flax's. What differs is what is right here: the
-scales are `nnx.Param`s, so an optimizer sees them; the layer's own parameters are never overwritten, in training or in
-evaluation, so a model may be called inside of any transformation that closes over it; only parameters are normalized, and
-norms are float32 or wider.
+`WeightNorm` and `SpectralNorm` have the arguments, attributes and shapes of Flax's. What differs: the scales are
+`nnx.Param`s, so an optimizer sees them; the layer's own parameters are never overwritten, so a model may be called inside of
+any transformation that closes over it; only parameters are normalized, and norms are float32 or wider.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes, initializers
+from flax.typing import PathParts
+from jax.sharding import PartitionSpec, Sharding
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._layers import weights
-from normjax._layers.weights import Initializer
+from normjax._layers.describe import Initializer, ones
+from normjax.nnx.host import NO_METADATA, Metadata
 from normjax.reparametrize import Weight
 from normjax.weights import weight_norm
 
-Metadata = Mapping[str, Any]
-Path = tuple[Any, ...]
-_NO_METADATA: Metadata = MappingProxyType({})
-_ONES = initializers.ones_init()
 
-
-def _with_params(module: nnx.Module, change: Callable[[Path, nnx.Variable], jax.Array | None]) -> Any:
+def _with_params(module: nnx.Module, change: Callable[[PathParts, nnx.Variable], jax.Array | None]) -> Any:
     """A twin of the module with other parameters: `change(path, variable)`, None to keep one.
 
     The twin shares all other variables, so that statistics, random counts and captures land where they belong.
     """
     structure, params, rest = nnx.split(module, nnx.Param, ...)
-    new = []
-    for path, variable in nnx.to_flat_state(params):
-        value = change(path, variable)
-        new.append((path, variable if value is None else variable.replace(value)))
+    flat = ((path, variable, change(path, variable)) for path, variable in nnx.to_flat_state(params))
+    new = [(path, variable if value is None else variable.replace(value)) for path, variable, value in flat]
     return nnx.merge(structure, nnx.from_flat_state(new), rest)
 
 
@@ -47,22 +40,15 @@ class Host(weights.Reparametrized, nnx.Module):
     kernel: nnx.Param[jax.Array]
     param_dtype: DTypeLike
 
-    def _make(
-        self,
-        weight: Weight,
-        use_scale: bool,
-        scale_init: Initializer | None,
-        bound: str,
-        metadata: Metadata,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def _make(self, rngs: nnx.Rngs, metadata: Metadata, **options: Weight | bool | str | None) -> None:
         """Adds what is learned and stored beside Flax's."""
-        self.weight, self.use_scale, self.scale_init, self.bound = weight, use_scale, scale_init, bound
+        for name, value in options.items():
+            setattr(self, name, value)
         kernel = self.kernel[...]
         self.rho = nnx.BatchStat(self._first_bound(kernel)) if self._needs_bound() else nnx.data(None)
         self.scale = nnx.data(None)
-        if use_scale:
-            key = None if scale_init is None else rngs.params()
+        if self.use_scale:
+            key = None if self.scale_init is None else rngs.params()
             self.scale = nnx.Param(self._first_scale(key, kernel, self.param_dtype), **metadata)
 
     def _product(self) -> Any:
@@ -82,16 +68,16 @@ class Linear(weights.Dense, Host, nnx.Linear):  # noqa: D101
         *,
         weight: Weight = weight_norm,
         use_scale: bool = True,
-        scale_init: Initializer | None = _ONES,
+        scale_init: Initializer | None = ones,
         bound: str = "rms",
-        scale_metadata: Metadata = _NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
         rngs: nnx.Rngs,
         **flax: Any,
     ):
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **flax)
-        self._make(weight, use_scale, scale_init, bound, scale_metadata, rngs)
+        self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Sharding | PartitionSpec | None = None) -> jax.Array:
         """Multiplies inputs, `[... i]`, by the reparametrized kernel."""
         return nnx.Linear.__call__(self._product(), inputs, out_sharding)
 
@@ -108,24 +94,18 @@ class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
         *,
         weight: Weight = weight_norm,
         use_scale: bool = True,
-        scale_init: Initializer | None = _ONES,
+        scale_init: Initializer | None = ones,
         bound: str = "rms",
-        scale_metadata: Metadata = _NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
         rngs: nnx.Rngs,
         **flax: Any,
     ):
         nnx.Conv.__init__(self, in_features, out_features, kernel_size, strides, rngs=rngs, **flax)
-        self._make(weight, use_scale, scale_init, bound, scale_metadata, rngs)
+        self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Sharding | PartitionSpec | None = None) -> jax.Array:
         """Convolves inputs, `[n ... i]`, with the reparametrized kernel."""
         return nnx.Conv.__call__(self._product(), inputs, out_sharding)
-
-
-def _as_flax(array: jax.Array, dtype: DTypeLike | None, *arrays: jax.Array) -> jax.Array:
-    """The array in the dtype that Flax gives to a parameter normalized by these arrays."""
-    with jax.numpy_dtype_promotion("standard"):
-        return array.astype(dtypes.canonicalize_dtype(*arrays, dtype=dtype))
 
 
 class WeightNorm(nnx.WeightNorm):
@@ -153,7 +133,7 @@ class WeightNorm(nnx.WeightNorm):
     if not TYPE_CHECKING:  # to a reader the constructor is Flax's; its scales are bare arrays, which nothing trains
 
         @functools.wraps(nnx.WeightNorm.__init__)
-        def __init__(self, *args, use_scale=True, scale_init=_ONES, param_dtype=jnp.float32, rngs, **flax):
+        def __init__(self, *args, use_scale=True, scale_init=ones, param_dtype=jnp.float32, rngs, **flax):
             given = {"scale_init": scale_init, "param_dtype": param_dtype, "rngs": rngs, **flax}
             super().__init__(*args, use_scale=False, **given)
             self.use_scale, scales = use_scale, {}
@@ -166,13 +146,11 @@ class WeightNorm(nnx.WeightNorm):
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized."""
 
-        def change(path: Path, variable: nnx.Variable) -> jax.Array | None:
+        def change(path: PathParts, variable: nnx.Variable) -> jax.Array | None:
             if not self.variable_filter(path, variable):
                 return None
-            scales = () if self.scales is None else (self.scales[path][...],)
-            value: jax.Array = variable[...]
-            new = weights.weight_normed(value, scales[0] if scales else None, self.feature_axes, self.epsilon)
-            return _as_flax(new, self.dtype, value, *scales)
+            scale = None if self.scales is None else self.scales[path][...]
+            return weights.weight_normed(variable[...], scale, self.feature_axes, self.epsilon, self.dtype)
 
         return _with_params(self.layer_instance, change)(x, *args, **kwargs)
 
@@ -192,9 +170,6 @@ class SpectralNorm(nnx.SpectralNorm):
       update_stats: whether a call stores the new u and sigma; `.train()` and `.eval()` set it.
       rngs: random keys for u.
 
-    Raises:
-      ValueError: a parameter has more than two axes and `error_on_non_matrix` is set.
-
     Source: Miyato et al. 2018, algorithm 1.
 
     >>> layer = SpectralNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
@@ -206,15 +181,13 @@ class SpectralNorm(nnx.SpectralNorm):
         """Calls the layer, with its parameters normalized; `update_stats` stores the new u and sigma."""
         update = not self.use_running_average if update_stats is None else update_stats
 
-        def change(path: Path, variable: nnx.Variable) -> jax.Array | None:
+        def change(path: PathParts, variable: nnx.Variable) -> jax.Array | None:
             if (*path, "u") not in self.batch_stats:
                 return None
-            value: jax.Array = variable[...]
             u, sigma = (self.batch_stats[(*path, name)] for name in ("u", "sigma"))
-            out = weights.spectral_normed(value, u[...], self.n_steps, self.epsilon)
-            new = _as_flax(out.kernel, self.dtype, value, u[...], sigma[...])
+            out = weights.spectral_normed(variable[...], u[...], sigma[...], self.n_steps, self.epsilon, self.dtype)
             if update:
-                u[...], sigma[...] = out.u, out.sigma.astype(sigma.dtype)
-            return new
+                u[...], sigma[...] = out.u, out.sigma
+            return out.kernel
 
         return _with_params(self.layer_instance, change)(x, **kwargs)

@@ -33,11 +33,7 @@ class Belief(NamedTuple):
 
 
 class Filtered(NamedTuple):
-    """What is believed of a layer after its batch.
-
-    Attributes:
-      input: of x, the belief that normalized it: what a skip connection carries on.
-      output: of y: what enters the activation.
+    """What is believed of a layer after its batch: `input` of x, which a skip connection carries on, and `output` of y.
 
     >>> belief = Belief(jnp.zeros((1, 3)), jnp.ones((1, 3)))
     >>> Filtered(belief, belief).output.mean.shape                                      # of something not normalized
@@ -52,16 +48,7 @@ Activation = str | None | Callable[[jax.Array], jax.Array]
 
 
 def join(*beliefs: Belief) -> Belief:
-    """The belief of a sum of independent arrays, such as a skip connection and its branch.
-
-    Args:
-      *beliefs: of the arrays, of shapes that broadcast against each other.
-
-    Returns:
-      The sums of the means and of the variances.
-
-    Raises:
-      TypeError: an argument is no Belief.
+    """The belief of a sum of independent arrays, such as a skip connection and its branch: means and variances add.
 
     Source: the published code of Wang et al. 2018.
 
@@ -77,8 +64,7 @@ def join(*beliefs: Belief) -> Belief:
 def linear(belief: Belief, a: ArrayLike, u: ArrayLike, r: ArrayLike, layout: str = "n ... c") -> Belief:
     """A diagonal linear transition: mean a * mean + u, variance a ** 2 * var + r.
 
-    The paper has such a transition with learned A, u and R; its published code has none. Its form is recalled here from the
-    paper's description, not checked against its text, and reduced to a diagonal.
+    The paper has such a transition with learned A, u and R, recalled here and reduced to a diagonal; its code has none.
 
     Args:
       belief: of the layer before, or a prediction that is to be corrected.
@@ -97,19 +83,13 @@ def linear(belief: Belief, a: ArrayLike, u: ArrayLike, r: ArrayLike, layout: str
 
 
 def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -> Belief:
-    """Mean and variance of activation(z) for a Gaussian z with the belief's mean and variance.
+    """Mean and variance, float32 or wider, of activation(z) for a Gaussian z with the belief's; 0 where the variance is 0.
 
     Args:
       belief: of the input.
       activation: "relu" (closed form), None (identity), or an elementwise function, by Gauss-Hermite quadrature: exact for
         polynomials up to degree nodes - 1, about 1 / nodes of the standard deviation off where it has a kink.
       nodes: of the quadrature.
-
-    Returns:
-      The belief of the output, float32 or wider. Where the variance is 0, so is the output's.
-
-    Raises:
-      ValueError: an activation without this name.
 
     >>> relu = activate(Belief(jnp.zeros(()), jnp.ones(())))                 # 1 / sqrt(2 pi), 1/2 - 1 / (2 pi)
     >>> [round(float(moment), 4) for moment in relu]
@@ -131,9 +111,6 @@ def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -
 
 def as_wide(s: ArrayLike) -> jax.Array:
     """A mean or variance of a belief in float32 or wider.
-
-    Raises:
-      TypeError: integers.
 
     >>> as_wide(jnp.ones(1, jnp.bfloat16)).dtype
     dtype('float32')

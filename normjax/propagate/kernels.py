@@ -17,6 +17,7 @@ from normjax.field import EXAMPLES, FieldError
 from normjax.propagate.beliefs import Activation, Belief, Filtered, activate, as_wide, standard_deviation
 from normjax.theory import Normalizer
 
+Size = Sequence[int] | None
 Padding = str | int | Sequence[int | tuple[int, int]]
 TRANSITIONS = ("analytic", "monte_carlo", "released")
 
@@ -41,14 +42,9 @@ def _rows(belief: Belief, layout: str) -> Belief:
 def _from_rows(rows: Belief, layout: str, ndim: int) -> Belief:
     """The belief of such a matrix beside an array of this layout and rank."""
     where = axes(layout, ndim)
-
-    def lay(s: ArrayLike) -> jax.Array:
-        s = jnp.asarray(s)
-        sizes = dict(zip((where.get(EXAMPLES, (None,))[0], where["c"][0]), s.shape, strict=True))
-        turned = EXAMPLES in where and where["c"] < where[EXAMPLES]
-        return (s.T if turned else s).reshape([sizes.get(i, 1) for i in range(ndim)])
-
-    return Belief(lay(rows.mean), lay(rows.var))
+    sizes = dict(zip((where.get(EXAMPLES, (None,))[0], where["c"][0]), rows.mean.shape, strict=True))
+    turned = EXAMPLES in where and where["c"] < where[EXAMPLES]
+    return Belief(*((s.T if turned else s).reshape([sizes.get(i, 1) for i in range(ndim)]) for s in rows))
 
 
 class _Geometry(NamedTuple):
@@ -61,12 +57,7 @@ class _Geometry(NamedTuple):
 
 
 def _geometry(
-    kernel: jax.Array,
-    channels: int,
-    size: Sequence[int] | None,
-    strides: int | Sequence[int],
-    padding: Padding,
-    groups: int,
+    kernel: jax.Array, channels: int, size: Size, strides: int | Sequence[int], padding: Padding, groups: int
 ) -> _Geometry:
     """The numbers of a convolution, checked against its kernel and the channels of a belief."""
     window = kernel.shape[:-2]
@@ -92,9 +83,8 @@ def _geometry(
         padding = lax.padtype_to_pads(size, window, strides, padding)
     pads = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
     if len(pads) != len(window):
-        raise FieldError(
-            f"padding has one number or pair for each of the kernel's {len(window)} axes of space; found {padding}"
-        )
+        each = f"one number or pair for each of the kernel's {len(window)} axes of space"
+        raise FieldError(f"padding has {each}; found {padding}")
     if any(n + low + high < k for n, k, (low, high) in zip(size, window, pads, strict=True)):
         raise FieldError(f"a kernel of window {window} does not fit into size {size} with padding {pads}")
     return _Geometry(size, strides, pads, groups)
@@ -138,11 +128,9 @@ def _sampled(
     if how.size is None or how.pads is None:
         raise ValueError("a sample needs the size of the array in space: size=(height, width)")
     space = (1,) * len(how.size)
-    mean, deviation = (
-        jnp.repeat(s, samples, 0).reshape(-1, *space, channels) for s in (rows.mean, standard_deviation(rows.var))
-    )
-    noise = jax.random.normal(key, (blocks * samples, *how.size, channels), mean.dtype)
-    x = mean + deviation * noise
+    moments = (rows.mean, standard_deviation(rows.var))
+    mean, deviation = (jnp.repeat(s, samples, 0).reshape(-1, *space, channels) for s in moments)
+    x = mean + deviation * jax.random.normal(key, (blocks * samples, *how.size, channels), mean.dtype)
     if activation is not None and not callable(activation):
         one_of("activation", activation, ("relu", None))
     x = jax.nn.relu(x) if isinstance(activation, str) else x if activation is None else activation(x)
@@ -172,24 +160,23 @@ def predict(
     *,
     activation: Activation = "relu",
     bias: ArrayLike | None = None,
-    size: Sequence[int] | None = None,
+    size: Size = None,
     strides: int | Sequence[int] = 1,
     padding: Padding = "SAME",
     groups: int = 1,
     key: jax.Array | None = None,
     samples: int = 1,
 ) -> Belief:
-    """Predicts the statistics of the next layer: the state through an activation and a kernel. Gradients flow into all.
+    """Predicts the statistics of the next layer, float32 or wider: the state through an activation and a kernel.
 
     `analytic` takes y as Gaussian and its elements as independent, and is then exact: rectified-Gaussian moments, the
     kernel's sums of w and w ** 2 for each output, and, where `size` tells the borders, the zeros past them.
-    `monte_carlo` draws y and pushes it through the same kernel: the same in expectation. `released` is the published code:
-    it draws x, which has not been normalized, and pushes that through the activation; with it go guard=100 and
-    unbiased=True of `kalman_normalize`, and a skip connection that carries the prior on.
+    `monte_carlo` draws y and pushes it through the kernel: the same in expectation. `released` is the published code: it
+    draws x, which has not been normalized, and pushes that through the activation; with it go guard=100 and unbiased=True
+    of `kalman_normalize`, and a skip connection that carries the prior on.
 
     Args:
-      state: what `kalman_normalize` believes of the layer before; for a belief b of something else that enters the
-        activation, such as a sum, Filtered(b, b).
+      state: what `kalman_normalize` believes of the layer before; Filtered(b, b) for a belief b of what else enters.
       kernel: of a convolution or a dense layer, `(*space, inputs / groups, outputs)`, as Flax stores it.
       transition: "analytic", "monte_carlo" or "released".
       layout: name of each axis of the beliefs.
@@ -201,14 +188,6 @@ def predict(
       groups: feature groups.
       key: random key of a sample, which has the shape `(blocks * samples, *size, inputs)`.
       samples: for each block of examples; the published code has 1.
-
-    Returns:
-      The prior of the next layer, float32 or wider.
-
-    Raises:
-      FieldError: kernel, bias, size, padding or belief do not fit.
-      TypeError: the state is no Filtered.
-      ValueError: no transition has this name, or a sample lacks its key or size.
 
     Source: Wang et al. 2018 and its published code; moments of a rectified Gaussian and of a sum of independent terms.
 

@@ -14,20 +14,8 @@ Each array that is normalized is a *site* with a scale, a bias and statistics of
 `published.py` the published cells as arguments.
 """
 
-from normjax.recurrent.cells import (
-    BIASES,
-    GATES,
-    PLACES,
-    Activation,
-    Norm,
-    Places,
-    Weights,
-    gru_step,
-    lstm_step,
-    simple_step,
-    sites,
-)
-from normjax.recurrent.clock import (
+from .cells import BIASES, GATES, PLACES, Activation, Norm, Places, Weights, gru_step, lstm_step, simple_step, sites
+from .clock import (
     Carry,
     Clock,
     advance,
@@ -40,53 +28,12 @@ from normjax.recurrent.clock import (
     valid,
     with_lengths,
 )
-from normjax.recurrent.published import REN2017, REN2017_DIALECTS, ba2016, cooijmans2017, ren2017, symmetric_uniform
-from normjax.recurrent.site import (
-    LAYOUT,
-    Site,
-    choose_sites,
-    needs_clock,
-    normalize_site,
-    penalty_axes,
-    site_slots,
-    start_sigma,
-)
+from .published import REN2017, REN2017_DIALECTS, ba2016, cooijmans2017, ren2017, symmetric_uniform
+from .site import LAYOUT, Site, choose_sites, needs_clock, normalize_site, penalty_axes, site_slots, start_sigma
 
-__all__ = [
-    "BIASES",
-    "GATES",
-    "LAYOUT",
-    "PLACES",
-    "REN2017",
-    "REN2017_DIALECTS",
-    "Activation",
-    "Carry",
-    "Clock",
-    "Norm",
-    "Places",
-    "Site",
-    "Weights",
-    "advance",
-    "ba2016",
-    "choose_sites",
-    "cooijmans2017",
-    "gru_step",
-    "hand_over",
-    "lstm_step",
-    "mean_over_time",
-    "needs_clock",
-    "normalize_site",
-    "pack",
-    "penalty_axes",
-    "ren2017",
-    "restart",
-    "simple_step",
-    "site_slots",
-    "sites",
-    "start_clock",
-    "start_sigma",
-    "symmetric_uniform",
-    "unpack",
-    "valid",
-    "with_lengths",
-]
+__all__ = ["BIASES", "GATES", "LAYOUT", "PLACES", "REN2017", "REN2017_DIALECTS"]
+__all__ += ["Activation", "Carry", "Clock", "Norm", "Places", "Site", "Weights"]
+__all__ += ["gru_step", "lstm_step", "simple_step", "sites"]
+__all__ += ["advance", "hand_over", "mean_over_time", "pack", "restart", "start_clock", "unpack", "valid"]
+__all__ += ["ba2016", "cooijmans2017", "ren2017", "symmetric_uniform", "with_lengths"]
+__all__ += ["choose_sites", "needs_clock", "normalize_site", "penalty_axes", "site_slots", "start_sigma"]

@@ -13,12 +13,11 @@ from normjax._leaves import one_of
 
 PLACES = ("inside", "separate", "separate_raw")
 BIASES = ("after", "before", "both")
-# The gates in the order in which kernels are stacked, and what is normalized at once where W x and U h are apart.
+# The gates in the order in which kernels are stacked; and what is normalized at once where W x and U h are apart.
 GATES = {"simple": "z", "lstm": "ifgo", "gru": "rzn"}
 _TOGETHER = {"simple": ("z",), "lstm": ("ifgo",), "gru": ("rz", "n")}
 
-# Normalizes the array z, [n, site], of a site with this name.
-Norm = Callable[[str, jax.Array], jax.Array]
+Norm = Callable[[str, jax.Array], jax.Array]  # normalizes the array z, [n, site], of a site with this name
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -26,10 +25,8 @@ class Weights(NamedTuple):
     """The linear maps of a cell, gates side by side in the order of `GATES`.
 
     Attributes:
-      w: kernel of the input, `[i, gates * c]`.
-      u: kernel of the state, `[c, gates * c]`.
-      bw: added to W x, `[gates * c]`; None adds nothing.
-      bu: added to U h, `[gates * c]`; None adds nothing.
+      w, u: kernels of the input, `[i, gates * c]`, and of the state, `[c, gates * c]`.
+      bw, bu: added to W x and to U h, each `[gates * c]`; None adds nothing.
 
     >>> lstm = Weights(jnp.zeros((3, 4 * 8)), jnp.zeros((8, 4 * 8)), bu=jnp.zeros(4 * 8))     # 3 inputs, 8 states
     >>> lstm.bw is None
@@ -47,16 +44,12 @@ class Places:
     """Where a cell normalizes.
 
     Attributes:
-      place: one of PLACES: "inside" of the gates, after W x + U h + b; "separate", W x, U h and the LSTM's cell state each
-        by itself, the cell state carried normalized; "separate_raw", where the cell state is carried as it is.
-      per_gate: whether W x and U h are normalized gate by gate, where they are normalized apart. The paper and the code of
-        Ba et al. 2016 and the code of Ren et al. 2017 normalize all gates at once (a GRU's r and z at once, its candidate
-        alone).
+      place: "inside" of the gates, after W x + U h + b; "separate", W x, U h and the LSTM's cell state each by itself, the
+        cell state carried normalized; "separate_raw", where the cell state is carried as it is.
+      per_gate: whether W x and U h, where apart, are normalized gate by gate. Published code (Ba et al. 2016, Ren et al.
+        2017) normalizes all gates at once, a GRU's r and z at once and its candidate alone.
       bias_at: where W x and U h are apart, b is added "after" the normalization (Ba et al. 2016, Cooijmans et al. 2017),
         "before" it (code of Ren et al. 2017), or "both": before it to W x and after (LSTM in the code of Ba et al. 2016).
-
-    Raises:
-      ValueError: `place` or `bias_at` has another name.
 
     Source: Ren et al. 2017, section 5.2; Ba et al. 2016, equations 20 to 22; Cooijmans et al. 2017, equations 6 to 8.
 
@@ -74,18 +67,7 @@ class Places:
 
 
 def sites(cell: str, features: int, places: Places) -> dict[str, int]:
-    """The names and lengths of the arrays that a cell normalizes.
-
-    Args:
-      cell: "simple", "lstm" or "gru".
-      features: length c of a state.
-      places: where the cell normalizes.
-
-    Returns:
-      Of each site, its name and the length of its last axis.
-
-    Raises:
-      ValueError: no cell has this name.
+    """The names and lengths (last axis) of the arrays that a "simple", "lstm" or "gru" cell of so many features normalizes.
 
     Source: Ren et al. 2017, section 5.2; Ba et al. 2016, equations 20 to 22.
 
@@ -116,7 +98,7 @@ def lstm_step(
     forget_bias: ArrayLike = 0.0,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of an LSTM.
+    """One step of an LSTM: the new c and h, each `[n, c]`.
 
     Args:
       norm: normalizes a site, called with its name and the array, `[n, site]`; None normalizes nothing.
@@ -129,9 +111,6 @@ def lstm_step(
       activation_fn: activation of g and of the cell state.
       forget_bias: added to the pre-activation of f, after any norm.
       dtype: of the linear maps; by default the widest of x, h and the weights.
-
-    Returns:
-      The new c and h, each `[n, c]`.
 
     Source: Ren et al. 2017, section 5.2; Ba et al. 2016, equations 20 to 22; Cooijmans et al. 2017, equations 6 to 8.
 
@@ -168,7 +147,7 @@ def simple_step(
     residual: bool = False,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """One step of a plain RNN.
+    """One step of a plain RNN: the new h, `[n, c]`.
 
     Args:
       norm: normalizes a site, called with its name and the array, `[n, site]`; None normalizes nothing.
@@ -180,9 +159,6 @@ def simple_step(
       residual: whether to add h to the pre-activation, after the norms where W x and U h are apart.
       dtype: of the linear maps; by default the widest of x, h and the weights.
 
-    Returns:
-      The new h, `[n, c]`.
-
     Source: Ren et al. 2017, section 5.2.
 
     >>> one = jnp.ones((1, 1))
@@ -191,8 +167,7 @@ def simple_step(
     """
     zx, zh, bx, bh = _linear(weights, x, h, dtype)
     if norm is None or places.place == "inside":
-        z = _plus(_plus(zx + zh, bx), bh)
-        z = _plus(z, h if residual else None)
+        z = _plus(_plus(_plus(zx + zh, bx), bh), h if residual else None)
         return activation_fn(z if norm is None else norm("z", z))
     zx, zh = _sides(norm, "simple", places, (zx, zh, bx, bh))
     return activation_fn(_plus(zx + zh, h if residual else None))
@@ -209,7 +184,7 @@ def gru_step(
     activation_fn: Activation = jnp.tanh,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """One step of a GRU: the new h is (1 - z) * n + z * h.
+    """One step of a GRU: the new h, (1 - z) * n + z * h, `[n, c]`.
 
     Where W x and U h are apart, the reset gate multiplies norm(U h). `inside`, which nobody published for a GRU, normalizes
     the candidate's W x + r * (U h).
@@ -223,9 +198,6 @@ def gru_step(
       gate_fn: activation of r and z.
       activation_fn: activation of the candidate n.
       dtype: of the linear maps; by default the widest of x, h and the weights.
-
-    Returns:
-      The new h, `[n, c]`.
 
     Source: Ba et al. 2016, supplementary material, GRU.
 
@@ -256,12 +228,10 @@ Sums = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 def _linear(weights: Weights, x: jax.Array, h: jax.Array, dtype: DTypeLike | None) -> Sums:
     """W x, U h and the biases, in one dtype."""
     if dtype is None:
-        given = [x.dtype, h.dtype, *(p.dtype for p in weights if p is not None)]
         with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.result_type(*given)
-    x, h = x.astype(dtype), h.astype(dtype)
+            dtype = jnp.result_type(*(p.dtype for p in (x, h, *weights) if p is not None))
     bw, bu = (None if b is None else b.astype(dtype) for b in weights[2:])
-    return jnp.dot(x, weights.w.astype(dtype)), jnp.dot(h, weights.u.astype(dtype)), bw, bu
+    return jnp.dot(x.astype(dtype), weights.w.astype(dtype)), jnp.dot(h.astype(dtype), weights.u.astype(dtype)), bw, bu
 
 
 def _plus(z: jax.Array, b: jax.Array | None) -> jax.Array:
@@ -272,8 +242,8 @@ def _plus(z: jax.Array, b: jax.Array | None) -> jax.Array:
 def _gated(*pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The sum of gates times values."""
     with jax.numpy_dtype_promotion("standard"):  # a state may be wider than the gates, as in Flax
-        products = [gate * value for gate, value in pairs]
-        return sum(products[1:], products[0])
+        first, *rest = (gate * value for gate, value in pairs)
+        return sum(rest, first)
 
 
 def _each(norm: Norm, side: str, z: jax.Array, groups: Sequence[str]) -> jax.Array:
@@ -287,13 +257,9 @@ def _sides(norm: Norm, cell: str, places: Places, sums: Sums) -> tuple[jax.Array
     """The normalized W x and U h with their biases."""
     zx, zh, bx, bh = sums
     groups = GATES[cell] if places.per_gate else _TOGETHER[cell]
-    at = places.bias_at
-    if at == "both":
-        # The published LSTM has one b. It adds it to W x ahead of the norm, and to the sum behind it.
-        b = bx if bh is None else bh if bx is None else bx + bh
-        zx, zh = _each(norm, "x", _plus(zx, b), groups), _each(norm, "h", zh, groups)
-    elif at == "before":
-        return _each(norm, "x", _plus(zx, bx), groups), _each(norm, "h", _plus(zh, bh), groups)
-    else:
-        zx, zh = _each(norm, "x", zx, groups), _each(norm, "h", zh, groups)
-    return _plus(zx, bx), _plus(zh, bh)
+    if places.bias_at == "before":
+        zx, zh = _plus(zx, bx), _plus(zh, bh)
+    elif places.bias_at == "both":  # the published LSTM has one b, on W x ahead of the norm and on the sum behind it
+        zx = _plus(zx, bx if bh is None else bh if bx is None else bx + bh)
+    zx, zh = _each(norm, "x", zx, groups), _each(norm, "h", zh, groups)
+    return (zx, zh) if places.bias_at == "before" else (_plus(zx, bx), _plus(zh, bh))

@@ -1,7 +1,6 @@
 """What travels from step to step beside the states: the number of the step, and the lengths of padded sequences.
 
-Statistics that are stored for each step need to know which step it is. A variable would have to be reset between
-sequences; so the carry ends with a `Clock`.
+Statistics of each step need its number. A variable would have to be reset between sequences; the carry ends with a `Clock`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +13,7 @@ from jax.typing import ArrayLike
 
 from normjax.field import FieldError
 
-# The state of a cell, or a tuple of its states, with a Clock at the end where steps are counted. Any in Flax too.
-Carry = Any
+Carry = Any  # the state of a cell, or a tuple of states that ends with a Clock where steps are counted; Any in Flax too
 
 
 class Clock(NamedTuple):
@@ -34,17 +32,7 @@ class Clock(NamedTuple):
 
 
 def start_clock(batch: tuple[int, ...], seq_lengths: ArrayLike | None = None) -> Clock:
-    """The clock before the first step.
-
-    Args:
-      batch: shape of the axes of examples, `(n,)`.
-      seq_lengths: number of valid steps of each example, `[n]`; None where no sequence is padded.
-
-    Returns:
-      A clock at step 0.
-
-    Raises:
-      FieldError: `seq_lengths` has another shape than the batch.
+    """The clock at step 0 for a batch of this shape, `(n,)`; with the valid steps of each example, `[n]`, in padded ones.
 
     >>> start_clock((2,), jnp.array([3, 5]))
     Clock(step=Array([0, 0], dtype=int32), length=Array([3, 5], dtype=int32))
@@ -78,26 +66,14 @@ def pack(states: Sequence[jax.Array], clock: Clock | None) -> Carry:
 
 
 def with_lengths(carry: Carry, seq_lengths: ArrayLike) -> Carry:
-    """The carry, counting valid steps from here; a clock that runs goes on.
-
-    Args:
-      carry: states, with or without a clock.
-      seq_lengths: number of valid steps of each example from here, `[n]`.
-
-    Returns:
-      The carry with a clock.
-
-    Raises:
-      FieldError: `seq_lengths` has another shape than the batch.
+    """The carry, with a clock that counts the valid steps of each example, `[n]`, from here; one that runs goes on.
 
     >>> with_lengths((jnp.ones((1, 2)), Clock(jnp.array([3]))), jnp.array([2]))[-1]
     Clock(step=Array([3], dtype=int32), length=Array([5], dtype=int32))
     """
     states, clock = unpack(carry)
     fresh = start_clock(states[0].shape[:-1], seq_lengths)
-    if clock is None:
-        return pack(states, fresh)
-    return pack(states, Clock(clock.step, clock.step + jnp.asarray(seq_lengths, jnp.int32)))
+    return pack(states, fresh if clock is None else Clock(clock.step, clock.step + jnp.asarray(seq_lengths, jnp.int32)))
 
 
 def hand_over(carry: Carry, clocked: bool, bounded: bool) -> Carry:
@@ -108,18 +84,13 @@ def hand_over(carry: Carry, clocked: bool, bounded: bool) -> Carry:
       clocked: whether the caller's carry had a clock; if not, it is taken off.
       bounded: whether this call was given the lengths of its sequences, which end with it.
 
-    Returns:
-      The carry.
-
     >>> hand_over((1, Clock(3, 3)), True, True), hand_over((1, Clock(3, 3)), False, True)
     ((1, Clock(step=3, length=None)), 1)
     """
     states, clock = unpack(carry)
     if clock is None:
         return carry
-    if not clocked:
-        return pack(states, None)
-    return pack(states, clock._replace(length=None) if bounded else clock)
+    return pack(states, None if not clocked else clock._replace(length=None) if bounded else clock)
 
 
 def restart(carry: Carry) -> Carry:
@@ -150,16 +121,13 @@ def advance(
     clock: Clock | None,
     x: jax.Array,
 ) -> tuple[Carry, jax.Array]:
-    """One step of a cell; an example that is over keeps its states, and its x reaches nothing.
+    """One step of a cell: the new carry and the output h, the last state, `[n, c]`.
 
     Args:
-      step: the step, called as `step(*states, x)`; gives the new state, or a tuple of the new states.
-      states: each `[n, c]`.
+      step: called as `step(*states, x)`; gives the new state, or a tuple of the new states.
+      states: each `[n, c]`; an example that is over keeps its own.
       clock: number of the step, and the lengths.
-      x: input, `[n, i]`.
-
-    Returns:
-      The new carry and the output h, which is the last state, `[n, c]`.
+      x: input, `[n, i]`; that of an example that is over reaches nothing.
 
     >>> advance(lambda h, x: h + x, (jnp.ones((2, 1)),), Clock(jnp.zeros(2, int), jnp.array([0, 5])), jnp.ones((2, 1)))[1]
     Array([[1.],
@@ -169,31 +137,27 @@ def advance(
     new = step(*states, x if going is None else jnp.where(going, x, 0))
     new = new if isinstance(new, tuple) else (new,)
     if going is not None:
-        pairs = zip(new, states, strict=True)
-        new = tuple(jnp.where(going, after, before.astype(after.dtype)) for after, before in pairs)
+        new = tuple(jnp.where(going, a, b.astype(a.dtype)) for a, b in zip(new, states, strict=True))
     if clock is not None:
         clock = clock._replace(step=clock.step + (1 if going is None else going[..., 0].astype(jnp.int32)))
     return pack(new, clock), new[-1]
 
 
 def mean_over_time(values: jax.Array, seq_lengths: ArrayLike | None = None, axis_name: Sequence[str] = ()) -> jax.Array:
-    """The mean of a number of each step over all valid steps of all examples.
+    """The mean of a number of each step over all valid steps of all examples, a scalar.
 
     Args:
       values: one number of each step, `[t]`.
       seq_lengths: number of valid steps of each example, `[n]`; None where no sequence is padded.
       axis_name: mapped axes whose examples count too.
 
-    Returns:
-      A scalar.
-
     >>> mean_over_time(jnp.array([1.0, 4.0]), jnp.array([1, 1, 2])).item()     # three examples, then one
     1.75
     """
     if seq_lengths is None:
         return jnp.mean(values)
-    time = jnp.arange(values.shape[0]).reshape(-1, 1)
-    weight = jnp.sum((time < jnp.asarray(seq_lengths).reshape(1, -1)).astype(values.dtype), 1)
+    going = jnp.arange(values.shape[0])[:, None] < jnp.asarray(seq_lengths).reshape(1, -1)
+    weight = jnp.sum(going.astype(values.dtype), 1)
     weight = lax.psum(weight, tuple(axis_name)) if axis_name else weight
     total = jnp.sum(weight)
     return jnp.sum(values * weight) / jnp.where(total > 0, total, 1)

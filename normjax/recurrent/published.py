@@ -14,12 +14,6 @@ from normjax.theory import Normalizer
 def symmetric_uniform(scale: float = 0.1) -> Callable[..., jax.Array]:
     """An initializer of U(-scale, scale), as Ren et al. 2017 draw every kernel.
 
-    Args:
-      scale: the largest magnitude of a weight.
-
-    Returns:
-      An initializer `(key, shape, dtype) -> array`.
-
     Source: Ren et al. 2017, its published configuration.
 
     >>> bool(jnp.all(jnp.abs(symmetric_uniform(0.1)(jax.random.key(0), (4, 4))) <= 0.1))
@@ -33,48 +27,32 @@ def symmetric_uniform(scale: float = 0.1) -> Callable[..., jax.Array]:
 
 
 def ba2016() -> dict[str, Any]:
-    """The layer-normalized cells of Ba et al. 2016, as arguments of a cell.
+    """The layer-normalized cells of Ba et al. 2016, as keyword arguments of any cell.
 
     Their published LSTM adds its bias twice: `bias_at="both"`. Their published GRU adds its own `"before"`.
-
-    Returns:
-      Keyword arguments of any cell.
 
     Source: Ba, Kiros & Hinton 2016, equations 20 to 22.
 
     >>> ba2016()
     {'normalizer': Normalizer('c', 'c'), 'place': 'separate_raw', 'bias_at': 'after'}
     """
-    return {"normalizer": Normalizer("c", "c", eps=1e-5), "place": "separate_raw", "bias_at": "after"}
+    return {"normalizer": Normalizer("c", "c"), "place": "separate_raw", "bias_at": "after"}
 
 
 def cooijmans2017(max_steps: int) -> dict[str, Any]:
-    """Recurrent batch norm, as arguments of an LSTM cell: statistics for each step, scales that start at 0.1.
+    """Recurrent batch norm, as keyword arguments of LSTMCell: statistics for each step, scales that start at 0.1.
 
     Only the site c has a bias of its own (their beta_x = beta_h = 0); the forget gate's bias starts at 1, and the running
-    average keeps 0.95, as in their code.
-
-    Args:
-      max_steps: number of steps with statistics of their own; later steps share the last.
-
-    Returns:
-      Keyword arguments of LSTMCell.
+    average keeps 0.95, as in their code. Steps after `max_steps` share the statistics of the last.
 
     Source: Cooijmans et al. 2017, equations 6 to 8 and section 4.
 
     >>> cooijmans2017(100)["max_steps"]
     100
     """
-    return {
-        "normalizer": Normalizer("n", "n", eps=1e-5),
-        "place": "separate_raw",
-        "bias_at": "after",
-        "momentum": 0.95,
-        "max_steps": max_steps,
-        "scale_init": jax.nn.initializers.constant(0.1),
-        "use_bias": ("c",),
-        "forget_bias": 1.0,
-    }
+    places = {"normalizer": Normalizer("n", "n"), "place": "separate_raw", "bias_at": "after", "use_bias": ("c",)}
+    first = {"scale_init": jax.nn.initializers.constant(0.1), "forget_bias": 1.0}
+    return {**places, **first, "momentum": 0.95, "max_steps": max_steps}
 
 
 REN2017 = ("base", "bn", "bn-s", "bn-l1", "bn*", "ln", "ln-s", "ln-l1", "ln*", "dn", "dn-s", "dn*")
@@ -89,26 +67,18 @@ _ALPHA = {  # the weight of the penalty, where there is one
 
 
 def ren2017(row: str, cell: str, dialect: str = "code", max_steps: int = 20) -> dict[str, Any]:
-    """A cell of the word models of Ren et al. 2017, as arguments of an LSTM or a plain RNN cell.
+    """A cell of the word models of Ren et al. 2017, as keyword arguments of LSTMCell or SimpleCell.
 
     Where the code differs from the paper: its windows count zeros past the edge; on the plain RNNs, plain ln sits inside,
-    with scale and bias, and ln and ln-s are penalized as ln-l1 is.
-
-    Two things lie outside of a cell. Their loss and their penalty are both summed over the 20 steps: the penalty of our
-    `RNN`, a mean over the steps, stands beside a loss that is one too. And their steps are counted from 0 in each segment
-    (`restart`), which for the bn rows decides the statistics.
+    with scale and bias, and ln and ln-s are penalized as ln-l1 is. Outside of a cell: their loss and penalty are both summed
+    over the 20 steps, where the penalty of our `RNN`, a mean over the steps, stands beside a loss that is one too; and their
+    steps are counted from 0 in each segment (`restart`), which for the bn rows decides the statistics.
 
     Args:
       row: one of REN2017.
       cell: "lstm", "tanh" or "relu".
       dialect: "code", which the published numbers come from, or "paper".
       max_steps: steps with statistics of their own, in the bn rows.
-
-    Returns:
-      Keyword arguments of LSTMCell or SimpleCell.
-
-    Raises:
-      ValueError: no row, cell or dialect has this name.
 
     Source: Ren et al. 2017, section 5.2 and its published configuration.
 
@@ -126,19 +96,14 @@ def ren2017(row: str, cell: str, dialect: str = "code", max_steps: int = 20) -> 
         return out | {"normalizer": None}
     code = dialect == "code"
     eps = 1.0 if row.endswith(("-s", "*")) else 1e-4
-    alpha = _ALPHA.get(row, {}).get(cell, 0.0)
-    if row in ("ln", "ln-s") and cell != "lstm" and code:
-        alpha = 1e-2
+    penalized = row in ("ln", "ln-s") and cell != "lstm" and code
+    field, border = {"b": "n", "l": "c", "d": "c:30" if cell == "lstm" else "c:60"}[row[0]], "truncate"
     if row.startswith("bn"):
-        normalizer = Normalizer("n", "n", eps=eps)
         out |= {"place": "separate", "bias_at": "before", "max_steps": max_steps, "momentum": 0.9}
     elif row == "ln" and (cell == "lstm" or not code):
-        normalizer = Normalizer("c", "c", eps=eps)
         out |= {"place": "separate", "bias_at": "before"}
     else:
-        field = "c" if row.startswith("ln") else "c:30" if cell == "lstm" else "c:60"
         border = "zero" if code and row.startswith("dn") else "truncate"
-        normalizer = Normalizer(field, field, eps=eps, border=border)
-        affine = row == "ln"
-        out |= {"place": "inside", "use_scale": affine, "use_bias": affine}
-    return out | {"normalizer": normalizer, "l1": alpha}
+        out |= {"place": "inside", "use_scale": row == "ln", "use_bias": row == "ln"}
+    alpha = 1e-2 if penalized else _ALPHA.get(row, {}).get(cell, 0.0)
+    return out | {"normalizer": Normalizer(field, field, eps=eps, border=border), "l1": alpha}

@@ -19,18 +19,7 @@ LAYOUT = "n c"
 
 
 def site_slots(normalizer: Normalizer, features: int, max_steps: int | None) -> dict[str, Slot]:
-    """What a site stores, with a first axis of steps if there is a `max_steps`.
-
-    Args:
-      normalizer: of layout "n c".
-      features: length of the site.
-      max_steps: number of steps with statistics of their own; None shares one of all steps.
-
-    Returns:
-      The stored arrays by name, "mean" and "var"; empty for rows that mix no examples.
-
-    Raises:
-      ValueError: `max_steps` is less than 1.
+    """What a site of so many features stores, "mean" and "var" with a first axis of `max_steps`; nothing if no examples mix.
 
     Source: Cooijmans et al. 2017, section 3.
 
@@ -40,17 +29,12 @@ def site_slots(normalizer: Normalizer, features: int, max_steps: int | None) -> 
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is at least 1, or None for one statistic of all steps; found {max_steps!r}")
-    found = slots(normalizer, LAYOUT, (None, features))
-    steps = () if max_steps is None else (max_steps,)
+    steps, found = () if max_steps is None else (max_steps,), slots(normalizer, LAYOUT, (None, features))
     return {name: slot._replace(shape=steps + slot.shape) for name, slot in found.items()}
 
 
 def needs_clock(normalizer: Normalizer | None, max_steps: int | None) -> bool:
-    """Whether a cell must know the number of its step: where it stores statistics of each step.
-
-    Args:
-      normalizer: of layout "n c"; None normalizes nothing.
-      max_steps: number of steps with statistics of their own; None shares one of all steps.
+    """Whether a cell must know the number of its step: where it stores statistics of each of `max_steps` steps.
 
     >>> from normjax import TABLE
     >>> needs_clock(TABLE["batch"], 20), needs_clock(TABLE["token"], 20), needs_clock(TABLE["batch"], None)
@@ -60,18 +44,7 @@ def needs_clock(normalizer: Normalizer | None, max_steps: int | None) -> bool:
 
 
 def choose_sites(name: str, given: bool | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The sites that an argument like `use_bias` speaks of: all, none, or those it names.
-
-    Args:
-      name: of the argument, for the error.
-      given: True for all, False for none, or names of sites.
-      known: the sites of the cell.
-
-    Returns:
-      Names of sites.
-
-    Raises:
-      ValueError: it names a site that the cell lacks.
+    """The sites that an argument like `use_bias` (`name`) speaks of: all that are known, none, or those it names.
 
     >>> choose_sites("use_bias", True, ("x", "c")), choose_sites("use_bias", ("c",), ("x", "c"))
     (('x', 'c'), ('c',))
@@ -85,32 +58,18 @@ def choose_sites(name: str, given: bool | Sequence[str], known: Sequence[str]) -
 
 
 def start_sigma(normalizer: Normalizer, learn: bool, given: float | None) -> float | None:
-    """The first value of a learned sigma.
-
-    Args:
-      normalizer: the row, whose eps is sigma squared.
-      learn: whether a sigma is learned.
-      given: the first value; None takes the square root of the row's eps.
-
-    Returns:
-      The first value; None where no sigma is learned. [units of z]
+    """The first value of a sigma to learn, as given or the square root of the row's eps [units of z]; None learns none.
 
     Source: Ren et al. 2017, equation 3.
 
     >>> start_sigma(Normalizer("c", "c", eps=0.25), True, None), start_sigma(Normalizer("c", "c"), False, 1.0)
     (0.5, None)
     """
-    if not learn:
-        return None
-    return normalizer.eps**0.5 if given is None else given
+    return None if not learn else normalizer.eps**0.5 if given is None else given
 
 
 def penalty_axes(normalizer: Normalizer | str | None, given: str | Sequence[str] | None = None) -> tuple[str, ...]:
-    """The mapped axes that share one mean of |v|: those given, or those of the fields.
-
-    Args:
-      normalizer: a row, or its name in TABLE; None normalizes nothing.
-      given: one mapped axis or several; None takes those of the row's fields.
+    """The mapped axes that share one mean of |v|: those given, one or several, or else those of the row's fields.
 
     >>> penalty_axes(Normalizer("@n", "@n @m")), penalty_axes("token", "n")
     (('n', 'm'), ('n',))
@@ -122,12 +81,7 @@ def penalty_axes(normalizer: Normalizer | str | None, given: str | Sequence[str]
 
 
 class Site(NamedTuple):
-    """What `normalize_site` returns.
-
-    Attributes:
-      y: the normalized array, `[n, site]`.
-      running: the statistics to store from now on.
-      penalty: l1 * mean |v|, a scalar; None where none was asked for.
+    """What `normalize_site` returns: y, `[n, site]`, the statistics to store from now on, and l1 * mean |v| or None.
 
     >>> normalize_site(jnp.array([[1.0, 3.0]]), Normalizer("c", "c", eps=0.0), l1=0.5).penalty
     Array(0.5, dtype=float32)
@@ -156,9 +110,8 @@ def normalize_site(
 ) -> Site:
     """Normalizes one array of a step; all axes but the last are examples.
 
-    With `max_steps` the statistics that are stored have a first axis of steps. In training, the statistics of this batch
-    move those of its step (of the step of its latest example); in inference each example takes those of its own step.
-    Steps past the last take, and move, the last.
+    With `max_steps`, the statistics of this batch move those of the step of its latest example in training; in inference
+    each example takes those of its own step. Steps past the last take, and move, the last.
 
     Args:
       z: pre-activations, `[n, site]`. [units u]
@@ -175,11 +128,8 @@ def normalize_site(
       l1: weight of the penalty l1 * mean |v| over this step's valid elements.
       l1_axis_name: mapped axes that share the mean; by default those of the fields.
 
-    Returns:
-      `(y, running, penalty)`.
-
     Raises:
-      FieldError: the normalizer does not fit, or the carry has no clock.
+      FieldError: the normalizer does not fit, or statistics of each step lack a clock.
 
     Source: Cooijmans et al. 2017, section 3; Ren et al. 2017, equation 7 (the penalty).
 
@@ -190,8 +140,7 @@ def normalize_site(
     [0.0, 1.0, 0.0]
     """
     shape = z.shape
-    z = z.reshape(-1, shape[-1])
-    going = valid(clock)
+    z, going = z.reshape(-1, shape[-1]), valid(clock)
     mask = None if going is None else going.reshape(-1, 1)
     stored = any(value is not None for value in running)
     steps = None if max_steps is None or not stored else _steps(clock, max_steps)
@@ -226,7 +175,7 @@ def _latest(steps: jax.Array, mask: jax.Array | None, mapped: Sequence[str]) -> 
 
 
 def _stored_stats(running: Running, normalizer: Normalizer, shape: tuple[int, ...], steps: jax.Array | None) -> Stats:
-    """What is stored, beside an array of this shape: of each step, the row of each example, which may be at another step."""
+    """What is stored, beside an array of this shape: with steps, for each example the row of its own."""
     if steps is None:
         return as_stats(running, normalizer, LAYOUT, shape)
     return Stats(*(None if p is None else p[steps].reshape(shape[0], -1) for p in running[:2]))

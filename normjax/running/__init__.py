@@ -16,33 +16,7 @@ from normjax.running.records import BatchRecord, merge_into, merge_trees, mergea
 from normjax.running.renorm import corrections, limits_at, renormalized, require_renormalizable
 from normjax.running.state import AVERAGES, NOTHING, Running, Slot, as_stats, initial, observe, slots, stores
 
-__all__ = [
-    "AVERAGES",
-    "NOTHING",
-    "PUBLISHED_AVERAGING",
-    "BatchRecord",
-    "PublishedAveraging",
-    "Running",
-    "Slot",
-    "as_stats",
-    "corrections",
-    "initial",
-    "limits_at",
-    "merge",
-    "merge_into",
-    "merge_stacked",
-    "merge_trees",
-    "mergeable",
-    "observe",
-    "published_start",
-    "published_update",
-    "recalibrated",
-    "record",
-    "renormalized",
-    "require_renormalizable",
-    "require_unbiased",
-    "slots",
-    "stores",
-    "unbiased",
-    "update",
-]
+__all__ = ["AVERAGES", "NOTHING", "PUBLISHED_AVERAGING", "BatchRecord", "PublishedAveraging", "Running", "Slot"]
+__all__ += ["as_stats", "corrections", "initial", "limits_at", "merge", "merge_into", "merge_stacked", "merge_trees"]
+__all__ += ["mergeable", "observe", "published_start", "published_update", "recalibrated", "record", "renormalized"]
+__all__ += ["require_renormalizable", "require_unbiased", "slots", "stores", "unbiased", "update"]

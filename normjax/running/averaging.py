@@ -15,22 +15,19 @@ from normjax._leaves import one_of
 from normjax.running.state import AVERAGES, Running
 from normjax.theory import Normalizer, Stats
 
+_Given = jax.Array | None
+
 
 def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging: str = "exponential") -> Running:
-    """Moves the stored statistics towards those of a batch.
+    """Moves the stored statistics towards those of a batch; float32 or wider (complex where the batch is).
+
+    Elements without weight or not finite keep the old value, and their count.
 
     Args:
       running: the stored statistics, with counts unless the averaging is exponential.
       batch: the statistics of a batch in the shapes that are stored, from `observe`.
       momentum: weight of the old value, as in Flax (PyTorch's is that of the new one); not used by "cumulative".
       averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
-
-    Returns:
-      New statistics in the shapes of `running`, float32 or wider (complex where the batch is). Elements without weight or
-      not finite keep the old value, and their count.
-
-    Raises:
-      ValueError: no averaging has this name, or `running` lacks the counts that it needs.
 
     Source: debiased: Kingma & Ba 2015, section 3.
 
@@ -42,9 +39,7 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
     """
     one_of("averaging", averaging, AVERAGES)
 
-    def step(
-        old: jax.Array | None, new: jax.Array | None, weight: jax.Array | None, count: jax.Array | None
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+    def step(old: _Given, new: _Given, weight: _Given, count: _Given) -> tuple[_Given, _Given]:
         if old is None or new is None:
             return old, count
         if averaging == "exponential":
@@ -56,9 +51,8 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
             )
         else:
             keep = (1 - _share(count + 1, momentum, averaging)).astype(new.dtype)
-        old = old.astype(
-            np.result_type(statistics_dtype(old.dtype), new.dtype if jnp.iscomplexobj(new) else np.float32)
-        )
+        least = new.dtype if jnp.iscomplexobj(new) else np.float32
+        old = old.astype(np.result_type(statistics_dtype(old.dtype), least))
         mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
         valid = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
         mixed = jax.lax.stop_gradient(jnp.where(_sharded_like(valid, old), _sharded_like(mixed, old), old))
@@ -92,15 +86,7 @@ def _sharded_like(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def require_unbiased(normalizer: Normalizer) -> None:
-    """Raises unless the row's moment is a variance, of which there is an unbiased one.
-
-    Args:
-      normalizer: the row.
-
-    Raises:
-      ValueError: the moment is not a variance: order 2 and A = B, without windows.
-
-    Source: the division by n - 1 is that of a sample's variance around its own mean.
+    """Raises ValueError unless the row's moment is a variance: order 2 and A = B, without windows.
 
     >>> require_unbiased(Normalizer(None, "c"))
     Traceback (most recent call last):
@@ -113,13 +99,10 @@ def require_unbiased(normalizer: Normalizer) -> None:
 
 
 def unbiased(stats: Stats) -> Stats:
-    """The same statistics with the unbiased variance, var * w / (w - 1) for the weight w behind it, as PyTorch stores it.
+    """Statistics with the unbiased variance, var * w / (w - 1) for the weight w behind it, as PyTorch stores it.
 
     Weights count elements here: w is their sum. Where it is one or less, no unbiased variance exists: the variance stays,
     and the weight becomes 0, so that nothing is stored. Whether the moment is a variance, `require_unbiased` asks.
-
-    Args:
-      stats: statistics of a batch with the weight behind the variance, in any shapes that broadcast.
 
     Source: the running variance of PyTorch's batch norm.
 

@@ -7,20 +7,9 @@ from normjax.theory import Stats
 
 
 def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
-    """The statistics of two batches together, from those of each.
+    """The statistics of two batches together, from those of each as `observe` gives them; their weights are the sums.
 
-    Right for rows whose A and B are the same field, and for moments around zero (A = None).
-
-    Args:
-      a: statistics with their weights, as `observe` gives them.
-      b: statistics of the other batch, in the same shapes.
-      order: order of the moment.
-
-    Returns:
-      Statistics in the shapes of a and b; their weights are the sums.
-
-    Raises:
-      ValueError: another order than 2: only squares around two means combine.
+    Right for rows whose A and B are the same field, and for moments around zero (A = None); other orders than 2 are refused.
 
     Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
@@ -37,14 +26,11 @@ def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
 
 
 def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
-    """The statistics of many batches together, from those of each, stacked along a first axis.
+    """The statistics of many batches together, without the first axis; their weights are the sums.
 
     Args:
       stats: statistics with their weights, as `observe` gives them, batches along a first axis.
       mergeable: False takes the weighted mean of the moments, for rows whose statistics do not merge exactly.
-
-    Returns:
-      Statistics without the first axis; their weights are the sums.
 
     Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
@@ -53,9 +39,8 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     (Array(6.5, dtype=float32), Array(32.75, dtype=float32))
     """
 
-    def mean_of(
-        values: jax.Array, weights: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:  # around the first value: a mean large beside its spread keeps its digits
+    def mean_of(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Around the first value: a mean large beside its spread keeps its digits.
         weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
         total = jnp.sum(weights, 0, keepdims=True)
         share = (weights / jnp.where(total > 0, total, 1)).astype(values.dtype)

@@ -19,12 +19,9 @@ class PublishedAveraging(NamedTuple):
 
     Attributes:
       momentum: weight of the old value.
-      mean: first value of the mean.
-      var: first value of the moment.
+      mean, var: first values of the mean and of the moment.
       eps: the row's number, which is added to the moment.
       inverse: whether 1 / d is averaged in place of the moment.
-
-    Source: the codes that `PUBLISHED_AVERAGING` names.
 
     >>> PUBLISHED_AVERAGING["hoffer"].momentum
     0.1
@@ -53,19 +50,8 @@ PUBLISHED_AVERAGING: Mapping[str, PublishedAveraging] = MappingProxyType(
 def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...], dialect: str = "flax") -> Running:
     """The statistics before the first batch, by the convention of one published code: `initial` with other first values.
 
-    A layer starts so with `mean_init` and `var_init`; but not with "hoffer_lp", whose updates are `published_update`'s.
-
-    Args:
-      normalizer: the row that stores them.
-      layout: name of each axis of a batch.
-      shape: shape of a batch.
-      dialect: a name in PUBLISHED_AVERAGING.
-
-    Returns:
-      What the row stores, float32, in the shapes of `slots`.
-
-    Raises:
-      ValueError: no published code has this name.
+    `dialect` is a name in PUBLISHED_AVERAGING. A layer starts so with `mean_init` and `var_init`; but not with "hoffer_lp",
+    whose updates are `published_update`'s.
 
     Source: the published code of Lubana et al. 2021 and of Hoffer et al. 2018.
 
@@ -75,31 +61,16 @@ def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...],
     """
     one_of("dialect", dialect, tuple(PUBLISHED_AVERAGING))
     first = state.initial(normalizer, layout, shape)
-    fill = {
-        name: value
-        for name, value in PUBLISHED_AVERAGING[dialect]._asdict().items()
-        if getattr(first, name, None) is not None
-    }
-    return first._replace(**{name: jnp.full_like(getattr(first, name), value) for name, value in fill.items()})
+    way = PUBLISHED_AVERAGING[dialect]
+    mean, var = (s if s is None else jnp.full_like(s, v) for s, v in ((first.mean, way.mean), (first.var, way.var)))
+    return first._replace(mean=mean, var=var)
 
 
 def published_update(running: Running, batch: Stats, normalizer: Normalizer, dialect: str = "flax") -> Running:
     """Moves the statistics towards those of a batch (`observe`), by the convention of one published code.
 
-    Averages of 1 / d favour the batches of small spread, and are wrong by Jensen's inequality; they are here to read
-    what such code has trained.
-
-    Args:
-      running: what is stored.
-      batch: the statistics of a batch in the shapes that are stored, from `observe`.
-      normalizer: the row that stores them.
-      dialect: a name in PUBLISHED_AVERAGING.
-
-    Returns:
-      What is stored from now on.
-
-    Raises:
-      ValueError: no published code has this name, or it averages 1 / d and the row stores none.
+    `dialect` is a name in PUBLISHED_AVERAGING. Averages of 1 / d favour the batches of small spread, and are wrong by
+    Jensen's inequality; they are here to read what such code has trained.
 
     Source: the published code of Lubana et al. 2021 and of Hoffer et al. 2018.
 

@@ -1,7 +1,6 @@
 """What the layers of a model measured on several batches, stored at once: micro-batches, and recalibration over a data set.
 
-A layer leaves a `BatchRecord` of each batch (linen sows it into `moments`, nnx captures it as `Moments`). Statistics that
-merge (`running.merge`) are stored as if the layer had seen all the batches as one.
+A layer leaves a `BatchRecord` of each batch (linen sows it into `moments`, nnx captures it as `Moments`).
 """
 
 import dataclasses
@@ -33,8 +32,6 @@ class BatchRecord:
       unbiased: whether the variance is still to be corrected (`normjax.running.unbiased`).
       mergeable: whether the statistics of two batches give those of both.
 
-    Source: Chan, Golub & LeVeque 1983: what a merge of batches needs.
-
     >>> BatchRecord(Stats(jnp.array(1.0)), jnp.array(0.9)).averaging
     'exponential'
     """
@@ -47,7 +44,7 @@ class BatchRecord:
 
 
 def merge_trees(before: Any, after: Any, seen: Any) -> Any:
-    """Running statistics after several micro-batches, each of which started from those before.
+    """Running statistics, a tree like `before`, after several micro-batches, each of which started from those before.
 
     A layer that left what it saw of each micro-batch gets that merged, as if it had seen all at once. Anything else is
     averaged where it is a float; counters and random states are those of the last micro-batch.
@@ -56,9 +53,6 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
       before: nested dictionaries of running statistics, a layer's by their names in `Running`.
       after: nested dictionaries like `before`, stacked: the result of each micro-batch along a first axis.
       seen: nested dictionaries with `batch: (BatchRecord,)` under a layer's path, micro-batches along a first axis.
-
-    Returns:
-      A tree like `before`.
 
     Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
@@ -71,9 +65,7 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     """
     if not isinstance(before, Mapping):
         after = jnp.asarray(after)
-        if jnp.issubdtype(after.dtype, jnp.inexact):
-            return jnp.mean(after, 0).astype(after.dtype)
-        return after[-1]
+        return jnp.mean(after, 0).astype(after.dtype) if jnp.issubdtype(after.dtype, jnp.inexact) else after[-1]
     left = seen.get("batch") if isinstance(seen, Mapping) else None
     if isinstance(left, tuple) and len(left) == 1:  # a layer may be called "batch" too
         mine = {name: value for name, value in before.items() if name in Running._fields}
@@ -86,14 +78,7 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
 def merge_into(running: Running, seen: BatchRecord) -> Running:
     """The stored statistics after one update with what a layer saw of several batches, stacked along a first axis.
 
-    Args:
-      running: the stored statistics; layers side by side (`vmap`, `scan`) have axes of their own in front.
-      seen: the records of the batches, stacked along a first axis; those of layers side by side follow it.
-
-    Returns:
-      New statistics in the shapes of `running`.
-
-    Source: Chan, Golub & LeVeque 1983, equation 2.1.
+    Layers side by side (`vmap`, `scan`) have axes of their own: in front of what is stored, behind the batches of `seen`.
 
     >>> parts = Stats(jnp.array([1.0, 3.0]), None, jnp.array([2.0, 2.0]), None)
     >>> merge_into(Running(jnp.array(0.0)), BatchRecord(parts, jnp.array([0.5, 0.5]))).mean
@@ -111,21 +96,16 @@ def merge_into(running: Running, seen: BatchRecord) -> Running:
 
 
 def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
-    """Running statistics replaced by those of several batches together.
+    """Running statistics, a tree like `before`, replaced by those of several batches together; so are their counts.
+
+    Elements without weight keep what was stored; a layer with running statistics that left nothing is an error.
 
     Args:
       before: nested dictionaries of running statistics.
-      seen: nested dictionaries with `batch: (BatchRecord, ...)` under a layer's path, one for each of its calls, stacked
-        along a first axis of batches.
+      seen: nested dictionaries with `batch: (BatchRecord, ...)`, one a call, at a layer's path, batches along a first axis.
       path: where `before` lies in the model, for errors.
 
-    Returns:
-      A tree like `before`; counts are those of the batches. Elements without weight keep what was stored.
-
-    Raises:
-      ValueError: a layer with running statistics left nothing.
-
-    Source: Ioffe & Szegedy 2015, algorithm 2, lines 8 to 10: the statistics of many batches at inference.
+    Source: Ioffe & Szegedy 2015, algorithm 2, lines 8 to 10.
 
     >>> parts = Stats(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]), jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0]))
     >>> before = {"norm": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
@@ -161,12 +141,6 @@ def mergeable(normalizer: Normalizer, layout: str) -> bool:
     A moment around a mean needs order 2 and A = B; no windows, since elements of one window have different means; and no
     examples that stand beside each other with statistics of their own (blocks of n, or n unnamed beside `@n`).
 
-    Args:
-      normalizer: the row.
-      layout: name of each axis of a batch.
-
-    Source: Chan, Golub & LeVeque 1983, equation 2.1.
-
     >>> from normjax import TABLE
     >>> mergeable(TABLE["batch"], "n ... c"), mergeable(TABLE["ghost"], "n ... c")
     (True, False)
@@ -194,24 +168,9 @@ def record(
 ) -> tuple[Running, BatchRecord]:
     """What a training batch leaves: the statistics to store from now on, and what the layer saw of the batch.
 
-    Args:
-      running: what is stored.
-      stats: statistics of the batch with their weights, which broadcast against it.
-      normalizer: the row that normalized.
-      layout: name of each axis of the batch.
-      shape: shape of the batch.
-      momentum: weight of the old value.
-      averaging: "exponential", "debiased" or "cumulative", see `normjax.running`.
-      unbiased: whether the unbiased variance is stored.
-      exact: whether the statistics of two batches give those of both, see `mergeable`.
-
-    Returns:
-      The new statistics in the shapes of `running`, and the record.
-
-    Raises:
-      ValueError: `unbiased`, and the row's moment is not a variance.
-
-    Source: Ioffe & Szegedy 2015, algorithm 2.
+    The given ones are `running`, which is stored, and `stats` of a batch of this shape, with their weights, which broadcast
+    against it. `unbiased` stores the unbiased variance; `exact` says that statistics of batches merge, see `mergeable`;
+    momentum and averaging are those of `update`.
 
     >>> from normjax import TABLE, normalize
     >>> x, running = jnp.array([[1.0], [3.0]]), Running(jnp.zeros(1), jnp.ones(1))

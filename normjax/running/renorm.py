@@ -1,8 +1,7 @@
 """Batch renormalization: a training batch is normalized with what is stored, as far as limits allow (Ioffe 2017).
 
 With the batch's own statistics, y = (x - mean) / sigma. With r = sigma / sigma_stored and d = (mean - mean_stored) /
-sigma_stored, r * y + d is y as inference would give it. Both are taken as constants and kept within limits, which a
-schedule widens.
+sigma_stored, r * y + d is y as inference would give it. Both are constants within limits, which a schedule widens.
 """
 
 import jax
@@ -26,23 +25,17 @@ def corrections(
 ) -> tuple[jax.Array, jax.Array]:
     """The corrections r and d of batch renormalization: r * y + d is y as the stored statistics would give it.
 
+    They are float32 or wider and broadcast against the batch; no gradient flows into them; 1 and 0 where a field holds no
+    weight. The row stores all its moments, and has neither floor nor keep_mean; complex numbers are refused.
+
     Args:
       stats: statistics that normalized a batch of this shape, which broadcast against it.
       running: the stored statistics, from before the batch.
       normalizer: a row that stores both moments.
       layout: name of each axis of the batch.
-      shape: shape of the batch.
-      limits: r_max and d_max, numbers or arrays: r lies within [1 / r_max, r_max], d within [-d_max, d_max]. (1, 0) is
-        batch norm.
+      shape: that of the batch.
+      limits: r_max and d_max: r lies within [1 / r_max, r_max], d within [-d_max, d_max]; (1, 0) is batch norm.
       eps: replaces the row's number: a scalar, or an array that broadcasts against the batch. [units of x ** order]
-
-    Returns:
-      r and d, float32 or wider, of the rank of the batch, which they broadcast against; no units where order * power = 1.
-      No gradient flows into them. 1 and 0 where a field holds no weight.
-
-    Raises:
-      ValueError: the row does not store all its moments, or has a floor or keep_mean; limits below (1, 0).
-      TypeError: complex data.
 
     Source: Ioffe 2017, algorithm 1.
 
@@ -60,11 +53,7 @@ def corrections(
     work = stats.var.dtype
     stored = Stats(*(None if s is None else s.astype(work) for s in as_stats(running, n, layout, shape)[:2]))
     eps, r_max, d_max = (jnp.asarray(value).astype(work) for value in (n.eps if eps is None else eps, *limits))
-
-    def inverse(var):
-        return inverse_power(eps + n.gain * var, n.power)
-
-    before, now = inverse(stored.var), inverse(stats.var)  # 0 for a spread of 0
+    before, now = (inverse_power(eps + n.gain * s.var, n.power) for s in (stored, stats))  # 0 for a spread of 0
     weighted = (jnp.asarray(stats.var_weight) > 0) & (now > 0)
     r = jnp.where(before > 0, before / jnp.where(weighted, now, 1), jnp.inf)
     r = jnp.where(weighted, jnp.clip(r, 1 / r_max, r_max), 1)
@@ -75,16 +64,7 @@ def corrections(
 
 
 def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
-    """Raises where batch renormalization has no meaning.
-
-    Args:
-      normalizer: the row.
-      limits: r_max, at least 1, and d_max, at least 0.
-
-    Raises:
-      ValueError: the row does not store all its moments, or has a floor or keep_mean; limits below (1, 0).
-
-    Source: Ioffe 2017, algorithm 1.
+    """Raises ValueError for limits (r_max, d_max) below (1, 0), and for rows that `corrections` refuses.
 
     >>> from normjax import TABLE
     >>> require_renormalizable(TABLE["batch"], (0.5, 5.0))
@@ -106,13 +86,7 @@ def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, Arra
 
 
 def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """The paper's limits r_max and d_max at a training step: batch norm for 5000 steps, then 3 from 40,000, 5 from 25,000.
-
-    Args:
-      step: number of updates made, a number or an array.
-
-    Returns:
-      Two float32 arrays of the shape of `step`.
+    """The paper's limits r_max and d_max after so many updates: batch norm for 5000, then 3 from 40,000, 5 from 25,000.
 
     Source: Ioffe 2017, section 4.1.
 
@@ -126,17 +100,9 @@ def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
 def renormalized(
     stats: Stats, r: jax.Array, d: jax.Array, normalizer: Normalizer, eps: ArrayLike | None = None
 ) -> Stats:
-    """The statistics with which a layer gives r * y + d: for layers that do more with them than to centre and divide.
+    """The statistics with which a layer gives r * y + d: sigma / r in place of sigma, and mean - d * sigma / r of the mean.
 
-    Args:
-      stats: statistics of a batch, which broadcast against it.
-      r: factor, from `corrections`; it broadcasts against the batch.
-      d: addend, from `corrections`; it broadcasts against the batch.
-      normalizer: the row whose statistics they are.
-      eps: replaces the row's number. [units of x ** order]
-
-    Returns:
-      Statistics with the weights of the batch: sigma / r in place of sigma, and mean - d * sigma / r of the mean.
+    For layers that do more with the statistics of a batch than to centre and divide; r and d are those of `corrections`.
 
     Source: Ioffe 2017, algorithm 1, solved for the statistics.
 

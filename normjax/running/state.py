@@ -1,8 +1,7 @@
 """What is stored for inference: which moments, in which shapes, and how they lie beside an array.
 
 A moment is stored if and only if its own field mixes examples (an atom `n` or `@n`): the other is computed afresh, around
-the stored mean. Stored arrays lack the axes that are averaged whole and the axis of examples, so batch norm stores `[c]`
-as Flax does. Statistics of blocks of examples are merged first.
+the stored mean. Stored arrays lack the axes that are averaged whole and the axis of examples: batch norm stores `[c]`.
 """
 
 from typing import NamedTuple
@@ -26,8 +25,7 @@ class Running(NamedTuple):
     Attributes:
       mean: float32 or wider, complex for complex data. [u]
       var: float32 or wider. [u ** order]
-      mean_count: int32, of the shape of `mean`: batches that went into each element; None for exponential averages.
-      var_count: int32, of the shape of `var`: batches that went into each element; None for exponential averages.
+      mean_count, var_count: int32, batches that went into each element; None for exponential averages.
 
     Source: Ioffe & Szegedy 2015, algorithm 2; the shapes are Flax's.
 
@@ -45,12 +43,7 @@ NOTHING = Running()  # no stored statistics
 
 
 def stores(normalizer: Normalizer) -> tuple[bool, bool]:
-    """Which moments are stored: whether the mean is, and whether the moment is.
-
-    Args:
-      normalizer: the row; a moment is stored where its own field mixes examples.
-
-    Source: Ioffe & Szegedy 2015, algorithm 2, read for every row.
+    """Whether the mean is stored, and whether the moment is: each where its own field mixes examples.
 
     >>> from normjax import Normalizer, TABLE
     >>> stores(TABLE["batch"]), stores(TABLE["layer"])
@@ -63,11 +56,7 @@ def stores(normalizer: Normalizer) -> tuple[bool, bool]:
 
 
 def _stored_axes(field: Field, layout: str, ndim: int) -> tuple[int, ...]:
-    """The axes that a stored statistic has: neither averaged whole nor the axis of examples.
-
-    Raises:
-      FieldError: a window slides over the examples.
-    """
+    """The axes that a stored statistic has: neither averaged whole nor the axis of examples."""
     where = axes(layout, ndim)
     dropped = set(where.get(EXAMPLES, ()))
     for span in field.spans:
@@ -79,14 +68,7 @@ def _stored_axes(field: Field, layout: str, ndim: int) -> tuple[int, ...]:
 
 
 class Slot(NamedTuple):
-    """One stored array before there is one.
-
-    Attributes:
-      fill: its first value.
-      shape: its shape; lengths that are not known yet are None.
-      dtype: its dtype.
-
-    Source: the first values are Flax's: means of zero, moments of one, counts of zero.
+    """One stored array before there is one: its first value, its shape (None for lengths not known yet) and its dtype.
 
     >>> Slot(1.0, (2,), np.float32).make()
     Array([1., 1.], dtype=float32)
@@ -106,17 +88,7 @@ def slots(
 ) -> dict[str, Slot]:
     """What is stored for arrays of this shape, by its name in `Running`: means of zero and moments of one, as in Flax.
 
-    Args:
-      normalizer: the row that stores.
-      layout: name of each axis of the array.
-      shape: shape of the array; lengths may be None where they are not known yet.
-      averaging: "exponential"; "debiased" and "cumulative" store counts too.
-
-    Raises:
-      FieldError: a window slides over the examples.
-      ValueError: no averaging has this name.
-
-    Source: Ioffe & Szegedy 2015, algorithm 2; the shapes and first values are Flax's.
+    Lengths of the shape may be None where they are not known yet; averages other than "exponential" store counts too.
 
     >>> from normjax import TABLE, Normalizer
     >>> [(name, slot.shape) for name, slot in slots(TABLE["batch"], "n ... c", (8, 32, 32, 64)).items()]
@@ -128,31 +100,17 @@ def slots(
     """
     one_of("averaging", averaging, AVERAGES)
     by_name = {}
-    moments_of = zip(("mean", "var"), (0.0, 1.0), stores(normalizer), (normalizer.mean, normalizer.var), strict=True)
-    for name, fill, is_stored, field in moments_of:
-        if is_stored and field is not None:
-            by_name[name] = Slot(
-                fill, tuple(shape[axis] for axis in _stored_axes(field, layout, len(shape))), np.float32
-            )
+    for name, fill, field in (("mean", 0.0, normalizer.mean), ("var", 1.0, normalizer.var)):
+        if field is not None and field.mixes_examples:
+            along = _stored_axes(field, layout, len(shape))
+            by_name[name] = Slot(fill, tuple(shape[axis] for axis in along), np.float32)
     if averaging != "exponential":
         by_name |= {f"{name}_count": Slot(0, slot.shape, np.int32) for name, slot in by_name.items()}
     return by_name
 
 
 def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averaging: str = "exponential") -> Running:
-    """The statistics before the first batch: means of zero and moments of one, float32, in the shapes of `slots`.
-
-    Args:
-      normalizer: the row that stores.
-      layout: name of each axis of a batch.
-      shape: shape of a batch.
-      averaging: "exponential"; "debiased" and "cumulative" store counts too.
-
-    Raises:
-      FieldError: a window slides over the examples.
-      ValueError: no averaging has this name.
-
-    Source: Ioffe & Szegedy 2015, algorithm 2; the first values are Flax's.
+    """The statistics before the first batch, of this shape: means of zero and moments of one, float32, as `slots` has them.
 
     >>> from normjax import TABLE
     >>> initial(TABLE["mean_only"], "n c", (8, 2)).mean
@@ -162,29 +120,14 @@ def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averagi
 
 
 def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
-    """Stored statistics laid out beside an array of this shape, as `normalize` takes them.
-
-    Args:
-      running: the stored statistics, in the shapes of `slots`.
-      normalizer: the row that stores them.
-      layout: name of each axis of the array.
-      shape: shape of the array.
-
-    Returns:
-      Statistics without weights, which broadcast against the array.
-
-    Raises:
-      FieldError: the stored shape is another than arrays of this shape need.
-
-    Source: Ioffe & Szegedy 2015, algorithm 2.
+    """Stored statistics laid out beside an array of this shape, against which they broadcast, as `normalize` takes them.
 
     >>> from normjax import TABLE
     >>> as_stats(Running(jnp.zeros(3), jnp.ones(3)), TABLE["batch"], "n c ...", (8, 3, 4, 4)).mean.shape
     (1, 3, 1, 1)
     """
     laid = []
-    triples = zip(("mean", "var"), running[:2], (normalizer.mean, normalizer.var), strict=True)
-    for name, value, field in triples:
+    for name, value, field in (("mean", running.mean, normalizer.mean), ("var", running.var, normalizer.var)):
         if value is None or field is None:
             laid.append(None)
             continue
@@ -201,19 +144,9 @@ def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple
 
 
 def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
-    """The statistics of a batch in the shapes that are stored, with the weight behind each; blocks of examples merged.
+    """The statistics of a batch of this shape in the shapes of `slots`, with the weight behind each; blocks of n merged.
 
-    Args:
-      stats: statistics of the batch with their weights, as `normalize` returns them.
-      normalizer: the row that normalized.
-      layout: name of each axis of the batch.
-      shape: shape of the batch.
-
-    Returns:
-      Statistics in the shapes of `slots`, None for a moment that the row lacks.
-
-    Raises:
-      FieldError: a window slides over the examples.
+    They are those that `normalize` returned for the row, with their weights, each broadcasting against the batch.
 
     Source: Ioffe & Szegedy 2015, algorithm 2; Chan, Golub & LeVeque 1983 for the weights.
 
@@ -223,8 +156,8 @@ def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int,
     [15.0, 16.0]
     """
     merged: list[tuple[jax.Array | None, jax.Array | None]] = []
-    pairs = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
-    for field, value, weight in pairs:
+    triples = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
+    for field, value, weight in triples:
         if field is None or value is None or weight is None:
             merged.append((None, None))
             continue

@@ -10,20 +10,8 @@ from normjax._leaves import one_of
 from normjax._normalize.evaluate import normalize
 from normjax.field import FieldError
 from normjax.theory import Normalizer
-from normjax.weights._evaluate import (
-    INPUTS,
-    KERNEL,
-    OUTPUTS,
-    AnyField,
-    align_kernel_scale,
-    evaluate,
-    fan_in,
-    floating_kernel,
-    lp_norm,
-    root,
-    rows_shape,
-    zero_masked_kernel,
-)
+from normjax.weights import _kernel
+from normjax.weights._kernel import INPUTS, KERNEL, OUTPUTS, AnyField
 
 BOUNDS = ("rms", "mean")
 
@@ -36,30 +24,21 @@ def weight_centring(
     field: AnyField = INPUTS,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """Takes from the weights of each output their mean: w = g * (v - E[v]).
+    """Takes from the weights of each output their mean: w = g * (v - E[v]). A field of one weight is refused.
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
-      scale: the learned factor g of each output: a scalar, the axes that the field does not name, `[o]`, or any array of the
-        rank of the kernel that broadcasts against it; None is 1.
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
+      scale: learned factor g: a scalar, `[o]` (the axes not in the field), or of the rank of the kernel; None is 1.
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      The kernel that enters the product, in the shape and dtype of `kernel`.
-
-    Raises:
-      FieldError: layout, field and shapes do not fit, or centring would leave nothing of a field of one weight.
-      TypeError: the kernel holds integers.
 
     Source: Huang et al. 2017, the centring alone; `WCConv2d` of Lubana et al. 2021.
 
     >>> weight_centring(jnp.array([[1.0, 2.0], [3.0, 8.0]])).tolist()
     [[-1.0, -3.0], [1.0, 3.0]]
     """
-    return evaluate(floating_kernel(kernel), Normalizer(field, None), layout, scale, mask)
+    return _kernel.evaluate(_kernel.floating_kernel(kernel), Normalizer(field, None), layout, scale, mask)
 
 
 def weight_norm(
@@ -79,26 +58,14 @@ def weight_norm(
     square (`eps=1e-12`), the code of Lubana et al. 2021 adds 1e-5 to the norm (`eps=1e-5, eps_rule="root"`).
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
-      scale: the norm g of each output, learned: a scalar, the axes that the field does not name, `[o]`, or any array of the
-        rank of the kernel that broadcasts against it; None is 1. [units of w]
-      p: order of the norm; `inf` divides by the largest |v|. The code of Hoffer et al. 2018 forgets the absolute value
-        there, bwn.py excepted, so that nothing bounds a negative weight.
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
+      scale: learned norm g: a scalar, `[o]` (the axes not in the field), or of the rank of the kernel; None is 1.
+      p: order of the norm; `inf` divides by the largest |v| (code of Hoffer et al. 2018, bwn.py excepted: by the largest v).
       eps: added to the sum of |v| ** p [u ** p], or to the norm [u] with "root".
-      eps_rule: where eps enters: "moment", inside of the root, "root", added after it, or "floor", the least value of what
-        the root is taken of (NFNets).
+      eps_rule: where eps enters: "moment", inside of the root; "root", after it; "floor", the least value inside (NFNets).
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      The kernel that enters the product, in the shape and dtype of `kernel`.
-
-    Raises:
-      FieldError: layout, field and shapes do not fit.
-      TypeError: the kernel holds integers.
-      ValueError: a p, eps or eps_rule is not accepted.
 
     Source: Salimans & Kingma 2016, equation 2; for other p Hoffer et al. 2018.
 
@@ -107,8 +74,8 @@ def weight_norm(
     >>> weight_norm(jnp.array([[2.0], [-4.0]]), p=float("inf")).tolist()
     [[0.5], [-1.0]]
     """
-    kernel = zero_masked_kernel(kernel, mask)
-    return evaluate(kernel, lp_norm(kernel, p, eps, layout, field), layout, scale, None, eps_rule)
+    kernel = _kernel.zero_masked_kernel(kernel, mask)
+    return _kernel.evaluate(kernel, _kernel.lp_norm(kernel, p, eps, layout, field), layout, scale, None, eps_rule)
 
 
 def centred_weight_norm(
@@ -124,34 +91,23 @@ def centred_weight_norm(
     """Centres the weights of each output and gives them the norm g: w = g * (v - E[v]) / ||v - E[v]||.
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
-      scale: the norm g of each output, learned: a scalar, the axes that the field does not name, `[o]`, or any array of the
-        rank of the kernel that broadcasts against it; None is 1. [units of w]
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
+      scale: learned norm g: a scalar, `[o]` (the axes not in the field), or of the rank of the kernel; None is 1.
       eps: added to the sum of squares [u ** 2], or to the norm [u] with "root".
-      eps_rule: where eps enters: "moment", inside of the root, "root", added after it, or "floor", the least value of what
-        the root is taken of (NFNets).
+      eps_rule: where eps enters: "moment", inside of the root; "root", after it; "floor", the least value inside (NFNets).
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      The kernel that enters the product, in the shape and dtype of `kernel`.
-
-    Raises:
-      FieldError: layout, field and shapes do not fit, or centring would leave nothing of a field of one weight.
-      TypeError: the kernel holds integers.
-      ValueError: an eps or eps_rule is not accepted.
 
     Source: Huang et al. 2017, "Centered weight normalization in accelerating training of deep neural networks".
 
     >>> centred_weight_norm(jnp.array([[1.0], [9.0], [1.0], [9.0]])).ravel().tolist()
     [-0.5, 0.5, -0.5, 0.5]
     """
-    kernel = floating_kernel(kernel)
+    kernel = _kernel.floating_kernel(kernel)
     if mask is None:
-        n = Normalizer(field, field, eps=eps, gain=fan_in(kernel, layout, field))
-        return evaluate(kernel, n, layout, scale, None, eps_rule)
+        n = Normalizer(field, field, eps=eps, gain=_kernel.fan_in(kernel, layout, field))
+        return _kernel.evaluate(kernel, n, layout, scale, None, eps_rule)
     # In two steps, since each output has a fan-in of its own: after the centring, masked weights are zeros to a sum.
     v = weight_centring(kernel.astype(statistics_dtype(kernel.dtype)), layout=layout, field=field, mask=mask)
     return weight_norm(v, scale, eps=eps, eps_rule=eps_rule, layout=layout, field=field).astype(kernel.dtype)
@@ -173,30 +129,19 @@ def bounded_weight_norm(
     """Gives the weights of every output one norm that is never learned: w = rho * v / ||v||_p.
 
     With a learned scale, as in the published bwn.py, only the norm of all outputs together is bounded: g is rescaled to
-    the root mean square rho. Its sibling bwn_alt.py has no scale and `rho = norm_bound(kernel, rule="mean")`; a later
-    code also overwrites v by v / ||v|| at each step, which is a projection and no part of this function.
+    the root mean square rho. Its sibling bwn_alt.py has no scale and `rho = norm_bound(kernel, rule="mean")`.
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
       scale: None for the paper; the learned g of each output, `[o]`, for bwn.py.
       rho: a constant of the layer, `norm_bound` of its initial kernel. [units of w]
       p: order of the norm; `inf` divides by the largest |v|.
       eps: added to the sum of |v| ** p [u ** p], or to the norm [u] with "root".
-      eps_rule: where eps enters: "moment", inside of the root, "root", added after it, or "floor", the least value of what
-        the root is taken of (NFNets).
+      eps_rule: where eps enters: "moment", inside of the root; "root", after it; "floor", the least value inside (NFNets).
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
       outputs: the field of the outputs, over which the mean square of the scale is taken.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      The kernel that enters the product, in the shape and dtype of `kernel`.
-
-    Raises:
-      FieldError: layout, field and shapes do not fit.
-      TypeError: the kernel holds integers.
-      ValueError: a p, eps or eps_rule is not accepted.
 
     Source: Hoffer et al. 2018, bounded weight normalization.
 
@@ -207,15 +152,14 @@ def bounded_weight_norm(
     >>> [round(norm, 3) for norm in jnp.linalg.norm(w, axis=0).tolist()]    # root mean square 5
     [7.0, 1.0]
     """
-    kernel = zero_masked_kernel(kernel, mask)
+    kernel = _kernel.zero_masked_kernel(kernel, mask)
     work = statistics_dtype(kernel.dtype)
     g = jnp.asarray(rho).astype(jnp.finfo(work).dtype)
     if scale is not None:
-        scale = jnp.broadcast_to(
-            align_kernel_scale(scale, kernel, layout, field, work), rows_shape(kernel, layout, field)
-        )
+        scale = _kernel.align_kernel_scale(scale, kernel, layout, field, work)
+        scale = jnp.broadcast_to(scale, _kernel.rows_shape(kernel, layout, field))
         g = g * normalize(scale, Normalizer(None, outputs, eps=0.0), layout).y
-    return evaluate(kernel, lp_norm(kernel, p, eps, layout, field), layout, g, None, eps_rule)
+    return _kernel.evaluate(kernel, _kernel.lp_norm(kernel, p, eps, layout, field), layout, g, None, eps_rule)
 
 
 def norm_bound(
@@ -228,26 +172,16 @@ def norm_bound(
     outputs: AnyField = OUTPUTS,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """The constant rho of `bounded_weight_norm`, from the initial kernel V.
+    """The constant rho of `bounded_weight_norm`, from the initial kernel V: a scalar [u], float32 or wider.
 
     Args:
-      kernel: array of a floating dtype, its axes named by the layout, `[... i o]`. [units u]
-      rule: "rms" is the paper's ||V||_F / sqrt(N_out), the root mean square of the norms of the outputs; "mean", of the
-        published bwn_alt.py, is their mean, which is never larger.
+      kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
+      rule: "rms", the paper's ||V||_F / sqrt(N_out), is the root mean square of the norms; "mean" (bwn_alt.py) their mean.
       p: order of the norm; `inf` is the largest |v|.
       layout: name of each axis of the kernel: "o i ..." for PyTorch's, "i h d" for one of attention.
-      field: what is averaged, all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" inputs
-        spread over a mapped axis.
-      outputs: the field of the outputs.
+      field: all that one output sums; "... i o" gives the whole kernel one norm, "... i@model" has sharded inputs.
+      outputs: the field of the outputs, which with the other leaves one number.
       mask: booleans that broadcast against the kernel; a masked weight is 0 and counts in no statistic.
-
-    Returns:
-      A float32 (or wider) scalar. [u]
-
-    Raises:
-      FieldError: layout, field and shapes do not fit, or field and outputs together leave more than one number.
-      TypeError: the kernel holds integers.
-      ValueError: a rule or p is not accepted.
 
     Source: Hoffer et al. 2018.
 
@@ -256,13 +190,13 @@ def norm_bound(
     (13.0, 3.0)
     """
     one_of("rule", rule, BOUNDS)
-    kernel = zero_masked_kernel(kernel, mask)
-    n = lp_norm(kernel, p, 0.0, layout, field)
-    norms = root(n.gain * normalize(kernel, n, layout).stats.var, n.power)
+    kernel = _kernel.zero_masked_kernel(kernel, mask)
+    n = _kernel.lp_norm(kernel, p, 0.0, layout, field)
+    norms = _kernel.root(n.gain * normalize(kernel, n, layout).stats.var, n.power)
     rho = expect(norms if rule == "mean" else norms**2, outputs, layout)
     if rho.size != 1:
         raise FieldError(
             f'one bound is asked for: outputs "{outputs}" beside field "{field}" leave {rho.size} numbers of a '
             f'kernel of shape {kernel.shape}, layout "{layout}"'
         )
-    return (rho if rule == "mean" else root(rho, 0.5)).reshape(())
+    return (rho if rule == "mean" else _kernel.root(rho, 0.5)).reshape(())

@@ -22,16 +22,11 @@ class Blocks(NamedTuple):
     """How statistics lie along the axis of examples: one number for each block of examples, or repeated for each example.
 
     Beliefs have the first form; statistics that stand beside x have the second, in blocks that are neither 1 nor all.
-
-    Attributes:
-      axis: that of the examples; None where the layout has none.
-      examples: its length.
-      blocks: how many blocks have statistics of their own: 1 is a whole batch, `examples` is each example by itself.
     """
 
-    axis: int | None
-    examples: int
-    blocks: int
+    axis: int | None  # that of the examples; None where the layout has none
+    examples: int  # its length
+    blocks: int  # how many have statistics of their own: 1 is a whole batch, `examples` is each example by itself
 
     def for_each_block(self, s: ArrayLike) -> jax.Array:
         """The statistic with one number for each block."""
@@ -49,11 +44,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(n: Normalizer, layout: str, shape: tuple[int, ...]) -> Blocks:
-    """The blocks of examples that a row tells apart in arrays of this shape.
-
-    >>> blocks_of(Normalizer("n/2 ...", "n/2 ..."), "n ... c", (8, 4, 4, 3))
-    Blocks(axis=0, examples=8, blocks=2)
-    """
+    """The blocks of examples that a row tells apart in arrays of this shape."""
     assert n.mean is not None
     where = axes(layout, len(shape))
     if EXAMPLES not in where:
@@ -84,27 +75,7 @@ def _require_prior(prior: Belief, n: Normalizer, layout: str, shape: tuple[int, 
 
 
 def pooled_prior(prior: Belief, n: Normalizer, layout: str, x: jax.Array, blocks: Blocks) -> Belief:
-    """The prior in the shape of the batch's statistics, pooled over the examples and channels that share them.
-
-    Args:
-      prior: mean and variance of the rank of x, for a channel each or all, and for all, each block or each example.
-      n: a row with A = B.
-      layout: name of each axis of x.
-      x: the array that it is a prior of.
-      blocks: those of the row in arrays of the shape of x.
-
-    Returns:
-      The belief in float32 or wider, one number for each block of examples and group of channels.
-
-    Raises:
-      FieldError: the prior has another shape.
-      TypeError: it is no Belief.
-
-    >>> n, x = Normalizer("c", "c"), jnp.ones((2, 4))
-    >>> each_channel = Belief(jnp.array([[1.0, 1.0, 3.0, 3.0]]), jnp.ones((1, 4)))
-    >>> pooled_prior(each_channel, n, "n c", x, blocks_of(n, "n c", x.shape)).var.tolist()       # 1, and that of 1 and 3
-    [[2.0]]
-    """
+    """The prior with one number for each block of examples and group of channels, pooled over what shares statistics."""
     assert n.mean is not None
     _require_prior(prior, n, layout, x.shape, blocks)
     mean, var = jnp.broadcast_arrays(*(jnp.asarray(s).astype(statistics_dtype(x.dtype)) for s in prior))
@@ -131,23 +102,8 @@ def believed_output(
 ) -> Belief:
     """The belief of y, for a belief of x and what normalized it, which is the belief itself (None) or something else.
 
-    By the belief itself y has the mean bias and the variance scale ** 2, but for eps: a variance of 0 stays 0.
-
-    Args:
-      belief: of x, one number for each block of examples and each channel or group of channels.
-      used: mean and variance that normalized, of the same shape.
-      n: the row.
-      layout: name of each axis of x.
-      shape: of x.
-      scale: factor of y, constant over space.
-      bias: addend of y, constant over space.
-
-    Returns:
-      The belief of y, one number for each channel, and for each block, or for each example where scale or bias are.
-
-    >>> belief, n = Belief(jnp.array([[1.0]]), jnp.array([[4.0]])), Normalizer("n", "n", eps=0.0)
-    >>> believed_output(belief, Belief(jnp.array([[0.0]]), jnp.array([[1.0]])), n, "n c", (8, 1), None, 5.0).mean.item()
-    6.0
+    By the belief itself y has the mean bias and the variance scale ** 2, but for eps: a variance of 0 stays 0. There is one
+    number for each channel, and for each block, or for each example where scale or bias are.
     """
     blocks, by = blocks_of(n, layout, shape), belief if used is None else used
     smoothed = jnp.asarray(by.var) + n.eps

@@ -1,5 +1,6 @@
-"""The equation on a kernel, evaluated: what the functions of this folder share."""
+"""The equation on a kernel, evaluated; scales, masks and fields of kernels."""
 
+import functools
 import math
 
 import jax
@@ -53,9 +54,8 @@ def lp_norm(kernel: jax.Array, p: float, eps: float, layout: str, field: AnyFiel
     """The Lp norm over a field, as a row."""
     if not p > 0:
         raise ValueError(f"p, the order of a norm, is a positive number or inf; found {p!r}")
-    if p == math.inf:
-        return Normalizer(None, field, eps=eps, power=1.0, order=p)
-    return Normalizer(None, field, eps=eps, gain=fan_in(kernel, layout, field), power=1 / p, order=p)
+    gain, power = (1.0, 1.0) if p == math.inf else (fan_in(kernel, layout, field), 1 / p)
+    return Normalizer(None, field, eps=eps, gain=gain, power=power, order=p)
 
 
 def fan_in(kernel: jax.Array, layout: str, field: AnyField) -> float:
@@ -69,9 +69,7 @@ def root(m: jax.Array, power: float) -> jax.Array:
     return inverse_power(m, -power)
 
 
-def floating_kernel(kernel: ArrayLike) -> jax.Array:
-    """The kernel as an array; integers are refused."""
-    return require_float(kernel, "a reparametrization")
+floating_kernel = functools.partial(require_float, caller="a reparametrization")  # integers are refused
 
 
 def valid_weights(kernel: jax.Array, mask: ArrayLike) -> jax.Array:
