@@ -43,25 +43,7 @@ def forward(
     how: How, x: jax.Array, eps: jax.Array, scale: jax.Array | None, bias: jax.Array | None, *,
     length: int | None = None, valid: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
-    """Normalizes rows.
-
-    Args:
-      how: what is static.
-      x: the rows, `[rows, length]`, of a floating dtype of 32 bits or fewer.
-      eps: `[1, 1]` float32.
-      scale: `[1, length]` float32, or None.
-      bias: `[1, length]` float32, or None.
-      length: of a row, where x is wider.
-      valid: where x is wider, which columns belong to the row, `[1, width]`; x is 0 in the others.
-
-    Returns:
-      `(y, mean, var)`: y like x in `how.dtype`; mean (None where rows are not centred) and var `[rows, 1]` float32.
-
-    >>> how = How(centre=True, gain=1.0, power=0.5, dtype=jnp.float32)
-    >>> y, mean, var = forward(how, jnp.array([[1.0, 3.0]]), jnp.zeros((1, 1)), None, None)
-    >>> y.tolist(), mean.tolist(), var.tolist()
-    ([[-1.0, 1.0]], [[2.0]], [[1.0]])
-    """
+    """Normalizes rows."""
     length = length or x.shape[1]
     x = x.astype(jnp.float32)
     mean = _total(x) / length if how.centre else None
@@ -78,31 +60,7 @@ def backward(
     g: jax.Array, gmean: jax.Array | None, gvar: jax.Array | None, *,
     length: int | None = None, valid: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:  # fmt: skip
-    """The gradient of `forward`.
-
-    Args:
-      how: as for `forward`.
-      x: as for `forward`.
-      mean: as `forward` gave it.
-      var: as `forward` gave it.
-      eps: as for `forward`.
-      scale: as for `forward`.
-      g: cotangent of y, like x, of a floating dtype; 0, like x, in columns that are not valid.
-      gmean: cotangent of the mean, `[rows, 1]` float32, or None for zero.
-      gvar: cotangent of var, `[rows, 1]` float32, or None for zero.
-      length: as for `forward`.
-      valid: as for `forward`.
-
-    Returns:
-      `(dx, deps, dscale, dbias)`: dx like x; deps `[1, 1]`, dscale and dbias `[1, length]`, float32, summed over the
-      rows; None for a scale or bias that is not there.
-
-    >>> how = How(centre=False, gain=1.0, power=0.5, dtype=jnp.float32)
-    >>> x, var, eps, g = jnp.array([[1.0, 7.0]]), jnp.array([[25.0]]), jnp.zeros((1, 1)), jnp.array([[5.0, 0.0]])
-    >>> dx, deps, _, _ = backward(how, x, None, var, eps, None, g, None, None)
-    >>> [round(float(d), 4) for d in dx[0]], round(float(deps[0, 0]), 4)        # RMS norm does not see the size of x
-    ([0.98, -0.14], -0.02)
-    """
+    """The gradient of `forward`."""
     length = length or x.shape[1]
     v = _deviations(x.astype(jnp.float32), mean, valid)
     g = g.astype(jnp.float32)

@@ -62,13 +62,7 @@ class Tiling:
 
 
 def tiling(target: str, rows: int, length: int, backward: bool) -> Tiling:
-    """The cut for a "gpu" or a "tpu".
-
-    >>> tiling("gpu", 8192, 768, backward=True)
-    Tiling(rows=8192, length=768, height=4, width=1024, steps=8, warps=8)
-    >>> tiling("tpu", 8192, 768, backward=True)
-    Tiling(rows=8192, length=768, height=160, width=768, steps=1, warps=None)
-    """
+    """The cut for a "gpu" or a "tpu"."""
     if target == "tpu":
         # The last two sizes of a block are multiples of 16 (for bfloat16) and 128, or those of the array.
         height = 16 * max(1, TPU_BLOCK // (16 * 128 * _quotient(length, 128)))
@@ -97,12 +91,7 @@ def forward(
     scale: jax.Array | None,
     bias: jax.Array | None,
 ) -> tuple:
-    """`block.forward` as one kernel for a "gpu" or a "tpu": operands and results have its shapes and dtypes.
-
-    >>> how = How(centre=True, gain=1.0, power=0.5, dtype=jnp.float32)
-    >>> forward("tpu", True, how, jnp.array([[1.0, 3.0]]), jnp.zeros((1, 1)), None, None)[0].tolist()
-    [[-1.0, 1.0]]
-    """
+    """`block.forward` as one kernel for a "gpu" or a "tpu": operands and results have its shapes and dtypes."""
     cut = tiling(target, *x.shape, backward=False)
     operands = [("rows", x), ("number", eps), ("row", scale), ("row", bias)]
     results = [("rows", how.dtype), ("column", jnp.float32 if how.centre else None), ("column", jnp.float32)]
