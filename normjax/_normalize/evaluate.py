@@ -188,8 +188,10 @@ def _is_for_kernels(x: jax.Array, n: Normalizer, E: OverFields, given: Operands)
 def _by_kernel(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
     """What `_plain` returns, from the kernels that the user switched on."""
     assert n.var is not None
-    whole, eps, how = E.plan(n.var).bound.whole, n.eps if given.eps is None else given.eps, (n.gain, n.power, dtype)
-    gain, power, dtype = how
+    whole, eps = E.plan(n.var).bound.whole, n.eps if given.eps is None else given.eps
+    y, mean, var = kernels.normalize(
+        x, whole, eps, given.scale, given.bias, centre=n.mean is not None, gain=n.gain, power=n.power, dtype=dtype
+    )
     v = x.astype(var.dtype)
     return y, v if mean is None else v - mean, mean, var
 

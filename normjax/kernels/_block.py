@@ -17,33 +17,31 @@ from jax.typing import DTypeLike
 
 from normjax._leaves import inverse_power
 
+Given = jax.Array | None  # None where there is none
+
 
 @dataclass(frozen=True)
 class How:
-    """All that is static about one call.
+    """All that is static about one call."""
 
-    Attributes:
-      centre: whether the mean is subtracted.
-      gain: factor of the variance.
-      power: exponent of the denominator.
-      dtype: of y.
-      biased: whether there is a bias.
-      run: "pallas" (the kernel of the platform), "interpret" (the GPU's kernel, interpreted) or "interpret tpu".
-    """
-
-    centre: bool
+    centre: bool  # whether the mean is subtracted
     gain: float
     power: float
-    dtype: DTypeLike
+    dtype: DTypeLike  # of y
     biased: bool = False
-    run: str = "pallas"
+    run: str = (
+        "pallas"  # the kernel of the platform; "interpret" and "interpret tpu": those of a GPU and TPU, interpreted
+    )
 
 
 def forward(
-    how: How, x: jax.Array, eps: jax.Array, scale: jax.Array | None, bias: jax.Array | None, *,
-    length: int | None = None, valid: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
-    """Normalizes rows."""
+    how: How, x: jax.Array, eps: jax.Array, scale: Given, bias: Given, *, length: int | None = None, valid: Given = None
+) -> tuple[jax.Array, Given, jax.Array]:
+    """`(y, mean, var)`: y like x in `how.dtype`; mean (None where rows are not centred) and var `[rows, 1]` float32.
+
+    x is `[rows, length]`, eps `[1, 1]` and scale and bias `[1, length]` float32. Where x is wider than `length`, it is 0 in
+    the columns that are not `valid`, `[1, width]`.
+    """
     length = length or x.shape[1]
     x = x.astype(jnp.float32)
     mean = _total(x) / length if how.centre else None
@@ -56,11 +54,23 @@ def forward(
 
 
 def backward(
-    how: How, x: jax.Array, mean: jax.Array | None, var: jax.Array, eps: jax.Array, scale: jax.Array | None,
-    g: jax.Array, gmean: jax.Array | None, gvar: jax.Array | None, *,
-    length: int | None = None, valid: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:  # fmt: skip
-    """The gradient of `forward`."""
+    how: How,
+    x: jax.Array,
+    mean: Given,
+    var: jax.Array,
+    eps: jax.Array,
+    scale: Given,
+    g: jax.Array,
+    gmean: Given,
+    gvar: Given,
+    *,
+    length: int | None = None,
+    valid: Given = None,
+) -> tuple[jax.Array, jax.Array, Given, Given]:
+    """The gradient of `forward`: `(dx, deps, dscale, dbias)`, dx like x, the others summed over the rows, float32.
+
+    g is the cotangent of y, like x, and 0 where x is not `valid`; gmean and gvar `[rows, 1]` float32, or None for zero.
+    """
     length = length or x.shape[1]
     v = _deviations(x.astype(jnp.float32), mean, valid)
     g = g.astype(jnp.float32)
@@ -84,7 +94,7 @@ def _total(rows: jax.Array) -> jax.Array:
     return jnp.sum(rows, 1, keepdims=True)
 
 
-def _deviations(x: jax.Array, mean: jax.Array | None, valid: jax.Array | None) -> jax.Array:
+def _deviations(x: jax.Array, mean: Given, valid: Given) -> jax.Array:
     if mean is None:
         return x
     return x - mean if valid is None else jnp.where(valid, x - mean, 0)
