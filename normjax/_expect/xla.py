@@ -44,7 +44,7 @@ def barrier(x: jax.Array) -> jax.Array:
 
 
 def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The axes in steps: XLA:CPU sums axes between others on one thread if the last axis is short, so the innermost first."""
+    """Steps of a sum: XLA:CPU sums axes between others on one thread if the last axis is short; the innermost goes first."""
     kept = [i for i in range(len(shape)) if i not in axes]
     narrow = len(axes) > 1 and kept and kept[0] < min(axes) and kept[-1] > max(axes) and shape[kept[0]] > 1
     if not on_cpu() or not narrow or math.prod(shape[max(axes) + 1 :]) >= 256:

@@ -8,10 +8,10 @@ It is a `jax.custom_jvp`, so that every transformation works, and checkpointed, 
 pass is x and the small statistics, where plain differentiation keeps several arrays of the size of x. Windows of arrays
 that nothing pools keep plain differentiation, since there the statistics are as large as x.
 
-Three forms of one tangent (`tangents.py`), by what is small. Where statistics, scale and bias all vary along few elements (batch,
-group and instance norm), dy = alpha dx + gamma v + beta with small alpha, beta and gamma; transposed, these ask
-for two sums over x, of g and of g v, from which the gradients of x, scale and bias follow alike. Where the scale varies
-along the axes that are averaged (layer norm), the products with it are of the size of x. Where windows follow the pooling
+Three forms of one tangent (`tangents.py`), by what is small. Where statistics, scale and bias all vary along few elements
+(batch, group and instance norm), dy = alpha dx + gamma v + beta with small alpha, beta and gamma; transposed, these ask for
+two sums over x, of g and of g v, from which the gradients of x, scale and bias follow alike. Where the scale varies along
+the axes that are averaged (layer norm), the products with it are of the size of x. Where windows follow the pooling
 (divisive norm), they slide over small maps.
 """
 
