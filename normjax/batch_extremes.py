@@ -222,7 +222,9 @@ def stored_top(
     """
     shape, running = jnp.shape(x), Running(var=jnp.asarray(previous))
     stats = moving_top(x, as_stats(running, row, layout, shape).var, row, layout, beta=beta, mask=mask)
-    return stats, update(running, observe(stats, row, layout, shape), 0.0).var
+    average = update(running, observe(stats, row, layout, shape), 0.0).var
+    assert average is not None  # a row of `top_batch` divides
+    return stats, average
 
 
 def ghost_top(

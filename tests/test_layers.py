@@ -20,6 +20,7 @@ from flax.nnx import bridge
 from normjax import linen, nnx
 from normjax._layers.describe import Layer
 from normjax._layers.statistics import RunningLayer
+from normjax.nnx.host import Host
 
 C = 6
 X = jnp.asarray(np.random.default_rng(0).normal(2, 3, (8, C)), jnp.float32)
@@ -66,7 +67,7 @@ def of_linen(name, **options):
 
 def of_nnx(name, **options):
     make = getattr(nnx, name)
-    if not issubclass(make, nnx.host.Host):
+    if not issubclass(make, Host):
         return make(**LAYERS[name][0], **options)
     return make(C, **LAYERS[name][0], **options, rngs=fx.Rngs(0))
 
@@ -118,7 +119,7 @@ def test_both_faces_have_the_documentation_and_the_call_of_the_description(name)
     assert (one.__module__, two.__module__) == ("normjax.linen.layers", "normjax.nnx.layers")
     own = [p.name for p in inspect.signature(one).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     theirs = [p.name for p in inspect.signature(two.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert theirs == ["self", *(["features"] if issubclass(two, nnx.host.Host) else []), *own]
+    assert theirs == ["self", *(["features"] if issubclass(two, Host) else []), *own]
     missing = [option for option in own if f"\n      {option}: " not in one.__doc__]
     assert not missing, "options without a line of documentation"
 
@@ -154,7 +155,7 @@ def test_layers_are_pickled_copied_displayed_and_tabulated(name):
     other = of_nnx(name)
     for twin in (pickle.loads(pickle.dumps(other)), copy.deepcopy(other), fx.clone(other)):
         close(twin(given(name)), y)
-    assert name in fl.tabulate(layer, jax.random.key(0))(given(name))
+    assert name in layer.tabulate(jax.random.key(0), given(name))
     assert name in fx.tabulate(other, given(name))
     fx.display(other)
 

@@ -149,6 +149,10 @@ def test_an_unknown_name_is_an_attribute_error():
 # How long a file and a function may be.
 
 
+def _length(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
 @pytest.mark.parametrize("path", sources("normjax", "experiments"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_file_and_functions_fit_the_head(path):
     name = str(path.relative_to(ROOT))
@@ -158,7 +162,7 @@ def test_file_and_functions_fit_the_head(path):
         if isinstance(node, ast.FunctionDef):
             first = node.body[0]
             said = ast.get_docstring(node) is not None
-            lines = node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if said else 0)
+            lines = _length(node) - (_length(first) if said else 0)
             assert lines <= FUNCTION, node.name
 
 

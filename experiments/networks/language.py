@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 
 from normjax import recurrent
-from normjax.linen.recurrent import RNN, LSTMCell, SimpleCell
+from normjax.linen import RNN, LSTMCell, SimpleCell
 from normjax.train import State
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.binding import axes
-from normjax.field import FieldError
+from normjax.field import Field, FieldError
 
 Shape = tuple[int | None, ...]  # lengths are None where they are not known yet
 Initializer = Callable[..., jax.Array]  # of a random key, a shape and a dtype
@@ -104,6 +104,16 @@ class Layer:
 
 def _alike(a: object, b: object) -> bool:
     return type(a) is type(b) and not isinstance(a, jax.Array) and bool(a == b)
+
+
+def field_here(layer: Layer, field: Field | str) -> Field:
+    """The field; while the layer is being initialized without its mapped axes, which need not exist yet.
+
+    >>> field_here(Layer(), "@data n ...")
+    Field.parse('@data n ...')
+    """
+    field = Field.parse(field)
+    return (field.local() or Field(())) if layer._starting() else field
 
 
 class Affine(Protocol):

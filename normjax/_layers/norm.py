@@ -120,9 +120,15 @@ class Rowed(RunningLayer):
             return Taken(y, out.stats, n, out.centered)
 
         return self._normalized(
-            x.shape, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask,
-            eps=eps, renormed=renormed,
-        )  # fmt: skip
+            x.shape,
+            take,
+            use_running_average,
+            update_running_average=update_running_average,
+            renorm=renorm,
+            mask=mask,
+            eps=eps,
+            renormed=renormed,
+        )
 
 
 def evaluated(

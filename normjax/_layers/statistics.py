@@ -185,9 +185,16 @@ class RunningLayer(Layer):
         """Stores the statistics of a training batch, and leaves its record."""
         as_stats(running, out.row, self.layout, shape)  # refuses statistics of another number of channels
         stored, seen = record(
-            running, out.stats, out.row, self.layout, shape, momentum=self.momentum, averaging=self.averaging,
-            unbiased=self._stores_unbiased(), exact=out.mergeable and mergeable(out.row, self.layout),
-        )  # fmt: skip
+            running,
+            out.stats,
+            out.row,
+            self.layout,
+            shape,
+            momentum=self.momentum,
+            averaging=self.averaging,
+            unbiased=self._stores_unbiased(),
+            exact=out.mergeable and mergeable(out.row, self.layout),
+        )
         for name, value in stored._asdict().items():
             if value is not None:
                 self._store(name, value)

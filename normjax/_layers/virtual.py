@@ -12,12 +12,12 @@ from normjax._layers.describe import (
     Parameter,
     Shape,
     description,
+    field_here,
     ones,
     promoted,
     scale_and_bias,
     zeros,
 )
-from normjax.field import Field
 
 
 @description
@@ -81,12 +81,11 @@ class VirtualBatchNorm(Layer):
           TypeError: integer input.
         """
         x, reference = (promoted(require_float(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
-        field = Field.parse(self.field)
         out, known = batch.virtual_batch(
             x,
             reference,
             self.layout,
-            field=(field.local() or Field(())) if self._starting() else field,  # no axis may be mapped yet
+            field=field_here(self, self.field),
             eps=self.epsilon,
             mask=mask,
             reference_mask=reference_mask,

@@ -193,14 +193,15 @@ def gdn_of_raw(
     dtype = jnp.dtype(dtype or x.dtype)
     x = jnp.maximum(x, 0) if rectify else x
 
-    def value(name: str, minimum: float) -> jax.Array:
-        return nonnegative(getattr(raw, name), minimum, offset=offset, gradient=gradient)
+    def value(name: str, minimum: float | None = None) -> jax.Array:
+        least: float = getattr(MINIMA, name) if minimum is None else minimum
+        return nonnegative(getattr(raw, name), least, offset=offset, gradient=gradient)
 
-    a = alpha if raw.alpha is None else value("alpha", MINIMA.alpha)
-    e = epsilon if raw.epsilon is None else value("epsilon", MINIMA.epsilon)
+    a = alpha if raw.alpha is None else value("alpha")
+    e = epsilon if raw.epsilon is None else value("epsilon")
     f = igdn if inverse else gdn
     work = x.astype(statistics_dtype(x.dtype))
-    y = f(work, value("beta", beta_min), value("gamma", MINIMA.gamma), layout, alpha=a, epsilon=e, mask=mask)
+    y = f(work, value("beta", beta_min), value("gamma"), layout, alpha=a, epsilon=e, mask=mask)
     return y.astype(dtype)
 
 

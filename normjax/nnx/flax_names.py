@@ -62,8 +62,9 @@ class BatchNorm(nnx.BatchNorm):
         running = Running(self.mean[...].reshape(reading.sizes), self.var[...].reshape(reading.sizes))
         out = _normalized(self, x, reading, mask, running, average, self.momentum)
         if out.record is not None:
-            _store(self.mean, out.running.mean)
-            _store(self.var, out.running.var)
+            for variable, value in ((self.mean, out.running.mean), (self.var, out.running.var)):
+                if value is not None:
+                    _store(variable, value)
             if hasattr(self, "__captures__"):
                 self.sow(Moments, "batch", out.record)
         return out.y

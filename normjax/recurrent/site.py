@@ -236,4 +236,4 @@ def _update_at(at: jax.Array, running: Running, batch: Stats, momentum: ArrayLik
     """Moves the statistics of one step towards those of a batch."""
     moved = update(Running(*(None if p is None else p[at] for p in running)), batch, momentum)
     pairs = zip(running, moved, strict=True)
-    return Running(*(None if p is None else p.at[at].set(new.astype(p.dtype)) for p, new in pairs))
+    return Running(*(p if p is None or new is None else p.at[at].set(new.astype(p.dtype)) for p, new in pairs))
