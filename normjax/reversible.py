@@ -63,8 +63,8 @@ def revin(
       normalizer: a Normalizer or the name of a row; its fields are whole axes, and it has no floor.
       centre: "mean", or "last": the last value of the series that is not masked is subtracted instead of the mean. The
         variance is around the mean in both.
-      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       eps: added to the variance, by default the row's number. [u ** 2]
       detach: whether gradients stop at the statistics, as in the authors' code (except at the last value, which others
@@ -73,10 +73,6 @@ def revin(
 
     Returns:
       `(y, stats)`.
-
-    Raises:
-      FieldError: the row or the layout does not fit x, or "last" has not one axis to be last in.
-      ValueError: no such centre, or the row cannot be undone.
 
     Source: Kim et al. 2022, equations 1 and 2.
 
@@ -127,11 +123,7 @@ def denormalize(
         inexact, and does not help a scale of zero: it multiplies by 1e10.
       dtype: of the result, by default that of y.
 
-    Returns:
-      An array of the shape of y. [units u]
-
     Raises:
-      FieldError: stats, scale or bias do not fit y.
       ValueError: the row cannot be undone.
 
     Source: Kim et al. 2022, equation 3.

@@ -32,12 +32,6 @@ def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype
       dtype: of the output, by default that of x. The work is float32 or wider: in bfloat16 the rounded constants alone
         would move the variance by 0.8 per cent a layer.
 
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      TypeError: x holds integers or complex numbers.
-
     Source: Klambauer et al. 2017, equation 2.
 
     >>> selu(jnp.array([-200.0, 0.0, 2.0]))
@@ -123,9 +117,6 @@ def selu_moments(
     Returns:
       `(mean, var)` of the outputs, in the shape of the arguments, float32 or wider.
 
-    Raises:
-      TypeError: an array holds integers or complex numbers.
-
     Source: Klambauer et al. 2017, equations 4 and 5.
 
     >>> mean, var = selu_moments(0.0, 10.0)                       # on the way back to (0, 1)
@@ -172,9 +163,6 @@ def alpha_dropout_affine(rate: float, mean: float = 0.0, var: float = 1.0, low: 
     Returns:
       `(a, b)`; at rate 1, where nothing is left to scale, (0, mean).
 
-    Raises:
-      ValueError: the rate is no probability, or the variance not positive.
-
     Source: Klambauer et al. 2017, section 3, "New dropout technique"; other fixed points: the authors' selu.py.
 
     >>> [round(number, 9) for number in alpha_dropout_affine(0.1)]
@@ -211,13 +199,6 @@ def alpha_dropout(
       var: variance of x, restored.
       low: what elements are dropped to, -scale * alpha of the SELU.
       broadcast_dims: axes along which elements are dropped together.
-
-    Returns:
-      An array of the shape and dtype of x.
-
-    Raises:
-      TypeError: x holds integers or complex numbers.
-      ValueError: the rate is no probability, the variance not positive, or an axis out of bounds.
 
     Source: Klambauer et al. 2017, section 3; in evaluation it is the identity.
 

@@ -55,9 +55,6 @@ def kernel_shapes(
       hidden: number of channels between the convolutions.
       width: width of the windows along each axis of space, odd.
 
-    Raises:
-      ValueError: the width is even.
-
     Source: Park et al. 2019, appendix A.
 
     >>> kernel_shapes(64, 10, 2)[:3]
@@ -83,10 +80,6 @@ def from_map(
 
     Returns:
       Scale and bias of the rank of the maps, c channels for each position, float32 or wider.
-
-    Raises:
-      FieldError: the layout has other axes, or the kernels and biases do not fit the maps.
-      TypeError: the maps hold integers.
 
     Source: Park et al. 2019, equation 1 and appendix A; the 1 is their code's.
 
@@ -129,9 +122,6 @@ def nearest(x: ArrayLike, size: Sequence[int], layout: str = "n ... c") -> jax.A
       x: array, axes as named by `layout`.
       size: length of each axis of "...".
       layout: name of each axis of x.
-
-    Returns:
-      An array of the dtype of x.
 
     Raises:
       FieldError: there are more or fewer lengths than axes of "...".

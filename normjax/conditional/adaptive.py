@@ -24,8 +24,8 @@ def style(
 
     Args:
       y: floating-point array, axes as named by `layout`. [u]
-      normalizer: the row whose statistics are the style: its denominator (for "instance" the deviation), and its mean.
       layout: name of each axis of y.
+      normalizer: the row whose statistics are the style: its denominator (for "instance" the deviation), and its mean.
       mask: boolean mask or weights that broadcast against y; 0 leaves an element out.
       eps: added to the moment, by default the row's number. The authors' Lua code takes 0 for the style. [u ** order]
       unbiased: divide by one less than the number of elements, as PyTorch's `var` does by default. The paper, and the
@@ -35,8 +35,6 @@ def style(
       Scale and bias, float32 or wider, of the rank of y. A deviation of zero has gradient zero. [u]
 
     Raises:
-      FieldError: the row does not fit y.
-      TypeError: y holds integers.
       ValueError: the row does not divide, or has a floor; or `unbiased`, and its moment is no variance.
 
     Source: Huang & Belongie 2017, equations 5, 6 and 8.
@@ -65,9 +63,6 @@ def denominator(
       normalizer: the row.
       layout: name of each axis of the array.
       eps: replaces the row's number: a scalar, or an array that broadcasts. [u ** order]
-
-    Returns:
-      An array of the shape and dtype of var.
 
     Source: the third line of `normjax.theory`.
 
@@ -109,13 +104,6 @@ def adain(
         mean.
       style_mask: boolean mask or weights that broadcast against the style; 0 leaves an element out.
       unbiased: whether both variances are the unbiased ones.
-
-    Returns:
-      An array of the shape and dtype of the content.
-
-    Raises:
-      FieldError: the style has other examples or channels, or a mask does not fit.
-      TypeError: an array holds integers.
 
     Source: Huang & Belongie 2017, equation 8; the strength, equation 14 (there between codes, before the decoder).
 

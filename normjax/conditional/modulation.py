@@ -50,19 +50,12 @@ def modulate(
 
     Args:
       x: floating-point array, axes as named by `layout`.
+      layout: name of each axis of x.
       modulation: scale and bias; the gate is not used.
       normalizer: a Normalizer or the name of a row; None leaves x as it is (FiLM after another layer).
-      layout: name of each axis of x.
       stats: moments to use instead of those of x (inference), which broadcast against x; None computes them.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       eps: replaces the row's number: a scalar, or an array that broadcasts against x. [units of x ** order]
-
-    Returns:
-      An array of the shape and dtype of x.
-
-    Raises:
-      FieldError: the row, the scale or the bias does not fit x.
-      TypeError: x holds integers.
 
     Source: FiLM: Perez et al. 2018, equation 2.
 
@@ -83,16 +76,9 @@ def gated(x: ArrayLike, branch: ArrayLike, gate: ArrayLike, layout: str = "n ...
 
     Args:
       x: floating-point array, axes as named by `layout`.
+      layout: name of each axis of x.
       branch: floating-point array of the shape of x.
       gate: factor of the branch: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      layout: name of each axis of x.
-
-    Returns:
-      An array of the shape and dtype of x.
-
-    Raises:
-      FieldError: the shapes do not fit.
-      TypeError: x or the branch holds integers.
 
     Source: Peebles & Xie 2023 (DiT), section 3.2, adaLN-Zero.
 
@@ -115,9 +101,6 @@ def by_class(labels: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> Modulation
 
     Returns:
       Scale and bias, `[n, c]`. A label outside of the table gives NaN: JAX would take the nearest row.
-
-    Raises:
-      FieldError: the tables or the labels have other shapes, or the labels another dtype.
 
     Source: Dumoulin et al. 2017, equation 5, and section 4 (mixtures); de Vries et al. 2017, section 4.1, with a table
     in place of a network.
@@ -157,8 +140,6 @@ def split_modulation(flat: ArrayLike, order: Sequence[str] = ("scale", "bias"), 
       The parts, each `[n, c]`, float32 or wider; None for those that the order does not name.
 
     Raises:
-      FieldError: the parts do not divide the last axis.
-      TypeError: the array holds integers.
       ValueError: the order names other parts, or one twice.
 
     Source: Perez et al. 2018, equation 1; Peebles & Xie 2023, section 3.2.
@@ -203,7 +184,6 @@ def project(
       The parts, each `[n, c]`, float32 or wider; None for those that the order does not name.
 
     Raises:
-      FieldError: the shapes do not fit, or the parts do not divide the map's output.
       TypeError: the condition holds integers.
       ValueError: the order names other parts, or one twice.
 

@@ -36,10 +36,6 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
     Returns:
       An array of the shape of raw, float32 or wider.
 
-    Raises:
-      TypeError: raw holds integers.
-      ValueError: no gradient has this name.
-
     Source: Balle 2018 (efficient nonlinear transforms), section 2; constants of TensorFlow Compression.
 
     >>> nonnegative(jnp.array([-1.0, 0.0, 2.0]), 0.25).tolist()
@@ -63,12 +59,6 @@ def to_raw(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
       value: the parameter, an array of any shape, non-negative.
       offset: the offset that `nonnegative` is given.
 
-    Returns:
-      An array of the shape and dtype of value.
-
-    Raises:
-      TypeError: value holds integers.
-
     Source: Balle 2018 (efficient nonlinear transforms), section 2.
 
     >>> nonnegative(to_raw(jnp.array([0.0, 0.1]))).round(6).tolist()
@@ -88,9 +78,6 @@ def towards_bound(gradient: ArrayLike, raw: ArrayLike, minimum: float = 0.0, *, 
       raw: the learned number.
       minimum: smallest value of the parameter that it stands for, see `MINIMA`.
       offset: the offset that `nonnegative` is given.
-
-    Returns:
-      An array of the shape and dtype of the gradient.
 
     Source: TensorFlow Compression, its lower bound with the gradient "identity if towards".
 
@@ -133,9 +120,6 @@ def shapes(layout: str, shape: tuple[int | None, ...]) -> Raw[tuple[int | None, 
       layout: name of each axis of the input, which names `c`.
       shape: shape of the input; lengths other than that of `c` may be None.
 
-    Raises:
-      FieldError: the layout names no channels.
-
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1.
 
     >>> shapes("n c ...", (8, 3, 5, 5))
@@ -175,13 +159,6 @@ def gdn_of_raw(
       gradient: what comes back to a parameter below its bound, "pass" or "block", see `nonnegative`.
       mask: boolean mask or weights that broadcast against x; what is masked is in no pool, and becomes 0.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: the layout names no channels, or shapes do not fit.
-      TypeError: integer input.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1, and 2017 (end-to-end), section 2.
 

@@ -27,10 +27,10 @@ def gdn(
 
     Args:
       x: floating-point array, axes as named by `layout`, which names `c`. [units u]
+      layout: name of each axis of x.
       beta: `[c]`, positive. [u ** alpha]
       gamma: `[c, c]`, non-negative; row i holds the weights of the pool that divides channel i. TensorFlow Compression
         keeps the transpose.
-      layout: name of each axis of x.
       alpha: exponent inside the pool, a positive number or a scalar array.
       epsilon: exponent of the pool (not a small addend), a positive number or a scalar array. alpha = 2 and epsilon = 1/2
         are the paper's for images; alpha = epsilon = 1 is the cheaper form of Johnston et al. 2019. y has no units where
@@ -39,12 +39,6 @@ def gdn(
 
     Returns:
       An array of the shape and dtype of x. The pool is float32 or wider.
-
-    Raises:
-      FieldError: beta or gamma has another shape than the channels need (as have those of all channels beside one shard
-        of them inside `shard_map`: there the pool has no collective), or the layout names no `c`.
-      TypeError: x holds integers.
-      ValueError: alpha or epsilon is not positive.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1, without its linear map; here one
     alpha and one epsilon serve all channels.
@@ -78,20 +72,12 @@ def igdn(
 
     Args:
       y: floating-point array, axes as named by `layout`, which names `c`. [units u]
+      layout: name of each axis of y.
       beta: `[c]`, positive. [u ** alpha]
       gamma: `[c, c]`, non-negative; row i holds the weights of the pool that multiplies channel i.
-      layout: name of each axis of y.
       alpha: exponent inside the pool, a positive number or a scalar array.
       epsilon: exponent of the pool (not a small addend), a positive number or a scalar array.
       mask: boolean mask or weights that broadcast against y; a masked channel is in no pool, and becomes 0.
-
-    Returns:
-      An array of the shape and dtype of y.
-
-    Raises:
-      FieldError: beta or gamma has another shape than the channels need, or the layout names no `c`.
-      TypeError: y holds integers.
-      ValueError: alpha or epsilon is not positive.
 
     Source: Balle, Laparra & Simoncelli 2017 (end-to-end optimized image compression), section 2.
 
@@ -125,9 +111,9 @@ def inverse(
 
     Args:
       y: floating-point array, axes as named by `layout`, which names `c`.
+      layout: name of each axis of y.
       beta: `[c]`, positive, of the GDN.
       gamma: `[c, c]`, non-negative, of the GDN; row i holds the weights of the pool that divided channel i.
-      layout: name of each axis of y.
       alpha: exponent inside the pool, a positive number or a scalar array.
       epsilon: exponent of the pool (not a small addend), a positive number or a scalar array.
       steps: number of iterations; each keeps an array of the size of y for the gradient. None solves the linear system.
@@ -136,8 +122,6 @@ def inverse(
       An array of the shape and dtype of y, which can be differentiated, in the second form through all the steps.
 
     Raises:
-      FieldError: beta or gamma has another shape than the channels need, or the layout names no `c`.
-      TypeError: y holds integers.
       ValueError: alpha * epsilon is above 1; or without `steps` is not 1, or not known as a number.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.2 (the iteration); the system is our own.
@@ -183,9 +167,6 @@ def channel_axis(layout: str, ndim: int) -> int:
     Args:
       layout: name of each axis of the array.
       ndim: number of axes of the array.
-
-    Raises:
-      FieldError: the layout names no channels.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1: the pool is over channels.
 

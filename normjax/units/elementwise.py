@@ -21,12 +21,6 @@ def scaled_relu(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
       x: real array of any shape, standardized. After the addition of a residual block it scales the skip path by 1.71 too.
       dtype: of the output, by default that of x.
 
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      TypeError: x holds integers or complex numbers.
-
     Source: Arpit et al. 2016; Hoffer et al. 2018 (TReLU); Lubana et al. 2021.
 
     >>> scaled_relu(jnp.array([-5.0, 1.0]))
@@ -42,15 +36,11 @@ def tlu(x: ArrayLike, tau: ArrayLike = 0.0, layout: str = "n ... c") -> jax.Arra
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      tau: learned threshold: a scalar, `[c]`, `[n, c]`, or of the rank of x. [u]
       layout: name of each axis of x.
+      tau: learned threshold: a scalar, `[c]`, `[n, c]`, or of the rank of x. [u]
 
     Returns:
       An array of the shape and dtype of x. Where both are equal, each has half the gradient, as in PyTorch.
-
-    Raises:
-      FieldError: tau does not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Singh & Krishnan 2020, section 3.
 
@@ -74,18 +64,11 @@ def dyt(
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      alpha: learned scalar. [1 / u]
       layout: name of each axis of x.
+      alpha: learned scalar. [1 / u]
       scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: a parameter does not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Zhu et al. 2025, "Transformers without normalization", section 4; alpha starts at 0.5.
 
@@ -112,19 +95,12 @@ def derf(
 
     Args:
       x: real array, axes as named by `layout`. [u]
+      layout: name of each axis of x.
       alpha: learned scalar. [1 / u]
       shift: learned scalar.
-      layout: name of each axis of x.
       scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: a parameter does not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Chen et al. 2025, "Stronger normalization-free transformers"; alpha starts at 0.5, the shift at 0.
 

@@ -76,8 +76,8 @@ def evonorm_b0(
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1.
       layout: name of each axis of x.
+      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1.
       batch: field of the batch's variance, mapped axes included: `"@data n ..."`.
       instance: field of the instance's variance; of a single element it is 0.
       eps: added to both variances. [u ** 2]
@@ -86,16 +86,12 @@ def evonorm_b0(
       nonlinear: False leaves scale * x + bias, as the paper's pseudocode does.
       stats: the stored variance of the batch (`running.as_stats`), for inference; it broadcasts against x.
       scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       dtype: of the output, by default that of x.
 
     Returns:
       `(y, stats)`: the output in the shape of x, and the moments of the batch.
-
-    Raises:
-      FieldError: field, layout, parameters or mapped axes do not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
 
@@ -136,23 +132,16 @@ def evonorm_s0(
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1. [1 / u]
       layout: name of each axis of x.
+      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1. [1 / u]
       field: field of the variance; the paper has groups of channels and all of space.
       eps: added to the variance. [u ** 2]
       unbiased: divides by one less than the count, as the code of Lubana et al. 2021 does; the paper's is biased.
       nonlinear: False leaves scale * x + bias, as the paper's pseudocode does.
       scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: field, layout, parameters or mapped axes do not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
 
@@ -189,9 +178,9 @@ def grn(
 
     Args:
       x: real array, axes as named by `layout`. [u]
+      layout: name of each axis of x.
       scale: learned factor, a scalar, `[c]`, or of the rank of x; starts at 0, so that the layer starts as the identity.
       bias: learned addend, a scalar, `[c]`, or of the rank of x; starts at 0. [u]
-      layout: name of each axis of x.
       space: field over which squares are summed. The authors' sparse pre-training sums over the examples as well:
         `"n ..."`.
       channels: field of the mean of g.
@@ -199,13 +188,6 @@ def grn(
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias. A channel
         that is masked whole is not in the mean.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: field, layout, parameters or mapped axes do not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Woo et al. 2023 (ConvNeXt V2), equations 1 to 3 and algorithm 1.
 
