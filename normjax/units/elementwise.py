@@ -34,13 +34,12 @@ def scaled_relu(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
 def tlu(x: ArrayLike, tau: ArrayLike = 0.0, layout: str = "n ... c") -> jax.Array:
     """Thresholded linear unit, max(x, tau): for outputs of a norm that does not centre, whose zero means nothing.
 
+    Where both are equal, each has half the gradient, as in PyTorch.
+
     Args:
       x: real array, axes as named by `layout`. [u]
       layout: name of each axis of x.
       tau: learned threshold: a scalar, `[c]`, `[n, c]`, or of the rank of x. [u]
-
-    Returns:
-      An array of the shape and dtype of x. Where both are equal, each has half the gradient, as in PyTorch.
 
     Source: Singh & Krishnan 2020, section 3.
 
@@ -109,7 +108,6 @@ def derf(
     """
     x = require_real(x, "derf")
     work = x.astype(statistics_dtype(x.dtype))
-    named = (("alpha", alpha), ("shift", shift))
-    slope, start = (align_parameter(p, work, layout, name, work.dtype) for name, p in named)
-    y = erf(slope * work + start)
+    slope = align_parameter(alpha, work, layout, "alpha", work.dtype)
+    y = erf(slope * work + align_parameter(shift, work, layout, "shift", work.dtype))
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
