@@ -2,7 +2,7 @@
 
 import math
 
-from normjax._expect.binding import Bound, axes, bind
+from normjax._expect.binding import axes, bind
 from normjax.field import Field
 from normjax.theory import Normalizer, row, top
 
@@ -14,9 +14,6 @@ def explain(normalizer: Normalizer | str, shape: tuple[int, ...], layout: str = 
       normalizer: a Normalizer or the name of a row of TABLE.
       shape: shape of the array, axes as named by `layout`.
       layout: name of each axis.
-
-    Returns:
-      A few lines of text.
 
     Raises:
       FieldError: the fields do not fit the layout or the shape.
@@ -63,7 +60,9 @@ def _sentence(n: Normalizer, field: Field, start: str, noun: str, shape, layout:
     """Two lines: which elements one average takes, and how many averages there are."""
     bound = bind(field, layout, tuple(shape))
     parts, apart, past_edge = [], [], ""
-    for name, numbers in _axes(bound, layout).items():
+    for name, numbers in axes(layout, len(bound.shape)).items():
+        if not numbers:
+            continue
         spans = [span for axis, span in bound.spans if axis in numbers]
         sizes = [bound.shape[axis] for axis in numbers]
         if not spans:
@@ -83,26 +82,16 @@ def _sentence(n: Normalizer, field: Field, start: str, noun: str, shape, layout:
     parts += [f"everything along the mapped axis '@{s.mapped}'" for _, s in bound.spans if s.axis is None]
     mapped = " on each shard or mapped example" if field.mapped else ""
     element = "element" if bound.reach() == 1 else "elements"
-    count = _count(bound)
     lines = [f"{start}{bound.reach()} {element}{mapped}: {', '.join(parts)}{past_edge}"]
     if apart:
-        lines.append(f"          {count} {noun}, one for each of: {', '.join(apart)}")
+        averaged = dict(bound.spans)
+        counts = [
+            averaged[i].blocks or 1 if i in averaged and not averaged[i].window else size
+            for i, size in enumerate(bound.shape)
+        ]
+        lines.append(f"          {math.prod(counts)} {noun}, one for each of: {', '.join(apart)}")
     return lines
-
-
-def _axes(bound: Bound, layout: str) -> dict[str, tuple[int, ...]]:
-    return {name: numbers for name, numbers in axes(layout, len(bound.shape)).items() if numbers}
 
 
 def _times(sizes) -> str:
     return " x ".join(str(size) for size in sizes)
-
-
-def _count(bound: Bound) -> int:
-    """How many different averages the array has."""
-    count = 1
-    spans = dict((axis, span) for axis, span in bound.spans if axis is not None)
-    for axis, size in enumerate(bound.shape):
-        span = spans.get(axis)
-        count *= size if span is None or span.window else span.blocks or 1
-    return count

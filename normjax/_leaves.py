@@ -53,21 +53,14 @@ def shortest_repr(instance: "DataclassInstance") -> str:
     for f in dataclasses.fields(instance):
         value = getattr(instance, f.name)
         text = "float('inf')" if value == math.inf else repr(value)
-        if text.startswith("Field.parse("):
-            text = text[len("Field.parse(") : -1]
-        if not f.kw_only:
-            shown.append(text)
-        elif value != f.default:
-            shown.append(f"{f.name}={text}")
+        text = text[len("Field.parse(") : -1] if text.startswith("Field.parse(") else text
+        if not f.kw_only or value != f.default:
+            shown.append(f"{f.name}={text}" if f.kw_only else text)
     return f"{type(instance).__name__}({', '.join(shown)})"
 
 
 class Frozen(Mapping[K, V]):
-    """A mapping that refuses writes, and that pickles and copies, as `types.MappingProxyType` does not.
-
-    >>> Frozen({"a": 1})
-    Frozen({'a': 1})
-    """
+    """A mapping that refuses writes, and that pickles and copies, as `types.MappingProxyType` does not."""
 
     def __init__(self, items: Mapping[K, V]):
         self._items = dict(items)
@@ -86,12 +79,9 @@ class Frozen(Mapping[K, V]):
 
 
 def inverse_power(q: jax.Array, power: float, positive: bool = False) -> jax.Array:
-    """The power q ** -power, zero where q is zero; square roots where they do, since a general power is slow.
+    """The power q ** -power, zero where q is zero; by square roots where they do, since a general power is slow.
 
     `positive` promises that q is positive: a select would break a chain that XLA:CPU computes in one pass.
-
-    >>> inverse_power(jnp.array([0.0, 4.0]), 0.5).tolist()
-    [0.0, 0.5]
     """
     if not positive:
         nonzero = (q > 0) | jnp.isnan(q)

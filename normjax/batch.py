@@ -1,8 +1,7 @@
 """Batch norm and its relatives: rows whose fields mix the examples of a batch, and norms by a reference batch.
 
-`theory.TABLE` holds one choice of each row. Here a function makes the row of a family from its numbers, and names the
-variants in which papers and published code differ. A row is a `Normalizer`, and `normalize` evaluates it. Batch norms by a
-range or by the largest values are in `batch_extremes.py`.
+`theory.TABLE` holds one choice of each row; here a function makes the row of a family from its numbers, with the variants
+in which papers and published code differ. Batch norms by a range or by the largest values are in `batch_extremes.py`.
 
 Half precision: statistics are float32 or wider, so float16 data overflow in no row, whatever its order. In float32 itself
 squares overflow at |v| = 1e19, and the sum behind E|v| (sums come before the division by n) at n * |v| = 3e38.
@@ -52,11 +51,7 @@ def lp_batch(p: float, field: Field | str = BATCH, *, eps: float = 1e-5, calibra
       p: the order, 1 or more.
       field: both fields, A and B.
       eps: added to the moment, inside of the root. [units of x ** p]
-      calibrated: divides the moment by that of a standard normal, for unit variance on Gaussian data; the authors do
-        so for p = 1 alone.
-
-    Raises:
-      ValueError: p is less than 1 or infinite.
+      calibrated: divides the moment by that of a standard normal; the authors do so for p = 1 alone.
 
     Source: Hoffer et al. 2018, section 4.
 
@@ -71,11 +66,7 @@ def lp_batch(p: float, field: Field | str = BATCH, *, eps: float = 1e-5, calibra
 
 
 def ghost_batch(parts: int, *, eps: float = 1e-5) -> Normalizer:
-    """Ghost batch norm: statistics of each of so many equal parts of the batch.
-
-    Args:
-      parts: number of parts, which divides the number of examples; 1 is batch norm.
-      eps: added to the variance. [units of x squared]
+    """Ghost batch norm: statistics of each of so many equal parts of the batch, which divide it; 1 is batch norm.
 
     Source: Hoffer et al. 2017, algorithm 1.
 
@@ -93,14 +84,11 @@ def ghost_row(
     """The row "ghost" for parts of so many examples; None takes all of them, as inference does, whose batch need not divide.
 
     Args:
-      shape: shape of the array to normalize.
+      shape: shape of the array to normalize, axes as named by `layout`.
       layout: name of each axis of the array.
       examples: number of examples of a part.
       eps: added to the variance. [units of x squared]
       strict: False takes all of them where they do not divide.
-
-    Raises:
-      FieldError: the layout has no examples, or their number does not divide.
 
     Source: Hoffer et al. 2017, algorithm 1.
 
@@ -121,9 +109,6 @@ def ghost_row(
 
 def extended_batch(*, eps: float = 1e-5) -> Normalizer:
     """Extended batch norm: the mean of each channel over the batch, one variance around these over all channels.
-
-    Args:
-      eps: added to the variance. [units of x squared]
 
     Source: Luo et al. 2020.
 
@@ -147,24 +132,18 @@ def virtual_batch(
 ) -> tuple[Normalized, Normalized]:
     """Virtual batch norm: each example by the statistics of a fixed reference batch with the example added to it.
 
+    Returns the normalized x, and the reference normalized by batch norm, for the next layer.
+
     Args:
       x: examples, axes as named by `layout`; each counts as one more example of the reference batch. [units u]
       reference: the reference batch, chosen once: the input of the same layer in a pass of its own.
       layout: name of each axis of both.
       field: field of the reference's statistics: the batch as a whole, without windows.
-      scale: factor of both results: a scalar, `[c]`, or an array that broadcasts against both.
-      bias: addend of both results: a scalar, `[c]`, or an array that broadcasts against both.
+      scale: factor of both results: a scalar, `[c]`, or broadcasting against both.
+      bias: addend of both results: a scalar, `[c]`, or broadcasting against both.
       eps: added to the variance. [u ** 2]
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       reference_mask: boolean mask or weights that broadcast against the reference; 0 leaves an element out.
-
-    Returns:
-      The normalized x and the normalized reference (by batch norm), for the next layer, each with its `y`, `centered` and
-      `stats`.
-
-    Raises:
-      FieldError: the field takes parts of the batch, or windows; the arrays have other channels.
-      TypeError: an array holds integers.
 
     Source: Salimans et al. 2016, section 3.5.
 

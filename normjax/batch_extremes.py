@@ -1,7 +1,7 @@
 """Batch norm by extreme values: the mean of the k largest |v|, and the range of parts of the batch.
 
-Extremes are not averages, so their running statistics need a step beside `normalize`: a range is measured by parts of the
-batch and averaged (Banner et al. 2018), the k largest are averaged over batches (Hoffer et al. 2018).
+Their statistics need a step beside `normalize`: a range is measured by parts of the batch and averaged (Banner et al. 2018),
+the k largest are averaged over batches (Hoffer et al. 2018).
 """
 
 import dataclasses
@@ -28,15 +28,11 @@ def top_batch(
 
     Args:
       k: how many of the largest |v| are averaged.
-      size: number n of elements behind each statistic in training, examples * positions (all shards'): C(n) has to stay
-        the same at inference, where the batch is another.
+      size: number n of elements behind each statistic in training, examples * positions (all shards'), on which C depends.
       field: both fields, A and B.
       eps: added to C times the mean of the largest. [units of x]
       calibrated: C = 1 / E[mean of the k largest of n]. The paper's C(n) gives 1.42 standard deviations for k = 1 and
         1.19 for k = 10 of n = 1024.
-
-    Raises:
-      ValueError: `size` is missing, or k is not within 1 and `size`.
 
     Source: Hoffer et al. 2018, section 4.
 
@@ -63,18 +59,14 @@ def range_row(
       calibrated: C is one over the expected range of Gaussian data; else the code's 0.35 * `bounds_constant`, half of
         that of the maximum and a factor from experiments, which gives .81 to .98 standard deviations.
 
-    Raises:
-      ValueError: `size` is missing or less than 2.
-
     Source: Banner et al. 2018, section 3, and the code of its authors.
 
     >>> round(range_row(64).gain, 4), round(range_row(64, calibrated=True).gain, 4)
     (0.1873, 0.2133)
     """
     if size is None or size < 2:
-        raise ValueError(
-            f"range batch norm needs size, the number of elements of a part in training, at least 2; found {size!r}"
-        )
+        said = "range batch norm needs size, the number of elements of a part in training, at least 2"
+        raise ValueError(f"{said}; found {size!r}")
     gain = 0.5 / gaussian_largest(size, signed=True) if calibrated else 0.35 * bounds_constant(size)
     return Normalizer(field, field, eps=eps, gain=gain, power=1.0, order=math.inf)
 
@@ -82,7 +74,9 @@ def range_row(
 def mean_range(
     x: ArrayLike, layout: str, field: Field | str = BATCH, *, parts: int = 16, mask: ArrayLike | None = None
 ) -> Stats:
-    """The mean over parts of the batch of max x - min x, as the `var` of statistics.
+    """The mean over parts of the batch of max x - min x, as the `var` of statistics, which broadcasts against x.
+
+    There is no mean, and the weight is the number of examples in parts that count.
 
     Args:
       x: real array, axes as named by `layout`. [u]
@@ -90,13 +84,6 @@ def mean_range(
       field: field of the batch; parts lie within one shard of a mapped axis.
       parts: number of equal parts of the examples.
       mask: boolean mask or weights that broadcast against x; a part that is masked whole does not count.
-
-    Returns:
-      Statistics without a mean, which broadcast against x; the weight is the number of examples in parts that count.
-
-    Raises:
-      FieldError: the parts do not divide the batch.
-      TypeError: x holds integers or complex numbers.
 
     Source: Banner et al. 2018, section 3.
 
@@ -139,19 +126,11 @@ def range_batch(
       size: number of elements of a part in training, on which C depends.
       parts: number of equal parts of the examples.
       field: field A, over which the parts' ranges are averaged too.
-      eps: added to C times the range. [u]
+      eps: added to C times the range, which is the `var` of the statistics. [u]
       calibrated: whether C makes unit variance of Gaussian data; else it is the published code's.
-      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; a part that is masked whole does not count.
-
-    Returns:
-      `(y, centered, stats)`: y in the shape and dtype of x; the var of the statistics is the mean range. [u]
-
-    Raises:
-      FieldError: the parts do not divide the batch, or a parameter does not fit x.
-      TypeError: x holds integers or complex numbers.
-      ValueError: `size` is less than 2.
 
     Source: Banner et al. 2018, section 3.
 
@@ -174,18 +153,15 @@ def moving_top(
     beta: float = 0.75,
     mask: ArrayLike | None = None,
 ) -> Stats:
-    """Statistics of a batch whose moment is a moving average, beta * previous + (1 - beta) * that of the batch.
+    """Statistics of a batch whose `var` is a moving average, beta * previous + (1 - beta) * the moment of the batch.
 
     Args:
       x: floating-point array, axes as named by `layout`. [u]
+      layout: name of each axis of x.
       previous: the average before, which broadcasts against x; 0 at first. No gradient goes through it. [u]
       row: the row, from `top_batch`.
-      layout: name of each axis of x.
       beta: weight of the average before.
       mask: boolean mask or weights that broadcast against x; 0 leaves an element out.
-
-    Returns:
-      The statistics, which broadcast against x; `var` is the new average. [u]
 
     Source: Hoffer et al. 2018, their code.
 
@@ -200,18 +176,15 @@ def moving_top(
 def stored_top(
     x: ArrayLike, previous: ArrayLike, row: Normalizer, layout: str, *, beta: float, mask: ArrayLike | None = None
 ) -> tuple[Stats, jax.Array]:
-    """The statistics of `moving_top` for a layer, which stores the average in the shape of a running statistic.
+    """The statistics of `moving_top`, and the average for a layer to store, in the shape of a running statistic.
 
     Args:
       x: floating-point array, axes as named by `layout`. [u]
+      layout: name of each axis of x.
       previous: the stored average, `[c]` for the default fields; 0 at first. [u]
       row: the row, from `top_batch`.
-      layout: name of each axis of x.
       beta: weight of the average before.
       mask: boolean mask or weights that broadcast against x; 0 leaves an element out.
-
-    Returns:
-      The statistics, which broadcast against x, and the average to store, in the shape of `previous`.
 
     Source: Hoffer et al. 2018, their code.
 
@@ -239,21 +212,18 @@ def ghost_top(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
 ) -> tuple[Normalized, jax.Array]:
-    """Top-k batch norm by a moving average of the moment, in training too.
+    """Top-k batch norm by a moving average of the moment, in training too; also returns the average to pass on.
 
     Args:
       x: floating-point array, axes as named by `layout`. [u]
+      layout: name of each axis of x.
       previous: the average before, as it was returned; 0 at first. No gradient goes through it. [u]
       row: the row, from `top_batch`.
-      layout: name of each axis of x.
       beta: weight of the average before.
       published: the authors' code keeps C(n) times the average, so that C(n) enters anew at each step.
-      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
-
-    Returns:
-      `(y, centered, stats)`, y in the shape and dtype of x, and the average to pass on, which broadcasts against x.
 
     Source: Hoffer et al. 2018, their code.
 

@@ -8,8 +8,7 @@ product of atoms over those names:
     ...:5     the same on every unnamed axis      c@model  an axis whose shards lie along a mapped axis
 
 Strings are parsed once into frozen values, `Field` and `Span`; `_expect/binding.py` binds them to a layout and a shape
-when an array is at hand. This file knows no arrays; every refusal is a `FieldError` that names what it found and what
-it accepts.
+when an array is at hand. This file knows no arrays; every refusal is a `FieldError`.
 """
 
 import functools
@@ -94,19 +93,14 @@ Span(axis='c', window=None, blocks=4, mapped=None, groups=None))
         object.__setattr__(self, "spans", tuple(self.spans))
         if not all(isinstance(span, Span) for span in self.spans):
             raise FieldError(f"a Field is built of Spans; for a string use Field.parse: found {self.spans!r}")
-        seen = set()
-        for span in self.spans:
-            for name in (span.axis, span.mapped and "@" + span.mapped):
-                if name is not None and name in seen:
-                    raise FieldError(f'field "{self}" names {name!r} twice' + caret(str(self), name, last=True))
-            seen |= {span.axis, span.mapped and "@" + span.mapped}
+        names = [n for s in self.spans for n in (s.axis, s.mapped and "@" + s.mapped) if n is not None]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise FieldError(f'field "{self}" names {name!r} twice' + caret(str(self), name, last=True))
 
     @classmethod
     def parse(cls, text: "str | Field") -> "Field":
         """Reads a field; a Field passes through.
-
-        Raises:
-          FieldError: an atom cannot be read, or an axis stands twice.
 
         >>> Field.parse("h:5 w:-5 c")
         Traceback (most recent call last):

@@ -9,9 +9,6 @@ import numpy as np
 def gaussian_moment(p: float) -> float:
     """E|z| ** p of a standard normal z, 2 ** (p / 2) * gamma((p + 1) / 2) / sqrt(pi).
 
-    Args:
-      p: the order.
-
     Source: Hoffer et al. 2018, section 4, for p = 1.
 
     >>> round(gaussian_moment(1) ** -1, 7), round(gaussian_moment(4), 7)     # sqrt(pi / 2)
@@ -22,15 +19,7 @@ def gaussian_moment(p: float) -> float:
 
 @functools.cache
 def gaussian_largest(size: int, k: int = 1, *, signed: bool = False) -> float:
-    """The expected mean of the k largest |z| of `size` standard normal z, to 1e-9, by quadrature.
-
-    Args:
-      size: number of draws.
-      k: how many of the largest are averaged.
-      signed: whether the largest z are meant, and not the largest |z|.
-
-    Raises:
-      ValueError: k is not within 1 and `size`.
+    """The expected mean of the k largest |z| (or z, if `signed`) of `size` standard normal z, to 1e-9, by quadrature.
 
     Source: order statistics of independent draws; what Hoffer et al. 2018, section 4, bound.
 
@@ -66,15 +55,9 @@ def _expected_of_k(size: int, k: int, chance: np.ndarray, other: np.ndarray) -> 
 
 
 def bounds_constant(size: int) -> float:
-    """The published constant C(n) of L-infinity and top-k batch norm, (1 + sqrt(pi ln 4)) / (2 sqrt(2 ln n)).
+    """The published constant C(n) of L-infinity and top-k batch norm, (1 + sqrt(pi ln 4)) / (2 sqrt(2 ln n)), n = `size`.
 
     It is the mean of the reciprocals of two bounds of the expected maximum, not of the maximum: see `top_batch`.
-
-    Args:
-      size: number n of elements behind a statistic.
-
-    Raises:
-      ValueError: `size` is less than 2.
 
     Source: Hoffer et al. 2018, section 4.
 

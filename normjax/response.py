@@ -1,7 +1,6 @@
 """Local response, local contrast, local context and filter response normalization.
 
-Their fields are windows of channels, windows of space, and whole maps. Libraries differ in what the factor alpha of local
-response norm multiplies, so each convention has a function of its own.
+Libraries differ in what the factor alpha of local response norm multiplies, so each convention has a function of its own.
 """
 
 import jax.numpy as jnp
@@ -13,16 +12,7 @@ from normjax.theory import Normalizer
 
 
 def lrn_alexnet(n: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75) -> Normalizer:
-    """Local response norm of AlexNet, x / (k + alpha * sum of n squares) ** beta.
-
-    Args:
-      n: number of channels of the window, odd.
-      k: addend. [units of x squared]
-      alpha: factor of the sum.
-      beta: exponent.
-
-    Raises:
-      ValueError: n is even.
+    """Local response norm of AlexNet, x / (k + alpha * sum of squares over n channels) ** beta, n odd.
 
     Source: Krizhevsky et al. 2012, section 3.3.
 
@@ -36,13 +26,9 @@ def lrn_alexnet(n: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0
 
 
 def lrn_torch(size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Normalizer:
-    """Local response norm as `torch.nn.LocalResponseNorm`: alpha times a mean of squares; an even window leans before.
+    """As `torch.nn.LocalResponseNorm`: x / (k + alpha * mean of squares over `size` channels) ** beta.
 
-    Args:
-      size: number of channels of the window.
-      alpha: factor of the mean, which counts the zeros past the edge.
-      beta: exponent.
-      k: addend. [units of x squared]
+    The mean counts the zeros past the edge; an even window leans before.
 
     Source: Krizhevsky et al. 2012, section 3.3; the convention is PyTorch's.
 
@@ -53,13 +39,7 @@ def lrn_torch(size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 
 
 def lrn_tensorflow(depth_radius: int = 5, bias: float = 1.0, alpha: float = 1.0, beta: float = 0.5) -> Normalizer:
-    """Local response norm as `tf.nn.local_response_normalization`: alpha times the sum of 2 * depth_radius + 1 squares.
-
-    Args:
-      depth_radius: number of channels on each side.
-      bias: addend. [units of x squared]
-      alpha: factor of the sum.
-      beta: exponent.
+    """As `tf.nn.local_response_normalization`: x / (bias + alpha * sum of 2 * depth_radius + 1 squares) ** beta.
 
     Source: Krizhevsky et al. 2012, section 3.3; the convention is TensorFlow's.
 
@@ -70,13 +50,7 @@ def lrn_tensorflow(depth_radius: int = 5, bias: float = 1.0, alpha: float = 1.0,
 
 
 def lrn_onnx(size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Normalizer:
-    """Local response norm as ONNX's operator LRN: alpha / size times the sum of squares; an even window leans after.
-
-    Args:
-      size: number of channels of the window.
-      alpha: factor of the sum, divided by `size`.
-      beta: exponent.
-      bias: addend. [units of x squared]
+    """As ONNX's operator LRN: x / (bias + alpha / size * sum of `size` squares) ** beta; an even window leans after.
 
     Source: Krizhevsky et al. 2012, section 3.3; the convention is ONNX's.
 
@@ -110,12 +84,7 @@ def local_contrast(window: int = 9, shape: str = "gaussian", *, floor: bool = Tr
 
 
 def local_context(window: int = 9, groups: int = 8, *, eps: float = 1e-5) -> Normalizer:
-    """Local context norm: a window of space by a block of channels, truncated at the border.
-
-    Args:
-      window: width of the window along each axis of space.
-      groups: number of blocks of channels.
-      eps: added to the variance. [units of x squared]
+    """Local context norm: windows of this width in space by one of so many groups of channels, truncated at the border.
 
     Source: Ortiz et al. 2020.
 
@@ -142,20 +111,12 @@ def filter_response(
     Args:
       x: floating-point array with axes of space. [units u]
       layout: name of each axis of x.
-      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       tau: the threshold: a scalar, `[c]`, `[n, c]`, or of the rank of x; None goes without. [units of y]
       eps: a number or a learned scalar, of which the absolute value counts. The paper fixes 1e-6, and learns it where maps
         are a single element; Lubana et al. 2021 learn it everywhere, from 1e-5. [u ** 2]
-      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias, or the
-        threshold above it.
-
-    Returns:
-      `(y, centered, stats)`, y in the shape and dtype of x.
-
-    Raises:
-      FieldError: the layout has no axes of space, or a parameter does not fit x.
-      TypeError: x holds integers, or is complex and has a threshold.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes max(bias, tau).
 
     Source: Singh & Krishnan 2020, equations 1 to 4.
 

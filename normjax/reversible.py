@@ -33,9 +33,6 @@ class Reversible(NamedTuple):
       stats: what was subtracted and the variance, float32 or wider; length 1 along the axes that were averaged.
 
     Source: Kim et al. 2022, equations 1 and 2.
-
-    >>> Reversible(jnp.zeros(2), Stats()).stats.mean is None
-    True
     """
 
     y: jax.Array
@@ -61,22 +58,13 @@ def revin(
       x: floating-point array, axes as named by `layout`; `...` is time. [units u]
       layout: name of each axis of x.
       normalizer: a Normalizer or the name of a row; its fields are whole axes, and it has no floor.
-      centre: "mean", or "last": the last value of the series that is not masked is subtracted instead of the mean. The
-        variance is around the mean in both.
-      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      centre: what is subtracted: "mean", or "last", the last value that is not masked. The variance is around the mean.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       eps: added to the variance, by default the row's number. [u ** 2]
-      detach: whether gradients stop at the statistics, as in the authors' code (except at the last value, which others
-        added to it). It changes gradients to x alone, which in forecasting is data.
+      detach: whether gradients to x stop at mean and variance (not at the last value), as in the authors' code.
       dtype: of y, by default that of x.
-
-    Returns:
-      `(y, stats)`.
-
-    Raises:
-      FieldError: the row or the layout does not fit x, or "last" has not one axis to be last in.
-      ValueError: no such centre, or the row cannot be undone.
 
     Source: Kim et al. 2022, equations 1 and 2.
 
@@ -92,13 +80,12 @@ def revin(
     work = x.astype(statistics_dtype(x.dtype))
     stats = normalize(work, n, layout, mask=mask).stats
     if detach:
-        stats = stats._replace(mean=_stop(stats.mean), var=_stop(stats.var))
+        stats = stats._replace(**lax.stop_gradient({"mean": stats.mean, "var": stats.var}))
     if centre == "last":
         stats = stats._replace(mean=_last(work, n, layout, mask))
-    y = equation(
-        work, n, layout, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps, dtype=jnp.dtype(dtype or x.dtype)
-    ).y
-    return Reversible(y, stats)
+    dtype = dtype or x.dtype
+    out = equation(work, n, layout, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps, dtype=dtype)
+    return Reversible(out.y, stats)
 
 
 def denormalize(
@@ -123,16 +110,8 @@ def denormalize(
       scale: the factor that `revin` was given; where it is zero, nothing is left of x, and the answer is the mean.
       bias: the addend that `revin` was given.
       eps: the number that `revin` was given. [u ** 2]
-      slack: added to the scale before the division. The authors' code has eps ** 2 there, which makes the answer
-        inexact, and does not help a scale of zero: it multiplies by 1e10.
+      slack: added to the scale before the division; the authors' code has eps ** 2, which makes the answer inexact.
       dtype: of the result, by default that of y.
-
-    Returns:
-      An array of the shape of y. [units u]
-
-    Raises:
-      FieldError: stats, scale or bias do not fit y.
-      ValueError: the row cannot be undone.
 
     Source: Kim et al. 2022, equation 3.
 
@@ -145,14 +124,12 @@ def denormalize(
     y = y.astype(statistics_dtype(y.dtype))
     for s in stats[:2]:
         if s is not None and (s.ndim != y.ndim or any(a not in (1, b) for a, b in zip(s.shape, y.shape, strict=True))):
-            raise FieldError(
-                f"the statistics have the rank of y and broadcast against it: found shapes {s.shape} and {y.shape}"
-            )
+            found = f"found shapes {s.shape} and {y.shape}"
+            raise FieldError(f"the statistics have the rank of y and broadcast against it: {found}")
     if bias is not None:
         y = affine(y, layout, None, -jnp.asarray(bias))
     if scale is not None:
-        scale = jnp.asarray(scale)
-        scale = scale.astype(y.dtype) + jnp.asarray(slack).astype(y.dtype)
+        scale = jnp.asarray(scale).astype(y.dtype) + jnp.asarray(slack).astype(y.dtype)
         y = affine(y, layout, jnp.where(scale != 0, 1 / jnp.where(scale != 0, scale, 1), 0), None)
     if stats.var is not None:
         y = affine(y, layout, denominator(stats.var, n, layout, eps), None)
@@ -166,10 +143,6 @@ def _undoable(normalizer: Normalizer | str) -> Normalizer:
     return n
 
 
-def _stop(value: jax.Array | None) -> jax.Array | None:
-    return None if value is None else lax.stop_gradient(value)
-
-
 def _last(x: jax.Array, n: Normalizer, layout: str, mask: ArrayLike | None) -> jax.Array:
     """The last element, or the last with weight, along the one axis that the row averages; zero where there is none."""
     field = n.mean
@@ -177,10 +150,8 @@ def _last(x: jax.Array, n: Normalizer, layout: str, mask: ArrayLike | None) -> j
         raise ValueError(f'"last" takes the place of a mean; found {n}, which has none')
     bound = bind(field, layout, x.shape)
     if len(bound.whole) != 1 or bound.collectives:
-        raise FieldError(
-            f'"last" needs one axis of time; field "{field}" averages {len(bound.whole)} axes of an array of shape '
-            f'{x.shape}, layout "{layout}"'
-        )
+        averaged = f'field "{field}" averages {len(bound.whole)} axes of an array of shape {x.shape}, layout "{layout}"'
+        raise FieldError(f'"last" needs one axis of time; {averaged}')
     (axis,) = bound.whole
     weights = as_weights(mask, x)
     if weights is None:

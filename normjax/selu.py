@@ -29,14 +29,7 @@ def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype
       x: real array of any shape. [units of its own fixed point: standardized]
       alpha: scalar; `selu_parameters` gives those of other fixed points.
       scale: scalar, lambda in the paper.
-      dtype: of the output, by default that of x. The work is float32 or wider: in bfloat16 the rounded constants alone
-        would move the variance by 0.8 per cent a layer.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      TypeError: x holds integers or complex numbers.
+      dtype: of the output, by default that of x.
 
     Source: Klambauer et al. 2017, equation 2.
 
@@ -44,6 +37,7 @@ def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype
     Array([-1.7580993,  0.       ,  2.101402 ], dtype=float32)
     """
     x = require_real(x, "selu")
+    # In bfloat16 the rounded constants alone would move the variance by 0.8 per cent a layer.
     work = x.astype(statistics_dtype(x.dtype))
     alpha, scale = jnp.asarray(alpha, work.dtype), jnp.asarray(scale, work.dtype)
     above = work > 0
@@ -54,20 +48,13 @@ def selu(x: ArrayLike, alpha: ArrayLike = ALPHA, scale: ArrayLike = SCALE, dtype
 
 
 def selu_parameters(mean: float = 0.0, var: float = 1.0, omega: float = 0.0, tau: float = 1.0) -> tuple[float, float]:
-    """The alpha and scale of the SELU with this fixed point, in closed form.
-
-    With p = scale and q = scale * alpha, the mean is linear in p and q, and the second moment p ** 2 E[z ** 2; z > 0] +
-    q ** 2 E[(1 - exp z) ** 2; z < 0]: a quadratic equation. For (0, 1) it is the paper's closed form.
+    """The `(alpha, scale)` of the SELU with this fixed point, in closed form; for (0, 1) the paper's.
 
     Args:
       mean: mean of the inputs and of the outputs.
       var: variance of the inputs and of the outputs.
-      omega: sum of the weights of a unit. The authors' notebook takes 1, as if a unit had one input of weight 1; weights
-        around zero have 0, which is the default here and changes the numbers unless the mean is 0.
+      omega: sum of the weights of a unit: 0 for weights around zero; the authors' notebook takes 1.
       tau: sum of the squares of the weights of a unit.
-
-    Returns:
-      `(alpha, scale)`, Python floats.
 
     Raises:
       ValueError: no SELU with positive alpha and scale has this fixed point.
@@ -79,6 +66,8 @@ def selu_parameters(mean: float = 0.0, var: float = 1.0, omega: float = 0.0, tau
     >>> [round(number, 10) for number in selu_parameters(-0.1, 2.0, omega=1.0)]
     [1.9769021954, 1.0738512396]
     """
+    # With p = scale and q = scale * alpha, the mean is linear in p and q, and the second moment p ** 2 E[z ** 2; z > 0] +
+    # q ** 2 E[(1 - exp z) ** 2; z < 0]: a quadratic equation.
     z, s2 = mean * omega, var * tau
     if not (0 < s2 < 300 and abs(z) < 300):
         raise ValueError(f"var * tau lies above 0, and it and |mean * omega| below 300; found {s2} and {z}")
@@ -108,9 +97,7 @@ def selu_moments(
     alpha: ArrayLike = ALPHA,
     scale: ArrayLike = SCALE,
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean and variance that a layer makes of those of its inputs, for a Gaussian sum.
-
-    Exponentials times tails of the Gaussian are computed as one logarithm, so that large variances do not overflow.
+    """The `(mean, var)` that a layer makes of those of its inputs, for a Gaussian sum, float32 or wider.
 
     Args:
       mean: mean of the inputs, a scalar or an array; all arguments are scalars, or arrays of one shape.
@@ -119,12 +106,6 @@ def selu_moments(
       tau: sum of the squares of the weights of a unit.
       alpha: factor of the SELU below zero.
       scale: factor of the SELU, lambda in the paper.
-
-    Returns:
-      `(mean, var)` of the outputs, in the shape of the arguments, float32 or wider.
-
-    Raises:
-      TypeError: an array holds integers or complex numbers.
 
     Source: Klambauer et al. 2017, equations 4 and 5.
 
@@ -148,7 +129,7 @@ def selu_moments(
 
 
 def _exponential_below(k: int, z: jax.Array, s: jax.Array) -> jax.Array:
-    """E[exp(k y); y < 0] of a Gaussian y of mean z and standard deviation s."""
+    """E[exp(k y); y < 0] of a Gaussian y of mean z and standard deviation s, by its logarithm, which does not overflow."""
     r = z / s
     u = r + k * s
     cut = 8.0 if jnp.finfo(u.dtype).bits == 32 else 20.0
@@ -161,19 +142,13 @@ def _exponential_below(k: int, z: jax.Array, s: jax.Array) -> jax.Array:
 
 
 def alpha_dropout_affine(rate: float, mean: float = 0.0, var: float = 1.0, low: float = LOW) -> tuple[float, float]:
-    """The factor a and addend b that restore mean and variance after units were set to `low`.
+    """The factor and addend `(a, b)` that restore mean and variance after units were set to `low`; (0, mean) at rate 1.
 
     Args:
       rate: probability of dropping. (Not of keeping, which the paper calls q.)
       mean: mean of the inputs, restored.
       var: variance of the inputs, restored.
       low: what units are dropped to, -scale * alpha of the SELU.
-
-    Returns:
-      `(a, b)`; at rate 1, where nothing is left to scale, (0, mean).
-
-    Raises:
-      ValueError: the rate is no probability, or the variance not positive.
 
     Source: Klambauer et al. 2017, section 3, "New dropout technique"; other fixed points: the authors' selu.py.
 
@@ -212,13 +187,6 @@ def alpha_dropout(
       low: what elements are dropped to, -scale * alpha of the SELU.
       broadcast_dims: axes along which elements are dropped together.
 
-    Returns:
-      An array of the shape and dtype of x.
-
-    Raises:
-      TypeError: x holds integers or complex numbers.
-      ValueError: the rate is no probability, the variance not positive, or an axis out of bounds.
-
     Source: Klambauer et al. 2017, section 3; in evaluation it is the identity.
 
     >>> alpha_dropout(jax.random.key(0), jnp.zeros(4), 0.5)                           # a * low + b, or b
@@ -248,8 +216,7 @@ def selu_init(
 ) -> Callable[..., jax.Array]:
     """An initializer of weights N(0, 1 / fan_in), as the paper's networks start; biases start at zero.
 
-    `lecun_normal` of JAX and Flax has the same mean and variance but is truncated: no weight beyond 2.27 / sqrt(fan_in)
-    (two deviations before its variance is restored). Sums over many inputs have the same moments under both.
+    `lecun_normal` of JAX and Flax has the same mean and variance but is truncated: no weight beyond 2.27 / sqrt(fan_in).
 
     Args:
       in_axis: axis or axes of the inputs of a kernel.
@@ -257,15 +224,10 @@ def selu_init(
       batch_axis: axes of independent kernels.
       dtype: dtype of the weights, where the call names none.
 
-    Returns:
-      A function of a random key, a shape and a dtype.
-
     Source: Klambauer et al. 2017, section 2, "Initialization".
 
     >>> w = selu_init()(jax.random.key(0), (400, 500))
     >>> round(float(400 * jnp.var(w)), 2), bool(jnp.max(jnp.abs(w)) > 2.3 / 20)
     (1.0, True)
     """
-    return jax.nn.initializers.variance_scaling(
-        1.0, "fan_in", "normal", in_axis=in_axis, out_axis=out_axis, batch_axis=batch_axis, dtype=dtype
-    )
+    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis, out_axis, batch_axis, dtype)

@@ -21,18 +21,10 @@ T = TypeVar("T")
 class Convolutions(NamedTuple, Generic[T]):
     """What SPADE learns, arrays or their shapes: kernels `[..., i, o]` with odd windows, as in Flax, and biases `[o]`.
 
-    Attributes:
-      hidden_kernel: from the channels of the labels to hidden channels, which a ReLU follows.
-      hidden_bias: addend of the hidden channels.
-      scale_kernel: from the hidden channels to the scale less 1.
-      scale_bias: addend of the scale.
-      bias_kernel: from the hidden channels to the bias.
-      bias_bias: addend of the bias.
+    The first leads from the channels of the labels to hidden channels, which a ReLU follows; from there one to the scale
+    less 1, one to the bias.
 
     Source: Park et al. 2019, appendix A.
-
-    >>> Convolutions._fields[:3]
-    ('hidden_kernel', 'hidden_bias', 'scale_kernel')
     """
 
     hidden_kernel: T
@@ -46,17 +38,9 @@ class Convolutions(NamedTuple, Generic[T]):
 def kernel_shapes(
     features: int, labels: int, space: int, hidden: int = 128, width: int = 3
 ) -> Convolutions[tuple[int, ...]]:
-    """The shapes of what SPADE learns.
+    """The shapes of what SPADE learns, to modulate so many features by so many channels of labels.
 
-    Args:
-      features: number of channels of what is normalized.
-      labels: number of channels of the map of labels.
-      space: number of axes of space.
-      hidden: number of channels between the convolutions.
-      width: width of the windows along each axis of space, odd.
-
-    Raises:
-      ValueError: the width is even.
+    `space` is the number of axes of space, `hidden` that of channels between the convolutions, `width` that of windows, odd.
 
     Source: Park et al. 2019, appendix A.
 
@@ -81,13 +65,6 @@ def from_map(
       layout: name of each axis of the maps, which has n, c and space alone.
       size: lengths of space to which the maps are resized first; by default those that they have.
 
-    Returns:
-      Scale and bias of the rank of the maps, c channels for each position, float32 or wider.
-
-    Raises:
-      FieldError: the layout has other axes, or the kernels and biases do not fit the maps.
-      TypeError: the maps hold integers.
-
     Source: Park et al. 2019, equation 1 and appendix A; the 1 is their code's.
 
     >>> kernel, zero = jnp.ones((1, 1, 1)), jnp.zeros(1)
@@ -104,15 +81,12 @@ def from_map(
         kernel, bias, where = jnp.asarray(kernel), jnp.asarray(bias), axes(layout, x.ndim)
         channel = where["c"][0]
         if kernel.ndim != x.ndim or kernel.shape[-2] != x.shape[channel] or bias.shape != kernel.shape[-1:]:
-            raise FieldError(
-                f"a kernel of shape {kernel.shape} with a bias of shape {bias.shape} does not fit maps of shape {x.shape}, "
-                f'layout "{layout}"'
-            )
+            found = f"a kernel of shape {kernel.shape} with a bias of shape {bias.shape}"
+            raise FieldError(f'{found} does not fit maps of shape {x.shape}, layout "{layout}"')
         lhs = (where[EXAMPLES][0], channel, *where.get("...", ()))
         numbers = lax.ConvDimensionNumbers(lhs, (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)), lhs)
-        out = lax.conv_general_dilated(
-            x, kernel.astype(x.dtype), (1,) * (x.ndim - 2), "SAME", dimension_numbers=numbers
-        )
+        ones = (1,) * (x.ndim - 2)
+        out = lax.conv_general_dilated(x, kernel.astype(x.dtype), ones, "SAME", dimension_numbers=numbers)
         return affine(out, layout, None, bias)
 
     hidden = jnp.maximum(convolve(maps, learned.hidden_kernel, learned.hidden_bias), 0)
@@ -125,17 +99,6 @@ def nearest(x: ArrayLike, size: Sequence[int], layout: str = "n ... c") -> jax.A
 
     `jax.image.resize` counts from the centres of the elements, and would take others.
 
-    Args:
-      x: array, axes as named by `layout`.
-      size: length of each axis of "...".
-      layout: name of each axis of x.
-
-    Returns:
-      An array of the dtype of x.
-
-    Raises:
-      FieldError: there are more or fewer lengths than axes of "...".
-
     Source: PyTorch's `interpolate`, which SPADE's code calls.
 
     >>> nearest(jnp.arange(4.0), (2,), "...").tolist(), jax.image.resize(jnp.arange(4.0), (2,), "nearest").tolist()
@@ -144,9 +107,8 @@ def nearest(x: ArrayLike, size: Sequence[int], layout: str = "n ... c") -> jax.A
     x = jnp.asarray(x)
     space = axes(layout, x.ndim).get("...", ())
     if len(space) != len(size):
-        raise FieldError(
-            f'{len(size)} lengths do not fit the {len(space)} axes of "..." of shape {x.shape}, layout "{layout}"'
-        )
+        unfit = f'the {len(space)} axes of "..." of shape {x.shape}, layout "{layout}"'
+        raise FieldError(f"{len(size)} lengths do not fit {unfit}")
     for axis, length in zip(space, size, strict=True):
         if x.shape[axis] != length:
             x = jnp.take(x, np.arange(length) * x.shape[axis] // length, axis)

@@ -21,8 +21,7 @@ def l2(features: int, field: Field | str = "c", *, eps: float = 1e-10) -> Normal
     Args:
       features: number of elements of the field.
       field: field whose elements have length one together.
-      eps: added to the squared length. ScaleNorm's code divides by max(||x||, 1e-5), which differs where ||x|| is near
-        1e-5. [units of x squared]
+      eps: added to the squared length; ScaleNorm's code divides by max(||x||, 1e-5) instead. [units of x squared]
 
     Source: Nguyen & Salazar 2019, equation 7.
 
@@ -49,18 +48,10 @@ def partial_rms(
       x: floating-point array, axes as named by `layout`. [units u]
       layout: name of each axis of x.
       fraction: part of the channels, rounded up (the paper; its code rounds down).
-      scale: factor of the normalized array: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       eps: added to the mean square (the code adds 1e-8 to its root). [u ** 2]
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
-
-    Returns:
-      `(y, centered, stats)`, y in the shape and dtype of x.
-
-    Raises:
-      FieldError: the layout names no channels, or a parameter does not fit x.
-      TypeError: x holds integers.
-      ValueError: the fraction is not within 0 (excluded) and 1.
 
     Source: Zhang & Sennrich 2019, section 3.2.
 
@@ -99,22 +90,14 @@ def qk(
     """QK-norm: query and key, each normalized over the axis of a head, before their product.
 
     Args:
-      query: floating-point array `[..., heads, head_dim]`, or axes as named by `layout`, where c is the axis of a head.
+      query: floating-point array `[..., heads, head_dim]`, or axes as named by `layout`.
       key: floating-point array `[..., heads, head_dim]`, or axes as named by `layout`; it may have fewer heads.
-      layout: name of each axis of both.
+      layout: name of each axis of both, where c is the axis of a head.
       kind: "rms"; "layer", layer norm without an addend (Dehghani et al. 2023); "l2", length 1 (Henry et al. 2020).
-      query_scale: factor, `[c]` or a scalar; with "l2", `qk_scale` before training. It then takes the place of the
-        division by sqrt(head_dim): an attention that divides needs sqrt(head_dim) times as much.
+      query_scale: factor, `[c]` or a scalar; with "l2", `qk_scale` before training, in place of the division by
+        sqrt(head_dim): an attention that divides needs sqrt(head_dim) times as much.
       key_scale: factor of the key, `[c]` or a scalar.
       eps: added to the moment, by default 1e-6; or to the squared length for "l2", by default 1e-10. [units of x squared]
-
-    Returns:
-      Query and key, normalized, in their shapes and dtypes.
-
-    Raises:
-      FieldError: the layout names no axis of a head, or a factor does not fit.
-      TypeError: an array holds integers.
-      ValueError: no kind has this name.
 
     Source: Henry et al. 2020, section 3; Dehghani et al. 2023, section 2.1.
 
@@ -136,13 +119,7 @@ def qk(
 
 
 def qk_scale(length: int | None) -> float:
-    """Where the learned factor of "l2" attention starts: log2(L ** 2 - L) for sequences of length L.
-
-    Args:
-      length: L, the 97.5th percentile of the lengths of the sequences in training.
-
-    Raises:
-      ValueError: the length is missing or below 2.
+    """Where the learned factor of "l2" attention starts: log2(L ** 2 - L), L the 97.5th percentile of training lengths.
 
     Source: Henry et al. 2020, section 3.2.
 

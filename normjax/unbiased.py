@@ -13,9 +13,6 @@ def with_ddof(normalizer: Normalizer, size: int, ddof: int = 1) -> Normalizer:
       size: number of elements of its field.
       ddof: what is subtracted from `size`, the "delta degrees of freedom" of NumPy.
 
-    Raises:
-      ValueError: `size` is not more than `ddof`.
-
     Source: the division by n - 1 of PyTorch's `var`.
 
     >>> from normjax import TABLE
@@ -28,17 +25,9 @@ def with_ddof(normalizer: Normalizer, size: int, ddof: int = 1) -> Normalizer:
 
 
 def unbiased_group(groups: int, size: int, *, eps: float = 1e-5) -> Normalizer:
-    """Group norm by the unbiased variance.
+    """Group norm by the unbiased variance of groups of `size` elements, positions * channels of a group.
 
     With one group it is not layer norm, and with a group for each channel not instance norm, by sqrt((size - 1) / size).
-
-    Args:
-      groups: number of groups of channels.
-      size: number of elements of a group, positions * channels of a group.
-      eps: added to the variance. [units of x squared]
-
-    Raises:
-      ValueError: `size` is not more than 1.
 
     Source: the code of Lubana et al. 2021.
 

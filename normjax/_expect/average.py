@@ -1,11 +1,8 @@
-"""Averages over a bound field, one linear step per axis.
+"""Averages over a bound field, one linear step per axis, in the dtype of the argument: float32 or wider.
 
 A field is a product of spans, so the order of the steps is free: whole axes first (they shrink the array), then
 collectives over mapped axes, blocks, and windows last. Each average is a weighted sum over a sum of weights, and the
-sums are combined across devices before the one division. The obvious form, one averaging matrix per axis, is what the
-tests compare with.
-
-Everything here accumulates in the dtype of its argument; callers pass float32 or wider.
+sums are combined across devices before the one division. The tests compare with one averaging matrix per axis.
 """
 
 import functools
@@ -19,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import Weights
 from normjax._expect.binding import Plan, pooled_and_windowed
-from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_of, with_halo
+from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_behind, with_halo
 from normjax._expect.window import slide
 from normjax._expect.xla import barrier, reduction_order
 from normjax.field import Span
@@ -28,26 +25,27 @@ from normjax.field import Span
 def average(x: jax.Array, plan: Plan, weights: Weights | None = None) -> tuple[jax.Array, ArrayLike]:
     """E_F[x] and the sum of weights behind it, both broadcasting against x. Zero where there is no weight.
 
-    x is zero at masked positions already (`zero_masked`) and of the bound shape; it may be shorter (length 1) on axes
-    that the field does not name.
+    x is zero at masked positions already (`zero_masked`), of the bound shape or of length 1 on axes outside the field.
     """
     if weights is None:
         count = counts(plan, x.dtype)
         safe = (np if isinstance(count, np.ndarray) else jnp).where(count > 0, count, 1)
         return total(x, plan) / safe.astype(x.dtype), count
-    named = {axis for axis, _ in plan.bound.spans}
-    w = weights.value
+
+    def divided(sums: jax.Array, weight: jax.Array) -> jax.Array:
+        filled = weight > 0
+        return jnp.where(filled, sums / jnp.where(filled, weight, 1).astype(x.dtype), 0)
+
+    w, named = weights.value, {axis for axis, _ in plan.bound.spans}
     w = jnp.broadcast_to(w, [x.shape[i] if i in named else n for i, n in enumerate(w.shape)])
     pooled, windows = pooled_and_windowed(plan)
-    top_sum, weight = total(x * w.astype(x.dtype), pooled), total(w, pooled)
+    sums, weight = total(x * w.astype(x.dtype), pooled), total(w, pooled)
     if plan.border == "zero" and not plan.bound.pooled:
         # A masked element counts as a zero, like one past the edge: average what is pooled, then box it.
-        filled = weight > 0
-        pooled_mean = jnp.where(filled, top_sum / jnp.where(filled, weight, 1).astype(x.dtype), 0)
-        return total(pooled_mean, windows) / counts(windows, x.dtype).astype(x.dtype), total(weight, windows)
-    top_sum, weight = total(top_sum, windows), total(weight, windows)
-    filled = weight > 0
-    return jnp.where(filled, top_sum / jnp.where(filled, weight, 1).astype(x.dtype), 0), weight
+        boxed = total(divided(sums, weight), windows)
+        return boxed / counts(windows, x.dtype).astype(x.dtype), total(weight, windows)
+    sums, weight = total(sums, windows), total(weight, windows)
+    return divided(sums, weight), weight
 
 
 def total(x: jax.Array, plan: Plan) -> jax.Array:
@@ -69,16 +67,10 @@ def total(x: jax.Array, plan: Plan) -> jax.Array:
 def counts(plan: Plan, dtype: DTypeLike) -> np.ndarray | jax.Array:
     """What `total` of an array of ones is (under border "zero": as if ones stood past the edge too)."""
     bound = plan.bound
-    count = np.ones((1,) * len(bound.shape))
-    seen = set()
+    count = np.full((1,) * len(bound.shape), float(shards_behind(bound)))
     for axis, span in bound.spans:
-        if span.mapped and span.whole and span.mapped not in seen:
-            count = count * shards_of(span)
-            seen.add(span.mapped)
-        if axis is None:
-            continue
-        length = bound.shape[axis]
-        if span.window:
+        length = 1 if axis is None else bound.shape[axis]
+        if axis is not None and span.window:
             taps = plan.taps(span)
             if plan.border == "zero":
                 count = count * taps.sum()
@@ -87,18 +79,11 @@ def counts(plan: Plan, dtype: DTypeLike) -> np.ndarray | jax.Array:
                 padded = np.pad(np.ones(length), (before, after))
                 sums = [(padded[i : i + len(taps)] * taps).sum() for i in range(length)]
                 count = count * np.reshape(sums, [-1 if i == axis else 1 for i in range(len(bound.shape))])
-            else:
-                return counts_across(plan, dtype)
-        elif span.blocks:
-            count = count * (length // local_blocks(bound, axis, span))
+            else:  # a truncated window that crosses shards: known only to the collective
+                return total(jnp.ones(bound.shape, jnp.finfo(dtype).dtype), plan)
         else:
-            count = count * length
+            count = count * (length // local_blocks(bound, axis, span) if axis is not None and span.blocks else length)
     return count.astype(np.finfo(dtype).dtype)
-
-
-def counts_across(plan: Plan, dtype: DTypeLike) -> jax.Array:
-    """Counts where a truncated window crosses shards: known only to the collective."""
-    return total(jnp.ones(plan.bound.shape, jnp.finfo(dtype).dtype), plan)
 
 
 def by_blocks(reduce: Callable[..., jax.Array], x: jax.Array, axis: int, blocks: int) -> jax.Array:

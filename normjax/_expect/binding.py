@@ -1,13 +1,13 @@
 """Fields bound to arrays: which axes the names of a layout are, which of them a field averages, and how.
 
-Everything here is static: it follows from strings and shapes, and compiled code depends on it alone. Every refusal is a
-`FieldError` with a caret under the atom that does not fit.
+Everything here is static: it follows from strings and shapes, and compiled code depends on it alone.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,14 +18,7 @@ _LAYOUT_NAME = re.compile(r"\.\.\.|[A-Za-z_]\w*")
 
 @functools.cache
 def axes(layout: str, ndim: int) -> dict[str, tuple[int, ...]]:
-    """Which axes of an array of `ndim` axes each name of the layout stands for.
-
-    Raises:
-      FieldError: the layout cannot be read, or does not fit `ndim`.
-
-    >>> axes("n ... c", 4)
-    {'n': (0,), '...': (1, 2), 'c': (3,)}
-    """
+    """Which axes of an array of `ndim` axes each name of the layout stands for."""
     names = layout.split() if isinstance(layout, str) else None
     if not names or not all(_LAYOUT_NAME.fullmatch(name) for name in names):
         raise FieldError(f'a layout names axes, as "n ... c" does; found {layout!r}')
@@ -37,27 +30,17 @@ def axes(layout: str, ndim: int) -> dict[str, tuple[int, ...]]:
         count = len(names) if rest is None else f"at least {len(names) - 1}"
         noun = "axis" if count in (1, "at least 1") else "axes"
         raise FieldError(f'layout "{layout}" names {count} {noun}, but the array has {ndim}')
-    found, start = {}, 0
-    for name in names:
-        stop = start + (rest if name == REST and rest is not None else 1)
-        found[name] = tuple(range(start, stop))
-        start = stop
-    return found
+    numbers = iter(range(ndim))
+    return {name: tuple(itertools.islice(numbers, rest if name == REST else 1)) for name in names}
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A field bound to an array: its spans by number of axis. Made by `bind`.
-
-    Attributes:
-      field: the field.
-      shape: shape of the array (of one shard or one mapped example, where axes are mapped).
-      spans: (axis number, or None for an axis that is only mapped; the span) for each axis that is averaged.
-    """
+    """A field bound to an array: its spans by number of axis. Made by `bind`."""
 
     field: Field
-    shape: tuple[int, ...]
-    spans: tuple[tuple[int | None, Span], ...]
+    shape: tuple[int, ...]  # of the array, or of one shard or mapped example of it
+    spans: tuple[tuple[int | None, Span], ...]  # by axis number, None for an axis that is only mapped
 
     def by(self, kind: str) -> Iterator[tuple[int, Span]]:
         """The (axis, span) pairs of one kind: "whole", "blocks" or "window"."""
@@ -92,16 +75,7 @@ class Bound:
 
 @functools.cache
 def bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
-    """Fits a field to an array.
-
-    `...` that matches no axis is dropped where another atom remains.
-
-    Raises:
-      FieldError: the field names an axis that the layout lacks, blocks do not divide, or nothing is left.
-
-    >>> [(axis, str(span)) for axis, span in bind(Field.parse("...:3 c"), "n ... c", (2, 8, 8, 4)).spans]
-    [(1, '...:3'), (2, '...:3'), (3, 'c')]
-    """
+    """Fits a field to an array. `...` that matches no axis is dropped where another atom remains."""
     where = axes(layout, len(shape))
     spans: list[tuple[int | None, Span]] = []
     for span in field.spans:
@@ -109,15 +83,12 @@ def bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
             spans.append((None, span))
             continue
         if span.axis not in where and span.axis != REST:
-            raise FieldError(
-                f'field "{field}" averages over \'{span.axis}\', which layout "{layout}" does not name'
-                + caret(str(field), span.axis)
-            )
+            unnamed = f'field "{field}" averages over \'{span.axis}\', which layout "{layout}" does not name'
+            raise FieldError(unnamed + caret(str(field), span.axis))
         for axis in where.get(span.axis, ()):
             if span.blocks and not span.mapped and shape[axis] % span.blocks:
-                raise FieldError(
-                    f"cannot split axis '{span.axis}' of length {shape[axis]} into {span.blocks} equal groups"
-                )
+                uneven = f"axis '{span.axis}' of length {shape[axis]} into {span.blocks} equal groups"
+                raise FieldError(f"cannot split {uneven}")
             spans.append((axis, span))
     if field.spans and not spans:
         raise FieldError(f'field "{field}" matches no axis of an array of shape {shape}, layout "{layout}"')
@@ -142,21 +113,11 @@ class Plan:
         """The weights within the window, by offset: ones, or a Gaussian of standard deviation width / 4."""
         before, after = self.extent(span)
         offsets = np.arange(-before, after + 1)
-        if self.window == "box":
-            return np.ones(len(offsets))
-        return np.exp(-0.5 * (offsets / (len(offsets) / 4)) ** 2)
+        return np.ones(len(offsets)) if self.window == "box" else np.exp(-0.5 * (offsets / (len(offsets) / 4)) ** 2)
 
 
 def pooled_and_windowed(plan: Plan) -> tuple[Plan, Plan]:
-    """The plan as its pooled part (whole axes, collectives, blocks) and its windows.
-
-    >>> both = pooled_and_windowed(Plan(bind(Field.parse("...:3 c"), "n ... c", (2, 8, 4))))
-    >>> [[(axis, str(span)) for axis, span in part.bound.spans] for part in both]
-    [[(2, 'c')], [(1, '...:3')]]
-    """
-
-    def part(windows: bool) -> Plan:
-        spans = tuple((axis, s) for axis, s in plan.bound.spans if bool(s.window) == windows)
-        return Plan(Bound(plan.bound.field, plan.bound.shape, spans), plan.border, plan.window, plan.lean)
-
-    return part(False), part(True)
+    """The plan as its pooled part (whole axes, collectives, blocks) and its windows."""
+    parts = [tuple(s for s in plan.bound.spans if bool(s[1].window) == windows) for windows in (False, True)]
+    pooled, windowed = (replace(plan, bound=replace(plan.bound, spans=spans)) for spans in parts)
+    return pooled, windowed

@@ -1,7 +1,4 @@
-"""E, the average over a field, as one frozen value: what `theory.statistics` and `theory.output` are handed.
-
-`expect` is E for one field and one array.
-"""
+"""E, the average over a field, as one frozen value: what `theory.statistics` and `theory.output` are handed."""
 
 import math
 from dataclasses import dataclass
@@ -25,30 +22,16 @@ class OverFields:
     """E for the fields of one normalizer and one array. A field is bound, or refused, when it is first averaged over.
 
     Without a mask it is static and hashable, so that a derivative rule can take it as an argument that is not traced.
-
-    Attributes:
-      layout: name of each axis of the array.
-      shape: of the array (of one shard or one mapped example, where axes are mapped).
-      border: what a window averages past the edge, "truncate" or "zero".
-      window: "box" or "gaussian".
-      lean: the side of the extra element of an even window, "after" or "before".
-      weights: of the elements, or None. What is averaged is zero at masked positions already: `only`.
-      recentred: the moment of order 2 sheds the square of what rounding left of the mean, E[v] ** 2. For y = x / d, where
-        an error of d counts |x| times; only where the mean is that of the array, over the same field.
-
-    >>> E = OverFields("n c", (2, 2))
-    >>> E(jnp.array([[1.0, 3.0], [5.0, 7.0]]), Field.parse("n")).tolist()
-    [[3.0, 5.0]]
-    >>> E(jnp.array([[1.0, -3.0], [5.0, -7.0]]), Field.parse("c"), math.inf).tolist()
-    [[3.0], [7.0]]
+    `recentred`: the moment of order 2 sheds the square of what rounding left of the mean, E[v] ** 2. For y = x / d, where
+    an error of d counts |x| times; only where the mean is that of the array, over the same field.
     """
 
     layout: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the array, or of one shard or mapped example of it
     border: str = "truncate"
     window: str = "box"
     lean: str = "after"
-    weights: Weights | None = None
+    weights: Weights | None = None  # what is averaged is zero at masked positions already: `only`
     recentred: bool = False
 
     def plan(self, field: Field) -> Plan:
@@ -105,22 +88,17 @@ def expect(
 ) -> jax.Array:
     """Averages x over a field: E_field[x].
 
-    Spans act on separate axes, so they are applied one by one, and the result keeps the rank of x: axes that are
-    averaged whole have length 1, all others keep theirs. float16 and bfloat16 are averaged in float32.
+    The result has the rank of x and the dtype float32 or wider: axes that are averaged whole have length 1, all others
+    keep theirs. float16 and bfloat16 are averaged in float32. [units u]
 
     Args:
       x: array of a real or complex floating dtype, axes as named by `layout`. [units u]
       field: a Field or its string, such as `"...:5 c"`.
       layout: name of each axis of x; `...` matches any number of axes.
-      border: what a window averages past the edge: only the elements that exist ("truncate"), or zeros as well
-        ("zero": division by the full width).
+      border: past the edge, windows see nothing ("truncate"), or zeros ("zero": division by the full width).
       window: "box", or "gaussian" with standard deviation width / 4, cut at the width.
       lean: the side on which a window of even width has its extra element, "after" or "before".
-      mask: boolean mask or non-negative weights that broadcast against x; where it is zero, x is left out. A field
-        without weight averages to 0.
-
-    Returns:
-      An array of float32 or wider that broadcasts against x. [units u]
+      mask: boolean or non-negative weights that broadcast against x; zero leaves x out, a field without weight is 0.
 
     Raises:
       FieldError: the field names an axis that the layout lacks, groups do not divide it, or a mapped axis is unbound.

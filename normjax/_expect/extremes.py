@@ -1,11 +1,9 @@
 """Moments that are not means of a power: the largest |v| of a field, and the mean of the k largest (Hoffer et al. 2018).
 
-They take the same plans as `average.py`. A maximum goes axis by axis like a sum; the k largest need all elements of a field
-side by side, so windows are refused.
+A maximum goes axis by axis like a sum; the k largest need all elements of a field side by side, so windows are refused.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from jax import lax
 from normjax._expect.arrays import Weights
 from normjax._expect.average import by_blocks, total
 from normjax._expect.binding import Plan, pooled_and_windowed
-from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_of, with_halo
+from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_behind, with_halo
 from normjax.field import FieldError, Span
 
 
@@ -58,8 +56,7 @@ def _window_maximum(a: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Arra
     if span.mapped is not None:
         a, padding = with_halo(a, axis, before, after, span), (0, 0)
     else:
-        before, after = min(before, length - 1), min(after, length - 1)
-        padding = (before, after)
+        padding = before, after = min(before, length - 1), min(after, length - 1)
 
     def slide(a: jax.Array) -> jax.Array:
         a = jnp.pad(a, [padding if i == axis else (0, 0) for i in range(a.ndim)])
@@ -75,21 +72,16 @@ def _window_maximum(a: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Arra
 
 
 def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -> jax.Array:
-    """The mean of the k largest elements of the field, of a non-negative array.
-
-    Raises:
-      FieldError: the field has windows, or holds fewer than k elements.
-    """
+    """The mean of the k largest elements of the field, of a non-negative array."""
     bound = plan.bound
     if a.size == 0:
         return largest(a, plan)
     if not bound.pooled:
         raise FieldError(f'order=top({k}) takes whole axes and blocks; field "{bound.field}" has windows')
-    size = bound.reach() * math.prod(shards_of(Span(None, mapped=m, groups=g)) for m, g in bound.collectives)
+    size = bound.reach() * shards_behind(bound)
     if k > size:
-        raise FieldError(
-            f'order=top({k}) needs {k} elements; field "{bound.field}" holds {size} of shape {bound.shape}'
-        )
+        holds = f'field "{bound.field}" holds {size} of shape {bound.shape}'
+        raise FieldError(f"order=top({k}) needs {k} elements; {holds}")
     named = tuple(axis for axis, _ in bound.spans if axis is not None)
     mean = partitioned(functools.partial(_mean_of_largest, k=k, plan=plan), a, named, bound.whole)
     if weights is None:

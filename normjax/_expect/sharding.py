@@ -13,11 +13,7 @@ from normjax.field import FieldError, Span
 
 
 def axis_size(name: str) -> int:
-    """Size of a mapped axis.
-
-    Raises:
-      FieldError: no transformation binds the name here.
-    """
+    """Size of a mapped axis."""
     try:
         return lax.axis_size(name)
     except NameError:
@@ -34,30 +30,27 @@ def shards_of(span: Span) -> int:
     return len(span.groups[0]) if span.groups else axis_size(span.mapped)
 
 
-def local_blocks(bound: Bound, axis: int, span: Span) -> int:
-    """How many of the span's blocks this array holds.
+def shards_behind(bound: Bound) -> int:
+    """How many shards or mapped examples the spans that are averaged whole combine."""
+    return math.prod(shards_of(Span(None, mapped=name, groups=groups)) for name, groups in bound.collectives)
 
-    Raises:
-      FieldError: the axis is sharded and a block would lie on several shards.
-    """
+
+def local_blocks(bound: Bound, axis: int, span: Span) -> int:
+    """How many of the span's blocks this array holds."""
     blocks, length = span.blocks or 1, bound.shape[axis]
     if span.mapped is None:
         return blocks
     shards = shards_of(span)
     if blocks % shards or length % (blocks // shards):
         raise FieldError(
-            f"blocks '{span}' do not align with {shards} shards of length {length}: the number of blocks must be a "
-            "multiple of the number of shards, and each shard must split evenly"
+            f"blocks '{span}' do not align with {shards} shards of length {length}: the number of blocks must "
+            "be a multiple of the number of shards, and each shard must split evenly"
         )
     return blocks // shards
 
 
 def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> jax.Array:
-    """The array with the neighbouring shards' elements around it, zeros past the ends of the whole array.
-
-    Raises:
-      FieldError: the mapped axis is unbound, or carries index groups.
-    """
+    """The array with the neighbouring shards' elements around it, zeros past the ends of the whole array."""
     assert span.mapped is not None
     if span.groups:
         raise FieldError(f"window '{span}' takes its neighbours' elements and cannot use index groups")
@@ -70,12 +63,10 @@ def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> j
         sender = lax.axis_index(span.mapped) - distance
         return jnp.where((sender >= 0) & (sender < shards), received, jnp.zeros((), x.dtype))
 
-    pieces = [x]
-    for hop in range(1, math.ceil(before / length) + 1):
-        pieces.insert(0, from_shard(hop, max(0, length * hop - before), length))
-    for hop in range(1, math.ceil(after / length) + 1):
-        pieces.append(from_shard(-hop, 0, min(length, after - length * (hop - 1))))
-    return jnp.concatenate(pieces, axis)
+    left = [from_shard(hop, max(0, length * hop - before), length) for hop in range(1, math.ceil(before / length) + 1)]
+    hops = range(1, math.ceil(after / length) + 1)
+    right = [from_shard(-hop, 0, min(length, after - length * (hop - 1))) for hop in hops]
+    return jnp.concatenate([*left[::-1], x, *right], axis)
 
 
 def along_one_shard(x: jax.Array, axes: tuple[int, ...]) -> bool:

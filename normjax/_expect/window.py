@@ -3,7 +3,6 @@
 A sum of shifted copies is a fast way to a wide window, and JAX's transpose of it a slow one: it pads and adds every
 shift. But the transpose of a window sum is the window sum that leans the other way. So `slide` is a primitive that JAX
 differentiates, transposes and batches as a whole, and that is written out only when it is compiled, for the platform.
-
 Nothing here is a difference of running sums: that would cancel.
 """
 
@@ -19,35 +18,26 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 DIRECT = 9  # widths up to this: `reduce_window` costs little more than a copy, and is the shortest to compile
+Taps = int | tuple[float, ...]  # the weights of a window; a number is so many ones
 
 slide_p = Primitive("slide")
 
 
-def slide(x: jax.Array, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> jax.Array:
-    """The sum over each window along an axis, weighted by taps (a number: so many ones), with zeros past the edges.
-
-    Element i of the result is the sum of taps[t] * x[i - padding[0] + t]. Negative padding cuts.
-
-    >>> slide(jnp.arange(4.0), 0, 3, (1, 1)).tolist()
-    [1.0, 3.0, 6.0, 5.0]
-    >>> slide(jnp.arange(4.0), 0, (1.0, 0.5), (0, 0)).tolist()
-    [0.5, 2.0, 3.5]
-    """
+def slide(x: jax.Array, axis: int, taps: Taps, padding: tuple[int, int]) -> jax.Array:
+    """Element i is the sum of taps[t] * x[i - padding[0] + t], with zeros past the edges. Negative padding cuts."""
     return slide_p.bind(x, axis=axis, taps=taps, padding=padding)
 
 
-def _width(taps: int | tuple[float, ...]) -> int:
+def _width(taps: Taps) -> int:
     return taps if isinstance(taps, int) else len(taps)
 
 
-def _abstract(x: ShapedArray, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> ShapedArray:
+def _abstract(x: ShapedArray, *, axis: int, taps: Taps, padding: tuple[int, int]) -> ShapedArray:
     length = x.shape[axis] + sum(padding) - _width(taps) + 1
     return x.update(shape=(*x.shape[:axis], length, *x.shape[axis + 1 :]), weak_type=False)
 
 
-def _transpose(
-    ct: jax.Array, x: object, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]
-) -> list[jax.Array]:
+def _transpose(ct: jax.Array, x: object, *, axis: int, taps: Taps, padding: tuple[int, int]) -> list[jax.Array]:
     over = _width(taps) - 1
     turned = taps if isinstance(taps, int) else taps[::-1]
     return [slide(ct, axis, turned, (over - padding[0], over - padding[1]))]
@@ -58,7 +48,7 @@ def _batch(args: tuple[jax.Array], dims: tuple[int], *, axis: int, **params: Any
     return slide_p.bind(x, axis=axis + (dim <= axis), **params), dim
 
 
-def reduced(x: jax.Array, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> jax.Array:
+def reduced(x: jax.Array, *, axis: int, taps: Taps, padding: tuple[int, int]) -> jax.Array:
     """The form that the compiler can partition where the axis is sharded: it asks the neighbours for what it needs."""
     if not isinstance(taps, int):
         return _shifted(_pad(x, axis, padding), axis, taps, 1)
@@ -78,7 +68,7 @@ def _direct(x: jax.Array, axis: int, taps: int, padding: tuple[int, int]) -> jax
     return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, dims, [1] * x.ndim, pads)
 
 
-def in_two_steps(x: jax.Array, *, axis: int, taps: int | tuple[float, ...], padding: tuple[int, int]) -> jax.Array:
+def in_two_steps(x: jax.Array, *, axis: int, taps: Taps, padding: tuple[int, int]) -> jax.Array:
     """For one CPU: sums over m elements, and of every m-th of these; m + width / m additions instead of width."""
     if not isinstance(taps, int):
         return reduced(x, axis=axis, taps=taps, padding=padding)

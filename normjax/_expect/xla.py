@@ -12,8 +12,7 @@ copies have names, by the pass that they are for:
     FOR_ROUNDING  the sum of v: what rounding left of the mean
     FOR_MEAN      the gradient that goes through the mean, where windows slide over the sums
 
-Two more notes stand where they act: `window.py` writes a window sum out by platform, and `inverse_power` leaves a select
-away where a denominator is known to be positive.
+Two more notes stand where they act: in `window.py`, and in `inverse_power`.
 """
 
 import math
@@ -28,46 +27,24 @@ FOR_GRADIENT, FOR_SCALE, FOR_Y, FOR_SUMS, FOR_ROUNDING, FOR_MEAN = 1, 2, 3, 4, 5
 
 
 def on_cpu() -> bool:
-    """Whether programs are compiled for a CPU by default.
-
-    >>> on_cpu() == (jax.default_backend() == "cpu")
-    True
-    """
+    """Whether programs are compiled for a CPU by default."""
     return jax.default_backend() == "cpu"
 
 
 def distinct_copy(statistic: jax.Array, use: int) -> jax.Array:
-    """An exact copy of a small statistic that XLA:CPU takes for another value: other arithmetic where it is NaN.
-
-    Args:
-      statistic: any array.
-      use: what the copy is for, of the legend above; copies for different uses are different values.
-
-    >>> distinct_copy(jnp.array([1.0, jnp.inf]), FOR_Y).tolist()
-    [1.0, inf]
-    """
+    """An exact copy of a small statistic that XLA:CPU takes for another value: other arithmetic where it is NaN."""
     if not on_cpu():
         return statistic
     return jnp.where(statistic != statistic, statistic + statistic.dtype.type(use), statistic)
 
 
 def barrier(x: jax.Array) -> jax.Array:
-    """Keeps XLA:CPU from merging two steps into one.
-
-    >>> barrier(jnp.array([1.0])).tolist()
-    [1.0]
-    """
+    """Keeps XLA:CPU from merging two steps into one."""
     return lax.optimization_barrier(x) if on_cpu() else x
 
 
 def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Which of the axes to sum first, and which then.
-
-    XLA:CPU sums axes between others on one thread if the last axis is short: the innermost of them goes first.
-
-    >>> reduction_order((1, 2), (8, 32, 32, 512))
-    [(1, 2)]
-    """
+    """Steps of a sum: XLA:CPU sums axes between others on one thread if the last axis is short; the innermost goes first."""
     kept = [i for i in range(len(shape)) if i not in axes]
     narrow = len(axes) > 1 and kept and kept[0] < min(axes) and kept[-1] > max(axes) and shape[kept[0]] > 1
     if not on_cpu() or not narrow or math.prod(shape[max(axes) + 1 :]) >= 256:
@@ -76,11 +53,7 @@ def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple
 
 
 def broadcast_in_order(small: jax.Array, x: jax.Array) -> jax.Array:
-    """A small array broadcast against x, in the steps in which x is summed: the transpose is such a sum.
-
-    >>> broadcast_in_order(jnp.ones((1, 1, 1, 3)), jnp.ones((2, 4, 4, 3))).shape
-    (2, 4, 4, 3)
-    """
+    """A small array broadcast against x, in the steps in which x is summed: the transpose is such a sum."""
     small = small.reshape((1,) * (x.ndim - small.ndim) + small.shape)
     long = tuple(axis for axis, (n, m) in enumerate(zip(small.shape, x.shape, strict=True)) if n == 1 < m)
     if not along_one_shard(x, long):

@@ -4,19 +4,15 @@ The tangent of y is the equation's own. For dx -> dy, with q = eps + gain m, d =
 
     dv = dx - E_A[dx]        dm = 2 E_B[v dv]        dq = gain dm + deps        dy = scale r (dv - power v dq / q) + ...
 
-It is a `jax.custom_jvp`, so that every transformation works (JAX transposes it for reverse mode, and differentiates it
-again for second derivatives), and it is checkpointed, so that what JAX keeps for the backward pass is x and the small
-statistics, where plain differentiation keeps several arrays of the size of x. Windows of arrays that
-nothing pools keep plain differentiation, since there the statistics are as large as x.
+It is a `jax.custom_jvp`, so that every transformation works, and checkpointed, so that what JAX keeps for the backward
+pass is x and the small statistics, where plain differentiation keeps several arrays of the size of x. Windows of arrays
+that nothing pools keep plain differentiation, since there the statistics are as large as x.
 
-Three forms of one tangent, by what is small. Where statistics, scale and bias all vary along few elements (batch,
-group and instance norm), dy = alpha dx + gamma v + beta with small alpha, beta and gamma; transposed, these ask
-for two sums over x, of g and of g v, from which the gradients of x, scale and bias follow alike. Where the scale varies
-along the axes that are averaged (layer norm), the products with it are of the size of x. Where windows follow the pooling
+Three forms of one tangent (`tangents.py`), by what is small. Where statistics, scale and bias all vary along few elements
+(batch, group and instance norm), dy = alpha dx + gamma v + beta with small alpha, beta and gamma; transposed, these ask for
+two sums over x, of g and of g v, from which the gradients of x, scale and bias follow alike. Where the scale varies along
+the axes that are averaged (layer norm), the products with it are of the size of x. Where windows follow the pooling
 (divisive norm), they slide over small maps.
-
-The three forms are in `tangents.py`. Whatever takes a pass of its own over x takes its own copy of the small statistics,
-by name: `_expect/xla.py` has the legend.
 """
 
 import functools
@@ -60,24 +56,13 @@ def _shrinks(n: Normalizer, bound: Bound) -> bool:
 
 
 def in_passes(bound: Bound) -> bool:
-    """Whether y takes a pass of its own over x, for XLA:CPU cannot have it in one with the statistics over B.
-
-    It cannot where they mix examples but not channels (batch norm), or blocks.
-    """
+    """Whether XLA:CPU cannot have y in one pass with the statistics: these mix blocks, or examples but not channels."""
     return any(span.blocks for _, span in bound.spans) or (0 in bound.whole and len(bound.shape) - 1 not in bound.whole)
 
 
-def ruled(
-    n: Normalizer,
-    E: OverFields,
-    dtype: DTypeLike,
-    x: jax.Array,
-    eps: jax.Array | None,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-) -> Parts:
-    """The equation with its derivative rule, for what `has_rule`: `(y, v, mean, moment)`, y of this dtype."""
-    return _ruled(n, E, dtype, in_passes(E.plan(divisor(n)).bound), x, eps, scale, bias)
+def ruled(n: Normalizer, E: OverFields, dtype: DTypeLike, x: jax.Array, *small: jax.Array | None) -> Parts:
+    """The equation with its derivative rule, for what `has_rule`, y of this dtype; `small` is eps, scale and bias."""
+    return _ruled(n, E, dtype, in_passes(E.plan(divisor(n)).bound), x, *small)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))

@@ -1,8 +1,4 @@
-"""The equation of `theory.py`, evaluated: everything is laid beside x once, then the plain form, the rule or a kernel runs.
-
-`normalize` is for users, and refuses what leaves no number to be right; `equation` is for layers that accept what Flax
-accepts.
-"""
+"""The equation of `theory.py`, evaluated: all is laid beside x once, then the plain form, the rule or a kernel runs."""
 
 import math
 from typing import NamedTuple
@@ -12,14 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import kernels
-from normjax._expect.arrays import (
-    align_eps,
-    align_parameter,
-    align_statistic,
-    as_weights,
-    require_float,
-    statistics_dtype,
-)
+from normjax._expect.arrays import align_parameter, align_statistic, as_weights, require_float, statistics_dtype
 from normjax._expect.binding import axes, bind
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
@@ -56,9 +45,9 @@ def normalize(
 ) -> Normalized:
     """Normalizes x: centres each element over A, divides it by the spread over B.
 
-    Numerical decisions: statistics accumulate in float32 or wider, windows too. The moment is taken of the centred v
-    (two passes), so it cannot be negative or cancel. Where the denominator is zero (eps = 0 and v = 0), y and its gradient
-    are zero. Masked elements are selected away before any arithmetic, so a NaN there reaches nothing.
+    Statistics accumulate in float32 or wider, windows too. The moment is taken of the centred v (two passes), so it
+    cannot be negative or cancel. Where the denominator is zero (eps = 0 and v = 0), y and its gradient are zero. Masked
+    elements are selected away before any arithmetic, so a NaN there reaches nothing.
 
     Arrays that are sharded over devices under `jit` are normalized as wholes. Inside `shard_map`, `pmap` and `vmap` an
     array is one shard or one example; a field reaches beyond it along the axes that it maps: `"@data n ..."`, `"h:5@rows"`.
@@ -67,17 +56,13 @@ def normalize(
       x: array of a real or complex floating dtype, axes as named by `layout`. [units u]
       normalizer: a Normalizer, or the name of a row of TABLE.
       layout: name of each axis of x; `...` matches any number of axes.
-      stats: moments to use instead of those of x (inference); one that is None is computed from x, around the given
-        mean. Each has the rank of x and broadcasts against it.
-      scale: factor of y: a scalar; one number a channel (axis c of the layout), `[c]`; one for each example and
-        channel, `[n, c]`; or an array of the rank of x that broadcasts against it.
+      stats: moments to use instead of those of x (inference), each of the rank of x and broadcasting against it; one that
+        is None is computed from x, around the given mean.
+      scale: factor of y: a scalar, `[c]` (one number a channel), `[n, c]`, or of the rank of x and broadcasting.
       bias: added to scale * y; a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or non-negative weights that broadcast against x. At weight zero, x is left out of every
         statistic and y is 0, so that the output is the bias.
       eps: replaces the row's number, for a learned sigma: a scalar or an array that broadcasts. [units u ** order]
-
-    Returns:
-      `(y, centered, stats)`; y has the dtype of x.
 
     Raises:
       FieldError: field, layout, shapes or mapped axes do not fit, or A holds a single element.
@@ -145,30 +130,15 @@ def equation(
     eps: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
 ) -> Normalized:
-    """The equation itself, without the refusals of `normalize`: for layers that accept what Flax accepts.
-
-    Args:
-      x: array of a real or complex floating dtype, axes as named by `layout`. [units u]
-      normalizer: the two fields and the few numbers.
-      layout: name of each axis of x; `...` matches any number of axes.
-      stats: moments to use instead of those of x; one that is None is computed from x, around the given mean.
-      scale: factor of y: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: added to scale * y: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      mask: boolean mask or non-negative weights that broadcast against x; y is 0 where it is zero.
-      eps: replaces the row's number: a scalar or an array that broadcasts. [units u ** order]
-      dtype: of y, by default that of x.
-
-    Returns:
-      `(y, centered, stats)`.
-
-    Raises:
-      FieldError: field, layout, shapes or mapped axes do not fit.
-
-    >>> equation(jnp.ones((3, 1)), Normalizer("c", "c")).y.tolist()
-    [[0.0], [0.0], [0.0]]
-    """
+    """`normalize` without its refusals, for layers that accept what Flax accepts; y has this dtype, by default that of x."""
     n, work = normalizer, statistics_dtype(x.dtype)
-    given = _operands(x, n, layout, stats, eps, scale, bias)
+    mean, moment = (stats.mean, stats.var) if stats else (None, None)
+    given = Operands(
+        None if mean is None or n.mean is None else align_statistic(mean, x, "mean", work),
+        None if moment is None or n.var is None else align_statistic(moment, x, "var", jnp.finfo(work).dtype),
+        None if eps is None else align_statistic(eps, x, "eps", jnp.finfo(work).dtype),
+        *_parameters(scale, bias, x, layout, work),
+    )
     afresh = given.mean is None and given.moment is None
     recentred = n.keep_mean and n.mean == n.var and given.mean is None
     E = OverFields(layout, x.shape, n.border, n.window, n.lean, as_weights(mask, x.astype(work)), recentred)
@@ -179,48 +149,19 @@ def equation(
         y, v, mean, moment = derivative.ruled(n, E, dtype, x, given.eps, given.scale, given.bias)
     else:
         y, v, mean, moment = _plain(x, n, E, given, dtype)
-    return Normalized(y, v, Stats(mean, moment, *_weights_behind(n, E, given, stats, work)))
-
-
-def _operands(
-    x: jax.Array,
-    n: Normalizer,
-    layout: str,
-    stats: Stats | None,
-    eps: ArrayLike | None,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
-) -> Operands:
-    work = statistics_dtype(x.dtype)
-    real = jnp.finfo(work).dtype
-    mean, moment = (stats.mean, stats.var) if stats else (None, None)
-    scale, bias = _parameters(scale, bias, x, layout, work)
-    return Operands(
-        mean=None if mean is None or n.mean is None else align_statistic(mean, x, "mean", work),
-        moment=None if moment is None or n.var is None else align_statistic(moment, x, "var", real),
-        eps=None if eps is None else align_eps(eps, x, real),
-        scale=scale,
-        bias=bias,
-    )
+    came = (stats.mean_weight, stats.var_weight) if stats else (None, None)
+    weights = [  # behind the mean and the moment; of one that was given, what came with it
+        weight if statistic is not None else None if field is None else E.weight(field, work)
+        for field, statistic, weight in zip((n.mean, n.var), given[:2], came, strict=True)
+    ]
+    return Normalized(y, v, Stats(mean, moment, *weights))
 
 
 def _parameters(
     scale: ArrayLike | None, bias: ArrayLike | None, x: jax.Array, layout: str, dtype: DTypeLike
 ) -> list[jax.Array | None]:
-    named = (("scale", scale), ("bias", bias))
-    return [None if p is None else align_parameter(p, x, layout, name, dtype) for name, p in named]
-
-
-def _weights_behind(
-    n: Normalizer, E: OverFields, given: Operands, stats: Stats | None, dtype: DTypeLike
-) -> list[ArrayLike | None]:
-    """The weight behind the mean and the moment; of one that was given, the weight that came with it."""
-    came = (stats.mean_weight, stats.var_weight) if stats else (None, None)
-    statistics_given = (given.mean is not None, given.moment is not None)
-    return [
-        weight if is_given else None if field is None else E.weight(field, dtype)
-        for field, is_given, weight in zip((n.mean, n.var), statistics_given, came, strict=True)
-    ]
+    named = {"scale": scale, "bias": bias}
+    return [None if p is None else align_parameter(p, x, layout, name, dtype) for name, p in named.items()]
 
 
 def _plain(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
@@ -247,34 +188,14 @@ def _is_for_kernels(x: jax.Array, n: Normalizer, E: OverFields, given: Operands)
 def _by_kernel(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
     """What `_plain` returns, from the kernels that the user switched on."""
     assert n.var is not None
+    whole, eps = E.plan(n.var).bound.whole, n.eps if given.eps is None else given.eps
     y, mean, var = kernels.normalize(
-        x,
-        E.plan(n.var).bound.whole,
-        n.eps if given.eps is None else given.eps,
-        given.scale,
-        given.bias,
-        centre=n.mean is not None,
-        gain=n.gain,
-        power=n.power,
-        dtype=dtype,
+        x, whole, eps, given.scale, given.bias, centre=n.mean is not None, gain=n.gain, power=n.power, dtype=dtype
     )
     v = x.astype(var.dtype)
     return y, v if mean is None else v - mean, mean, var
 
 
 def affine(y: jax.Array, layout: str, scale: ArrayLike | None = None, bias: ArrayLike | None = None) -> jax.Array:
-    """The last line of the equation alone, scale * y + bias, for scale and bias as `normalize` takes them.
-
-    Args:
-      y: array of a floating dtype, axes as named by `layout`.
-      layout: name of each axis of y.
-      scale: a scalar, `[c]`, `[n, c]`, or of the rank of y; None for 1.
-      bias: a scalar, `[c]`, `[n, c]`, or of the rank of y; None for 0.
-
-    Returns:
-      An array of the shape and dtype of y.
-
-    >>> affine(jnp.ones((1, 2)), "n c", jnp.array([2.0, 3.0]), 1.0).tolist()
-    [[3.0, 4.0]]
-    """
+    """The last line of the equation alone, scale * y + bias, for scale and bias as `normalize` takes them."""
     return scale_and_shift(y, *_parameters(scale, bias, y, layout, y.dtype))

@@ -14,20 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from normjax._expect import xla
 from normjax._expect.average import counts, total
 from normjax._expect.binding import pooled_and_windowed
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard
-from normjax._expect.xla import (
-    FOR_GRADIENT,
-    FOR_MEAN,
-    FOR_ROUNDING,
-    FOR_SCALE,
-    FOR_SUMS,
-    broadcast_in_order,
-    distinct_copy,
-    on_cpu,
-)
+from normjax._expect.xla import FOR_GRADIENT, FOR_MEAN, FOR_ROUNDING, FOR_SCALE, FOR_SUMS, distinct_copy
 from normjax._leaves import inverse_power
 from normjax.field import Field
 from normjax.theory import Normalizer, is_positive, smoothed
@@ -70,8 +62,8 @@ def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tang
     r = inverse_power(q, n.power, positive)
     alpha = r if known.scale is None else r * known.scale
     gamma = -n.power * alpha * inverse_power(q, 1.0, positive) * dq
+    along = functools.partial(xla.broadcast_in_order, x=x)
     beta = None if dmean is None or n.keep_mean else -alpha * dmean
-    along = functools.partial(broadcast_in_order, x=x)
     if n.keep_mean:
         dy = along(alpha) * dx + along(gamma) * x
         if d.scale is not None:
@@ -100,7 +92,7 @@ def _smoothed_tangent(n: Normalizer, dm: jax.Array, deps: jax.Array | None) -> j
 def rowwise(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents, *, large: bool) -> Parts:
     """The tangents of `pooled`, where the products with scale are of the size of x.
 
-    Arrays that are not large stay in a CPU's caches, where what is shared costs less than what is computed twice: no copies.
+    Without copies where x is not large: in a CPU's caches, what is shared costs less than what is computed twice.
     """
     copy = distinct_copy if large else lambda statistic, _: statistic
     x, dx = known.x.astype(known.moment.dtype), d.x.astype(known.moment.dtype)
@@ -135,7 +127,7 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
     dmean = None if n.mean is None else average(dx)
     dv, dm = dx if dmean is None else dx - wide(dmean), 2 * average(v * dx)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
-    m = average(v * v) if on_cpu() else distinct_copy(moment, FOR_GRADIENT)
+    m = average(v * v) if xla.on_cpu() else distinct_copy(moment, FOR_GRADIENT)
     bare = known._replace(x=x, mean=mean, moment=moment)
     dy = _rowwise_output(n, bare, d._replace(x=dx), v, m, dmean, dm, distinct_copy, wide)
     return dy.astype(dtype), dv, restored(dmean), restored(dm)
@@ -183,8 +175,7 @@ def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Ta
     pool, slide = (functools.partial(total, plan=part) for part in pooled_and_windowed(plan))
     count = counts(plan, moment.dtype).astype(moment.dtype)
     x, dx = known.x.astype(moment.dtype), d.x.astype(moment.dtype)
-    positive = is_positive(n, known.eps)
-    q = smoothed(moment, n, known.eps)
+    q, positive = smoothed(moment, n, known.eps), is_positive(n, known.eps)
     r = inverse_power(q, n.power, positive)
     slope = -n.power * r * inverse_power(q, 1.0, positive)
 
@@ -219,8 +210,7 @@ def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Ta
 def _outer(small: jax.Array, scale: jax.Array | None, x: jax.Array, whole: tuple[int, ...]) -> jax.Array:
     """The product small * scale, in the shape of x.
 
-    By rows and columns where that can be: its transpose, a sum over the last axes, takes XLA:CPU twice as long on an array
-    of more axes.
+    By rows and columns where that can be: the transpose, a sum over the last axes, takes XLA:CPU twice as long otherwise.
     """
     kept = x.ndim - len(whole)
     rows = math.prod(x.shape[:kept])

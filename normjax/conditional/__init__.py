@@ -14,15 +14,5 @@ and `modulate` normalizes with it. A learned scale is 1 + what the condition giv
 from normjax.conditional.adaptive import adain, denominator, style
 from normjax.conditional.modulation import TOKEN, Modulation, by_class, gated, modulate, project, split_modulation
 
-__all__ = [
-    "TOKEN",
-    "Modulation",
-    "adain",
-    "by_class",
-    "denominator",
-    "gated",
-    "modulate",
-    "project",
-    "split_modulation",
-    "style",
-]
+__all__ = ["TOKEN", "Modulation", "adain", "by_class", "denominator", "gated"]
+__all__ += ["modulate", "project", "split_modulation", "style"]

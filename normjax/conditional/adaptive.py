@@ -20,24 +20,15 @@ def style(
     eps: ArrayLike | None = None,
     unbiased: bool = False,
 ) -> Modulation:
-    """The style of an array: its standard deviation as the scale, its mean as the bias.
+    """The style of an array: its standard deviation as the scale, its mean as the bias, of the rank of y.
 
     Args:
       y: floating-point array, axes as named by `layout`. [u]
-      normalizer: the row whose statistics are the style: its denominator (for "instance" the deviation), and its mean.
       layout: name of each axis of y.
+      normalizer: the row whose denominator (for "instance" the deviation) and mean are the style; without a floor.
       mask: boolean mask or weights that broadcast against y; 0 leaves an element out.
       eps: added to the moment, by default the row's number. The authors' Lua code takes 0 for the style. [u ** order]
-      unbiased: divide by one less than the number of elements, as PyTorch's `var` does by default. The paper, and the
-        authors' code, divide by the number.
-
-    Returns:
-      Scale and bias, float32 or wider, of the rank of y. A deviation of zero has gradient zero. [u]
-
-    Raises:
-      FieldError: the row does not fit y.
-      TypeError: y holds integers.
-      ValueError: the row does not divide, or has a floor; or `unbiased`, and its moment is no variance.
+      unbiased: divide by one less than the number of elements, as PyTorch's `var`; the paper and its code do not.
 
     Source: Huang & Belongie 2017, equations 5, 6 and 8.
 
@@ -60,24 +51,16 @@ def denominator(
 ) -> jax.Array:
     """What a row without a floor divides by, from its moment: (eps + gain * var) ** power, with gradient zero where it is 0.
 
-    Args:
-      var: the moment, of the rank of the normalized array. [u ** order]
-      normalizer: the row.
-      layout: name of each axis of the array.
-      eps: replaces the row's number: a scalar, or an array that broadcasts. [u ** order]
-
-    Returns:
-      An array of the shape and dtype of var.
+    The moment has the rank of the normalized array, axes as named by `layout`; `eps` replaces the row's number.
 
     Source: the third line of `normjax.theory`.
 
     >>> denominator(jnp.array([[4.0, 0.0]]), Normalizer("n", "n", eps=0.0)).tolist()
     [[2.0, 0.0]]
     """
-    n = normalizer
     # One over it is what the equation makes of ones, so that what was divided by it is multiplied by the same.
-    ones, plain = jnp.ones_like(var), Normalizer(None, n.var, eps=n.eps, gain=n.gain, power=n.power)
-    inverse = equation(ones, plain, layout, stats=Stats(var=var), eps=eps).y
+    plain = Normalizer(None, normalizer.var, eps=normalizer.eps, gain=normalizer.gain, power=normalizer.power)
+    inverse = equation(jnp.ones_like(var), plain, layout, stats=Stats(var=var), eps=eps).y
     return jnp.where(inverse > 0, 1 / jnp.where(inverse > 0, inverse, 1), 0)
 
 
@@ -100,22 +83,14 @@ def adain(
 
     Args:
       content: floating-point array, axes as named by `layout`. [u]
-      style_from: floating-point array of the same examples and channels; its other axes may be of other lengths.
+      style_from: floating-point array of the same examples and channels, and any other lengths.
       layout: name of each axis of both.
       eps: added to the variance of the content, and of the style. [u ** 2]
       style_eps: added to the variance of the style instead of `eps`. [u ** 2]
       strength: 1 is the style, 0 the content as it is, between them a mixture.
-      mask: boolean mask or weights that broadcast against the content; where 0, it counts nowhere and becomes the style's
-        mean.
+      mask: boolean mask or weights that broadcast against the content; where 0, it is the style's mean.
       style_mask: boolean mask or weights that broadcast against the style; 0 leaves an element out.
       unbiased: whether both variances are the unbiased ones.
-
-    Returns:
-      An array of the shape and dtype of the content.
-
-    Raises:
-      FieldError: the style has other examples or channels, or a mask does not fit.
-      TypeError: an array holds integers.
 
     Source: Huang & Belongie 2017, equation 8; the strength, equation 14 (there between codes, before the decoder).
 

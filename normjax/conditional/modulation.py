@@ -22,13 +22,10 @@ class Modulation(NamedTuple):
 
     Attributes:
       scale: factor: a scalar, `[c]`, `[n, c]`, or of the rank of x; None where the method has none.
-      bias: addend, of the same kinds of shapes; None where the method has none.
-      gate: factor of the residual branch, of the same kinds of shapes; None where the method has none.
+      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x; None where the method has none.
+      gate: factor of the branch: a scalar, `[c]`, `[n, c]`, or of the rank of x; None where the method has none.
 
     Source: Perez et al. 2018, equation 2; the gate: Peebles & Xie 2023, section 3.2.
-
-    >>> Modulation(2.0, 1.0).gate is None
-    True
     """
 
     scale: Any = None
@@ -50,19 +47,12 @@ def modulate(
 
     Args:
       x: floating-point array, axes as named by `layout`.
+      layout: name of each axis of x.
       modulation: scale and bias; the gate is not used.
       normalizer: a Normalizer or the name of a row; None leaves x as it is (FiLM after another layer).
-      layout: name of each axis of x.
       stats: moments to use instead of those of x (inference), which broadcast against x; None computes them.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       eps: replaces the row's number: a scalar, or an array that broadcasts against x. [units of x ** order]
-
-    Returns:
-      An array of the shape and dtype of x.
-
-    Raises:
-      FieldError: the row, the scale or the bias does not fit x.
-      TypeError: x holds integers.
 
     Source: FiLM: Perez et al. 2018, equation 2.
 
@@ -83,16 +73,9 @@ def gated(x: ArrayLike, branch: ArrayLike, gate: ArrayLike, layout: str = "n ...
 
     Args:
       x: floating-point array, axes as named by `layout`.
+      layout: name of each axis of x.
       branch: floating-point array of the shape of x.
       gate: factor of the branch: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      layout: name of each axis of x.
-
-    Returns:
-      An array of the shape and dtype of x.
-
-    Raises:
-      FieldError: the shapes do not fit.
-      TypeError: x or the branch holds integers.
 
     Source: Peebles & Xie 2023 (DiT), section 3.2, adaLN-Zero.
 
@@ -106,21 +89,14 @@ def gated(x: ArrayLike, branch: ArrayLike, gate: ArrayLike, layout: str = "n ...
 
 
 def by_class(labels: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> Modulation:
-    """The scale and bias of each example's class, from tables.
+    """The scale and bias of each example's class, `[n, c]`, from tables.
 
     Args:
-      labels: integers, `[n]`, or weights of the classes, `[n, classes]`, whose scales and biases are mixed.
+      labels: integers, `[n]`, or weights, `[n, classes]`, that mix the classes. Outside of the table it gives NaN.
       scale: table of factors, `[classes, c]`.
       bias: table of addends, `[classes, c]`.
 
-    Returns:
-      Scale and bias, `[n, c]`. A label outside of the table gives NaN: JAX would take the nearest row.
-
-    Raises:
-      FieldError: the tables or the labels have other shapes, or the labels another dtype.
-
-    Source: Dumoulin et al. 2017, equation 5, and section 4 (mixtures); de Vries et al. 2017, section 4.1, with a table
-    in place of a network.
+    Source: Dumoulin et al. 2017, equation 5, and section 4 (mixtures); de Vries et al. 2017, section 4.1.
 
     >>> table = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     >>> by_class(jnp.array([1, 0, 5]), table, -table).scale.tolist()
@@ -139,6 +115,7 @@ def by_class(labels: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> Modulation
 
     def find(table: jax.Array) -> jax.Array:
         if hard:
+            # JAX would take the nearest row for a label outside of the table.
             return table.at[labels].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return jnp.matmul(labels.astype(table.dtype), table, precision=lax.Precision.HIGHEST)
 
@@ -146,20 +123,10 @@ def by_class(labels: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> Modulation
 
 
 def split_modulation(flat: ArrayLike, order: Sequence[str] = ("scale", "bias"), around: float = 1.0) -> Modulation:
-    """Cuts the last axis into the parts of a modulation, and adds `around` to the scale.
+    """Cuts the last axis, `[n, parts * c]`, into the parts of a modulation, and adds `around` to the scale.
 
-    Args:
-      flat: floating-point array, `[n, parts * c]`.
-      order: the parts, in which checkpoints differ: FiLM has ("scale", "bias"), DiT ("bias", "scale", "gate").
-      around: added to the scale.
-
-    Returns:
-      The parts, each `[n, c]`, float32 or wider; None for those that the order does not name.
-
-    Raises:
-      FieldError: the parts do not divide the last axis.
-      TypeError: the array holds integers.
-      ValueError: the order names other parts, or one twice.
+    The parts have float32 or wider; checkpoints differ in their order: FiLM has ("scale", "bias"), DiT ("bias", "scale",
+    "gate"). Those that it does not name are None.
 
     Source: Perez et al. 2018, equation 1; Peebles & Xie 2023, section 3.2.
 
@@ -171,9 +138,8 @@ def split_modulation(flat: ArrayLike, order: Sequence[str] = ("scale", "bias"), 
     flat = require_float(flat, "split_modulation")
     flat = flat.astype(statistics_dtype(flat.dtype))  # in bfloat16, 1 + scale would keep 8 bits
     if flat.shape[-1] % len(order):
-        raise FieldError(
-            f"the last axis of shape {flat.shape} does not split into {len(order)} parts: {', '.join(order)}"
-        )
+        named = f"{len(order)} parts: {', '.join(order)}"
+        raise FieldError(f"the last axis of shape {flat.shape} does not split into {named}")
     parts = dict(zip(order, jnp.split(flat, len(order), -1), strict=True))
     if "scale" in parts:
         parts["scale"] = parts["scale"] + jnp.asarray(around, flat.dtype)
@@ -198,14 +164,6 @@ def project(
       order: the parts of the map's output: "scale", "bias", "gate", each at most once.
       around: added to the scale: 1, or 0 where the map gives the scale itself (Perez et al. 2018, equation 1).
       activation: applied to the condition first; DiT's is `jax.nn.silu`.
-
-    Returns:
-      The parts, each `[n, c]`, float32 or wider; None for those that the order does not name.
-
-    Raises:
-      FieldError: the shapes do not fit, or the parts do not divide the map's output.
-      TypeError: the condition holds integers.
-      ValueError: the order names other parts, or one twice.
 
     Source: FiLM: Perez et al. 2018, equation 1, its code adds the 1; AdaLN: Peebles & Xie 2023, section 3.2.
 

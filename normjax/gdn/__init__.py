@@ -7,9 +7,7 @@
 Weights that are equal, or equal within a window, make it a row of the equation (`theory.py`): "rms", "response".
 
 alpha and epsilon are exponents here, as in the papers: *epsilon is not the small number `eps`* that other families add to a
-moment; in GDN beta takes its place.
-
-What a layer learns in their place is in `learned.py`.
+moment; in GDN beta takes its place. What a layer learns in their place is in `learned.py`.
 """
 
 from normjax.gdn.learned import (
@@ -26,18 +24,5 @@ from normjax.gdn.learned import (
 )
 from normjax.gdn.pool import gdn, igdn, inverse
 
-__all__ = [
-    "GRADIENTS",
-    "MINIMA",
-    "OFFSET",
-    "Raw",
-    "diagonal",
-    "gdn",
-    "gdn_of_raw",
-    "igdn",
-    "inverse",
-    "nonnegative",
-    "shapes",
-    "to_raw",
-    "towards_bound",
-]
+__all__ = ["GRADIENTS", "MINIMA", "OFFSET", "Raw", "diagonal", "gdn", "gdn_of_raw"]
+__all__ += ["igdn", "inverse", "nonnegative", "shapes", "to_raw", "towards_bound"]

@@ -1,9 +1,9 @@
 """What a layer of GDN learns in place of beta, gamma and the exponents, so that they stay in their domain.
 
-beta and gamma stay in their domain by what is learned in their place, r with beta = max(r, bound) ** 2 - offset ** 2. The
-published rule for the gradient below the bound keeps it only where a step would raise r. That depends on the sign of
-what comes back, so it is no derivative, and forward mode has none of it. Here the gradient always passes; `towards_bound`
-then drops what would leave the domain, as a step on the gradients, and the two together are the published rule.
+It learns r with beta = max(r, bound) ** 2 - offset ** 2. The published rule for the gradient below the bound keeps it only
+where a step would raise r. That depends on the sign of what comes back, so it is no derivative, and forward mode has none
+of it. Here the gradient always passes; `towards_bound` then drops what would leave the domain, as a step on the gradients,
+and the two together are the published rule.
 """
 
 from collections.abc import Callable
@@ -31,15 +31,8 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
       raw: learned numbers of any shape.
       minimum: smallest value; the bound is sqrt(minimum + offset ** 2).
       offset: keeps the slope at value 0 from being 0; the slope there is 2 * offset, so small values learn slowly.
-      gradient: what comes back to a raw number below the bound: "pass" (as at the bound) or "block" (nothing, so
-        that it never returns). `towards_bound` makes the published rule out of the first.
-
-    Returns:
-      An array of the shape of raw, float32 or wider.
-
-    Raises:
-      TypeError: raw holds integers.
-      ValueError: no gradient has this name.
+      gradient: what comes back to a raw number below the bound: "pass" (as at the bound; `towards_bound` makes the
+        published rule of it) or "block" (nothing, so that it never returns).
 
     Source: Balle 2018 (efficient nonlinear transforms), section 2; constants of TensorFlow Compression.
 
@@ -58,17 +51,7 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
 
 
 def to_raw(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
-    """The number to learn that stands for a parameter: the inverse of `nonnegative`.
-
-    Args:
-      value: the parameter, an array of any shape, non-negative.
-      offset: the offset that `nonnegative` is given.
-
-    Returns:
-      An array of the shape and dtype of value.
-
-    Raises:
-      TypeError: value holds integers.
+    """The number to learn that stands for a non-negative parameter of any shape: the inverse of `nonnegative`.
 
     Source: Balle 2018 (efficient nonlinear transforms), section 2.
 
@@ -82,16 +65,8 @@ def to_raw(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
 def towards_bound(gradient: ArrayLike, raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET) -> jax.Array:
     """The gradient of a raw number, without what would drive it further below its bound (descent is assumed).
 
-    Apply it to the gradients of beta, gamma, alpha and epsilon before the optimizer sees them.
-
-    Args:
-      gradient: array of the shape of raw.
-      raw: the learned number.
-      minimum: smallest value of the parameter that it stands for, see `MINIMA`.
-      offset: the offset that `nonnegative` is given.
-
-    Returns:
-      An array of the shape and dtype of the gradient.
+    Apply it to the gradients of beta, gamma, alpha and epsilon, with the `minimum` of each (`MINIMA`) and the offset that
+    `nonnegative` is given, before the optimizer sees them.
 
     Source: TensorFlow Compression, its lower bound with the gradient "identity if towards".
 
@@ -128,14 +103,7 @@ MINIMA = Raw(beta=1e-6, gamma=0.0, alpha=1.0, epsilon=1e-6)
 
 
 def shapes(layout: str, shape: tuple[int | None, ...]) -> Raw[tuple[int | None, ...]]:
-    """The shape of everything that can be learned, for an input of this shape.
-
-    Args:
-      layout: name of each axis of the input, which names `c`.
-      shape: shape of the input; lengths other than that of `c` may be None.
-
-    Raises:
-      FieldError: the layout names no channels.
+    """The shape of everything that can be learned, for an input of this shape, whose lengths beside `c` may be None.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1.
 
@@ -177,13 +145,6 @@ def gdn_of_raw(
       mask: boolean mask or weights that broadcast against x; what is masked is in no pool, and becomes 0.
       dtype: of the output, by default that of x.
 
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: the layout names no channels, or shapes do not fit.
-      TypeError: integer input.
-
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1, and 2017 (end-to-end), section 2.
 
     >>> x = jnp.array([[3.0, -4.0]])
@@ -217,13 +178,7 @@ class _Diagonal:
 
 
 def diagonal(size: float = 0.1) -> Callable[..., jax.Array]:
-    """An initializer of gamma: each channel is divided by itself alone.
-
-    Args:
-      size: the weight of the channel itself.
-
-    Returns:
-      A function of a random key, a shape `[c, c]` and a dtype.
+    """An initializer of gamma, `[c, c]`: each channel is divided by itself alone, with a weight of this size.
 
     Source: the initial values of TensorFlow Compression.
 

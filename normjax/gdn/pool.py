@@ -23,31 +23,21 @@ def gdn(
     epsilon: ArrayLike = 0.5,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """Divides each channel by a pool of all channels of its position.
+    """Divides each channel by a pool of all channels of its position, y = x / (beta + gamma |x| ** alpha) ** epsilon.
+
+    alpha = 2 and epsilon = 1/2 are the paper's for images; alpha = epsilon = 1 is the cheaper form of Johnston et al. 2019.
+    y has no units where alpha * epsilon = 1. Inside `shard_map` the pool has no collective: a shard holds all channels.
 
     Args:
       x: floating-point array, axes as named by `layout`, which names `c`. [units u]
-      beta: `[c]`, positive. [u ** alpha]
-      gamma: `[c, c]`, non-negative; row i holds the weights of the pool that divides channel i. TensorFlow Compression
-        keeps the transpose.
       layout: name of each axis of x.
+      beta: `[c]`, positive. [u ** alpha]
+      gamma: `[c, c]`, non-negative; row i weighs the pool of channel i (TensorFlow Compression keeps the transpose).
       alpha: exponent inside the pool, a positive number or a scalar array.
-      epsilon: exponent of the pool (not a small addend), a positive number or a scalar array. alpha = 2 and epsilon = 1/2
-        are the paper's for images; alpha = epsilon = 1 is the cheaper form of Johnston et al. 2019. y has no units where
-        alpha * epsilon = 1.
+      epsilon: exponent of the pool (not a small addend), a positive number or a scalar array.
       mask: boolean mask or weights that broadcast against x; a masked channel is in no pool, and its y is 0.
 
-    Returns:
-      An array of the shape and dtype of x. The pool is float32 or wider.
-
-    Raises:
-      FieldError: beta or gamma has another shape than the channels need (as have those of all channels beside one shard
-        of them inside `shard_map`: there the pool has no collective), or the layout names no `c`.
-      TypeError: x holds integers.
-      ValueError: alpha or epsilon is not positive.
-
-    Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1, without its linear map; here one
-    alpha and one epsilon serve all channels.
+    Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1, with one alpha and epsilon for all channels.
 
     >>> x = jnp.array([[3.0, 4.0]])
     >>> (10 * gdn(x, jnp.zeros(2), jnp.ones((2, 2)))).round().tolist()      # the direction of x
@@ -73,25 +63,16 @@ def igdn(
 ) -> jax.Array:
     """Multiplies by the pool where `gdn` divides: the approximate inverse of the paper's decoders, cheap and learned.
 
-    It is one step of the fixed-point iteration that inverts GDN, from y, where the parameters are those of the GDN;
-    decoders learn their own. For the inverse itself see `inverse`.
+    It is one step, from y, of the iteration by which `inverse` inverts a GDN of these parameters; decoders learn their own.
 
     Args:
       y: floating-point array, axes as named by `layout`, which names `c`. [units u]
+      layout: name of each axis of y.
       beta: `[c]`, positive. [u ** alpha]
       gamma: `[c, c]`, non-negative; row i holds the weights of the pool that multiplies channel i.
-      layout: name of each axis of y.
       alpha: exponent inside the pool, a positive number or a scalar array.
       epsilon: exponent of the pool (not a small addend), a positive number or a scalar array.
       mask: boolean mask or weights that broadcast against y; a masked channel is in no pool, and becomes 0.
-
-    Returns:
-      An array of the shape and dtype of y.
-
-    Raises:
-      FieldError: beta or gamma has another shape than the channels need, or the layout names no `c`.
-      TypeError: y holds integers.
-      ValueError: alpha or epsilon is not positive.
 
     Source: Balle, Laparra & Simoncelli 2017 (end-to-end optimized image compression), section 2.
 
@@ -119,25 +100,18 @@ def inverse(
 
     With `steps`: x <- y * q(x) ** epsilon, starting from x = 0. |x| only grows and stays below the solution, so that it
     converges, to infinity where there is none. One step multiplies the largest error of log |x| by at most
-    alpha * epsilon * (1 - beta / q), its largest value over the channels at the solution; this is below 1 for
-    alpha * epsilon <= 1, and close to 1 where the channels are far above sqrt(beta). The paper starts from the solution for
-    beta = 0 and a diagonal gamma, which exists for alpha * epsilon < 1 alone.
+    alpha * epsilon * (1 - beta / q), which is close to 1 where the channels are far above sqrt(beta).
 
     Args:
       y: floating-point array, axes as named by `layout`, which names `c`.
+      layout: name of each axis of y.
       beta: `[c]`, positive, of the GDN.
       gamma: `[c, c]`, non-negative, of the GDN; row i holds the weights of the pool that divided channel i.
-      layout: name of each axis of y.
       alpha: exponent inside the pool, a positive number or a scalar array.
       epsilon: exponent of the pool (not a small addend), a positive number or a scalar array.
       steps: number of iterations; each keeps an array of the size of y for the gradient. None solves the linear system.
 
-    Returns:
-      An array of the shape and dtype of y, which can be differentiated, in the second form through all the steps.
-
     Raises:
-      FieldError: beta or gamma has another shape than the channels need, or the layout names no `c`.
-      TypeError: y holds integers.
       ValueError: alpha * epsilon is above 1; or without `steps` is not 1, or not known as a number.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.2 (the iteration); the system is our own.
@@ -178,14 +152,7 @@ def inverse(
 
 
 def channel_axis(layout: str, ndim: int) -> int:
-    """The position of the axis `c`, over which GDN pools.
-
-    Args:
-      layout: name of each axis of the array.
-      ndim: number of axes of the array.
-
-    Raises:
-      FieldError: the layout names no channels.
+    """The position of the axis `c`, over which GDN pools, in an array of `ndim` axes.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1: the pool is over channels.
 

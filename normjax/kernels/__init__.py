@@ -1,9 +1,9 @@
 """Fused kernels for rows: statistics over the trailing axes of an array, seen as `[rows, length]`. Off by default.
 
 Public measurements on a GPU have XLA's forward pass of layer norm at the speed of memory, and forward plus gradient at
-about half of what a fused kernel reaches, since XLA's backward pass reads x several times. Here the gradient is one kernel
-that reads x and its cotangent once (`_pallas.py`). It is not measured here: what was tested is that the numbers are
-right, with the kernels interpreted on a CPU, and that they lower for CUDA and TPU.
+about half of what a fused kernel reaches, since XLA's backward pass reads x several times. Here one kernel reads x and its
+cotangent once (`_pallas.py`). Tested is that the numbers are right, interpreted on a CPU, and that the kernels lower for
+CUDA and TPU; their speed is not measured.
 
     import normjax
     from normjax import kernels
@@ -12,11 +12,10 @@ right, with the kernels interpreted on a CPU, and that they lower for CUDA and T
     with kernels.use("xla"):               # for a while without, say for a jvp
         ...
 
-What the kernels do not do. Forward mode is refused (`_rule.py`); reverse mode, `vmap` and second derivatives over reverse
-mode work. Arrays sharded over devices under `jit` need a `jax.shard_map` around the call, since the compiler cannot
-partition a kernel (interpreted, with `check_vma=False`). Rows shorter than a few hundred bytes, and few rows that are
-long, leave most of a GPU idle. Nothing is fused with what follows the norm (an activation, a residual), which would save
-another read and write.
+Forward mode is refused (`_rule.py`); reverse mode, `vmap` and second derivatives over reverse mode work. Arrays sharded
+over devices under `jit` need a `jax.shard_map` around the call, since the compiler cannot partition a kernel (interpreted,
+with `check_vma=False`). Rows shorter than a few hundred bytes, and few rows that are long, leave most of a GPU idle.
+Nothing is fused with what follows the norm (an activation, a residual), which would save another read and write.
 """
 
 import contextlib
@@ -29,13 +28,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from normjax._leaves import one_of
 from normjax.kernels import _block as block
 from normjax.kernels import _rule as rule
 from normjax.kernels._block import How
 
 MODES = ("xla", "pallas", "interpret")
 LONGEST = 16384  # elements of a row: backward, the registers of a GPU's multiprocessor hold about three such rows
-_mode = "xla"
 
 
 def use(mode: str) -> contextlib.ExitStack:
@@ -43,15 +42,10 @@ def use(mode: str) -> contextlib.ExitStack:
 
     A change clears JAX's caches of compiled functions, which know nothing of it.
 
+    The change is made at once; the context manager that is returned puts the former mode back at its end.
+
     Args:
-      mode: "xla" (no kernels), "pallas" (the kernels of the platform) or "interpret" (the GPU's kernels, interpreted: slow,
-        on any platform, for tests).
-
-    Returns:
-      A context manager that puts the former mode back at its end; the change itself is made at once.
-
-    Raises:
-      ValueError: another mode.
+      mode: "xla" (no kernels), "pallas" (those of the platform) or "interpret" (the GPU's, interpreted: slow, for tests).
 
     >>> use("cuda")
     Traceback (most recent call last):
@@ -112,7 +106,7 @@ def fits(
     trailing = bool(axes) and tuple(sorted(axes)) == tuple(range(first, len(x_shape)))
     beside = all(shape is None or math.prod(shape[:first]) == 1 for shape in (scale_shape, bias_shape))
     real = any(dtype == d for d in (jnp.float32, jnp.bfloat16, jnp.float16))
-    sized = math.prod(x_shape) > 0 and _length(x_shape, axes) <= LONGEST
+    sized = math.prod(x_shape) > 0 and math.prod(x_shape[first:]) <= LONGEST
     sharded = any(name is not None for name in spec)
     return trailing and beside and real and sized and not sharded and not eps_shape
 
@@ -158,11 +152,9 @@ def normalize(
     >>> y.tolist(), mean.tolist(), var.tolist()
     ([[-1.0, 1.0], [-1.0, 1.0]], [[2.0], [7.0]], [[1.0], [4.0]])
     """
-    if _mode == "xla":
-        return twin(x, axes, eps, scale, bias, centre=centre, gain=gain, power=power, dtype=dtype)
     x = jnp.asarray(x)
     how = How(centre, float(gain), float(power), jnp.dtype(dtype or x.dtype), bias is not None, _mode)
-    return _as_rows(rule.normalize, how, x, axes, eps, scale, bias)
+    return _as_rows(block.forward if _mode == "xla" else rule.normalize, how, x, axes, eps, scale, bias)
 
 
 def twin(
@@ -177,7 +169,7 @@ def twin(
     power: float = 0.5,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """`normalize` in plain JAX, which differentiates it.
+    """The arithmetic of `normalize`, whose arguments and results it has, in plain JAX, which differentiates it.
 
     >>> twin(jnp.array([[3.0, 5.0]]), (1,), 0.0, 17.0, centre=False, power=1.0)[0].tolist()
     [[3.0, 5.0]]
@@ -193,11 +185,11 @@ def _as_rows(
     x: jax.Array,
     axes: tuple[int, ...],
     eps: ArrayLike,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
+    *beside: ArrayLike | None,
 ) -> tuple:
-    """Sees x as `[rows, length]`, scale and bias as `[1, length]`."""
-    first, length = x.ndim - len(axes), _length(x.shape, axes)
+    """Sees x as `[rows, length]`, and what lies beside it, scale and bias, as `[1, length]`."""
+    first = x.ndim - len(axes)
+    length = math.prod(x.shape[first:])
 
     def row(p: ArrayLike | None) -> jax.Array | None:
         if p is None:
@@ -206,7 +198,7 @@ def _as_rows(
         return _like(jnp.broadcast_to(p.reshape(p.shape[first:]), x.shape[first:]).reshape(1, length), x)
 
     eps = _like(jnp.asarray(eps).astype(jnp.float32).reshape(1, 1), x)
-    y, mean, var = evaluate(how, x.reshape(-1, length), eps, row(scale), row(bias))
+    y, mean, var = evaluate(how, x.reshape(-1, length), eps, *map(row, beside))
     small = x.shape[:first] + (1,) * len(axes)
     return y.reshape(x.shape), None if mean is None else mean.reshape(small), var.reshape(small)
 
@@ -222,16 +214,10 @@ def _varying(x: jax.Array) -> frozenset:
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
-def _length(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    return math.prod(shape[len(shape) - len(axes) :])
-
-
-def _from_environment() -> None:
+def _from_environment() -> str:
     mode = os.environ.get("NORMJAX_KERNELS", "xla")
-    if mode not in MODES:
-        raise ValueError(f"NORMJAX_KERNELS is one of {', '.join(map(repr, MODES))}; found {mode!r}")
-    global _mode
-    _mode = mode
+    one_of("NORMJAX_KERNELS", mode, MODES)
+    return mode
 
 
-_from_environment()
+_mode = _from_environment()

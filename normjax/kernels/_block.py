@@ -17,50 +17,30 @@ from jax.typing import DTypeLike
 
 from normjax._leaves import inverse_power
 
+Given = jax.Array | None  # None where there is none
+
 
 @dataclass(frozen=True)
 class How:
-    """All that is static about one call.
+    """All that is static about one call."""
 
-    Attributes:
-      centre: whether the mean is subtracted.
-      gain: factor of the variance.
-      power: exponent of the denominator.
-      dtype: of y.
-      biased: whether there is a bias.
-      run: "pallas" (the kernel of the platform), "interpret" (the GPU's kernel, interpreted) or "interpret tpu".
-    """
-
-    centre: bool
+    centre: bool  # whether the mean is subtracted
     gain: float
     power: float
-    dtype: DTypeLike
+    dtype: DTypeLike  # of y
     biased: bool = False
-    run: str = "pallas"
+    run: str = (
+        "pallas"  # the kernel of the platform; "interpret" and "interpret tpu": those of a GPU and TPU, interpreted
+    )
 
 
 def forward(
-    how: How, x: jax.Array, eps: jax.Array, scale: jax.Array | None, bias: jax.Array | None, *,
-    length: int | None = None, valid: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
-    """Normalizes rows.
+    how: How, x: jax.Array, eps: jax.Array, scale: Given, bias: Given, *, length: int | None = None, valid: Given = None
+) -> tuple[jax.Array, Given, jax.Array]:
+    """`(y, mean, var)`: y like x in `how.dtype`; mean (None where rows are not centred) and var `[rows, 1]` float32.
 
-    Args:
-      how: what is static.
-      x: the rows, `[rows, length]`, of a floating dtype of 32 bits or fewer.
-      eps: `[1, 1]` float32.
-      scale: `[1, length]` float32, or None.
-      bias: `[1, length]` float32, or None.
-      length: of a row, where x is wider.
-      valid: where x is wider, which columns belong to the row, `[1, width]`; x is 0 in the others.
-
-    Returns:
-      `(y, mean, var)`: y like x in `how.dtype`; mean (None where rows are not centred) and var `[rows, 1]` float32.
-
-    >>> how = How(centre=True, gain=1.0, power=0.5, dtype=jnp.float32)
-    >>> y, mean, var = forward(how, jnp.array([[1.0, 3.0]]), jnp.zeros((1, 1)), None, None)
-    >>> y.tolist(), mean.tolist(), var.tolist()
-    ([[-1.0, 1.0]], [[2.0]], [[1.0]])
+    x is `[rows, length]`, eps `[1, 1]` and scale and bias `[1, length]` float32. Where x is wider than `length`, it is 0 in
+    the columns that are not `valid`, `[1, width]`.
     """
     length = length or x.shape[1]
     x = x.astype(jnp.float32)
@@ -74,34 +54,22 @@ def forward(
 
 
 def backward(
-    how: How, x: jax.Array, mean: jax.Array | None, var: jax.Array, eps: jax.Array, scale: jax.Array | None,
-    g: jax.Array, gmean: jax.Array | None, gvar: jax.Array | None, *,
-    length: int | None = None, valid: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:  # fmt: skip
-    """The gradient of `forward`.
+    how: How,
+    x: jax.Array,
+    mean: Given,
+    var: jax.Array,
+    eps: jax.Array,
+    scale: Given,
+    g: jax.Array,
+    gmean: Given,
+    gvar: Given,
+    *,
+    length: int | None = None,
+    valid: Given = None,
+) -> tuple[jax.Array, jax.Array, Given, Given]:
+    """The gradient of `forward`: `(dx, deps, dscale, dbias)`, dx like x, the others summed over the rows, float32.
 
-    Args:
-      how: as for `forward`.
-      x: as for `forward`.
-      mean: as `forward` gave it.
-      var: as `forward` gave it.
-      eps: as for `forward`.
-      scale: as for `forward`.
-      g: cotangent of y, like x, of a floating dtype; 0, like x, in columns that are not valid.
-      gmean: cotangent of the mean, `[rows, 1]` float32, or None for zero.
-      gvar: cotangent of var, `[rows, 1]` float32, or None for zero.
-      length: as for `forward`.
-      valid: as for `forward`.
-
-    Returns:
-      `(dx, deps, dscale, dbias)`: dx like x; deps `[1, 1]`, dscale and dbias `[1, length]`, float32, summed over the
-      rows; None for a scale or bias that is not there.
-
-    >>> how = How(centre=False, gain=1.0, power=0.5, dtype=jnp.float32)
-    >>> x, var, eps, g = jnp.array([[1.0, 7.0]]), jnp.array([[25.0]]), jnp.zeros((1, 1)), jnp.array([[5.0, 0.0]])
-    >>> dx, deps, _, _ = backward(how, x, None, var, eps, None, g, None, None)
-    >>> [round(float(d), 4) for d in dx[0]], round(float(deps[0, 0]), 4)        # RMS norm does not see the size of x
-    ([0.98, -0.14], -0.02)
+    g is the cotangent of y, like x, and 0 where x is not `valid`; gmean and gvar `[rows, 1]` float32, or None for zero.
     """
     length = length or x.shape[1]
     v = _deviations(x.astype(jnp.float32), mean, valid)
@@ -126,7 +94,7 @@ def _total(rows: jax.Array) -> jax.Array:
     return jnp.sum(rows, 1, keepdims=True)
 
 
-def _deviations(x: jax.Array, mean: jax.Array | None, valid: jax.Array | None) -> jax.Array:
+def _deviations(x: jax.Array, mean: Given, valid: Given) -> jax.Array:
     if mean is None:
         return x
     return x - mean if valid is None else jnp.where(valid, x - mean, 0)

@@ -3,10 +3,9 @@
 A program takes whole rows. Forward it reads x once and writes y and the statistics; backward it reads x and g once, writes
 dx once, and adds up what its rows give to the gradients of scale, bias and eps: one partial sum a program, which XLA adds.
 
-What differs between the two: Triton wants powers of two, so rows are widened and the tail is masked at each load and
-store, and a backward program goes through several blocks, one after the other, with its partial sums in registers.
-Mosaic pads and cuts by itself, and what it reads past the last row may be NaN. The sizes follow from how many bytes must
-be under way and what registers hold; they are not measured here.
+Triton wants powers of two, so rows are widened and the tail is masked at each load and store, and a backward program goes
+through several blocks, one after the other, with its partial sums in registers. Mosaic pads and cuts by itself, and what it
+reads past the last row may be NaN. The sizes follow from how many bytes must be under way and what registers hold.
 """
 
 import functools
@@ -24,7 +23,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from normjax.kernels import _block as block
-from normjax.kernels._block import How
+from normjax.kernels._block import Given, How
 
 PROGRAMS = 256  # backward, on a GPU: about two for each multiprocessor, and few partial sums
 SMALL, LARGE = (
@@ -37,97 +36,55 @@ _CUT = ("rows", "column")  # kinds of operand and result that are cut along the 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an array `[rows, length]` is cut: a program takes `steps` blocks, each `[height, width]`.
-
-    Attributes:
-      rows: of the array.
-      length: of the array.
-      height: rows of a block.
-      width: columns of a block, at least the length.
-      steps: blocks of a program, one after the other.
-      warps: of a Triton program; None for Mosaic.
-    """
+    """How an array `[rows, length]` is cut: a program takes `steps` blocks, each `[height, width]`."""
 
     rows: int
     length: int
     height: int
-    width: int
-    steps: int
-    warps: int | None
+    width: int  # at least the length
+    steps: int  # one after the other
+    warps: int | None  # of a Triton program; None for Mosaic
+
+    @property
+    def tall(self) -> int:
+        """Rows of a program."""
+        return self.height * self.steps
 
     @property
     def programs(self) -> int:
         """Number of programs."""
-        return _quotient(self.rows, self.height * self.steps)
+        return pl.cdiv(self.rows, self.tall)
 
 
 def tiling(target: str, rows: int, length: int, backward: bool) -> Tiling:
-    """The cut for a "gpu" or a "tpu".
-
-    >>> tiling("gpu", 8192, 768, backward=True)
-    Tiling(rows=8192, length=768, height=4, width=1024, steps=8, warps=8)
-    >>> tiling("tpu", 8192, 768, backward=True)
-    Tiling(rows=8192, length=768, height=160, width=768, steps=1, warps=None)
-    """
+    """The cut for a "gpu" or a "tpu"."""
     if target == "tpu":
         # The last two sizes of a block are multiples of 16 (for bfloat16) and 128, or those of the array.
-        height = 16 * max(1, TPU_BLOCK // (16 * 128 * _quotient(length, 128)))
+        height = 16 * max(1, TPU_BLOCK // (16 * 128 * pl.cdiv(length, 128)))
         return Tiling(rows, length, min(rows, height), length, 1, None)
-    width = _power_of_two(length)
-    share = _quotient(rows, PROGRAMS) if backward else rows
-    height = min(max(1, (LARGE if backward else SMALL) // width), _power_of_two(share))
-    steps = _quotient(share, height) if backward else 1
+    width = pl.next_power_of_2(length)
+    share = pl.cdiv(rows, PROGRAMS) if backward else rows
+    height = min(max(1, (LARGE if backward else SMALL) // width), pl.next_power_of_2(share))
+    steps = pl.cdiv(share, height) if backward else 1
     return Tiling(rows, length, height, width, steps, min(max(1, height * width // 512), 32))
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _quotient(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def forward(
-    target: str,
-    interpret: bool,
-    how: How,
-    x: jax.Array,
-    eps: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-) -> tuple:
-    """`block.forward` as one kernel for a "gpu" or a "tpu": operands and results have its shapes and dtypes.
-
-    >>> how = How(centre=True, gain=1.0, power=0.5, dtype=jnp.float32)
-    >>> forward("tpu", True, how, jnp.array([[1.0, 3.0]]), jnp.zeros((1, 1)), None, None)[0].tolist()
-    [[-1.0, 1.0]]
-    """
+def forward(target: str, interpret: bool, how: How, x: jax.Array, *others: Given) -> tuple:
+    """`block.forward` as one kernel for a "gpu" or a "tpu": operands and results have its shapes and dtypes."""
     cut = tiling(target, *x.shape, backward=False)
-    operands = [("rows", x), ("number", eps), ("row", scale), ("row", bias)]
+    operands = [*zip(("rows", "number", "row", "row"), (x, *others), strict=True)]
     results = [("rows", how.dtype), ("column", jnp.float32 if how.centre else None), ("column", jnp.float32)]
     return _call(target, interpret, "normalize_rows", cut, functools.partial(block.forward, how), operands, results)
 
 
-def backward(
-    target: str,
-    interpret: bool,
-    how: How,
-    x: jax.Array,
-    mean: jax.Array | None,
-    var: jax.Array,
-    eps: jax.Array,
-    scale: jax.Array | None,
-    g: jax.Array,
-    gmean: jax.Array | None,
-    gvar: jax.Array | None,
-) -> tuple:
+def backward(target: str, interpret: bool, how: How, x: jax.Array, *others: Given) -> tuple:
     """`block.backward` as one kernel, and the sum of its partial sums."""
     cut = tiling(target, *x.shape, backward=True)
-    operands = [("rows", x), ("column", mean), ("column", var), ("number", eps), ("row", scale), ("rows", g),
-                ("column", gmean), ("column", gvar)]  # fmt: skip
-    results = [("rows", x.dtype), ("number", jnp.float32), ("row", None if scale is None else jnp.float32),
-               ("row", jnp.float32 if how.biased else None)]  # fmt: skip
+    kinds = ("rows", "column", "column", "number", "row", "rows", "column", "column")
+    operands = [*zip(kinds, (x, *others), strict=True)]
+    scaled = others[3] is not None
+    summed = [("row", jnp.float32 if scaled else None), ("row", jnp.float32 if how.biased else None)]
+    results = [("rows", x.dtype), ("number", jnp.float32), *summed]
     evaluate = functools.partial(block.backward, how)
     dx, *partial = _call(target, interpret, "normalize_rows_gradient", cut, evaluate, operands, results)
     return dx, *(None if p is None else jnp.sum(p, 0) for p in partial)
@@ -137,25 +94,20 @@ def _program(
     target: str, cut: Tiling, evaluate: Callable[..., tuple], operands: Sequence[str | None], made: Sequence[str]
 ) -> Callable[..., None]:
     """What one program runs on the references to its blocks; kinds as for `_call`, None for an operand that is not there."""
-    tall = cut.height * cut.steps
-    ragged = cut.rows % tall != 0
+    ragged = cut.rows % cut.tall != 0
     taken = [kind for kind in operands if kind is not None]
 
     def kernel(*refs):
         inputs, outputs = refs[: len(taken)], refs[len(taken) :]
         inside = lax.broadcasted_iota(jnp.int32, (1, cut.width), 1) < cut.length if cut.width > cut.length else None
-        first = pl.program_id(0) * tall
+        first = pl.program_id(0) * cut.tall
 
         def step(i: int | jax.Array, sums: list) -> list:
             rows = pl.ds(i * cut.height, cut.height) if cut.steps > 1 else slice(None)
             index = first + i * cut.height + lax.broadcasted_iota(jnp.int32, (cut.height, 1), 0)
             exists = index < cut.rows if ragged else None
-            places = {
-                "rows": (rows, exists, inside),
-                "column": (rows, exists, None),
-                "row": (slice(None), None, inside),
-                "number": (slice(None), None, None),
-            }
+            places = {"rows": (rows, exists, inside), "column": (rows, exists, None)}
+            places |= {"row": (slice(None), None, inside), "number": (slice(None), None, None)}
             loaded = iter([_load(target, ref, *places[kind]) for ref, kind in zip(inputs, taken, strict=True)])
             given = [None if kind is None else next(loaded) for kind in operands]
             found = [f for f in evaluate(*given, length=cut.length, valid=inside) if f is not None]
@@ -183,14 +135,12 @@ def _call(
     The kinds: "rows" `[rows, length]` and "column" `[rows, 1]` are cut; "row" `[1, length]` and "number" `[1, 1]` are given
     to each program whole, and as results they are partial sums, `[programs, 1, ...]`.
     """
-    taken = [(kind, a) for kind, a in operands if a is not None]
     made = [(kind, dtype) for kind, dtype in results if dtype is not None]
-    tall = cut.height * cut.steps
 
     def spec(kind: str, result: bool) -> pl.BlockSpec:
         breadth = _breadth(kind, cut.width)
         if kind in _CUT:
-            return pl.BlockSpec((tall, breadth), lambda i: (i, 0))
+            return pl.BlockSpec((cut.tall, breadth), lambda i: (i, 0))
         if result:
             return pl.BlockSpec((None, 1, breadth), lambda i: (i, 0, 0))
         return pl.BlockSpec((1, breadth), lambda _: (0, 0))
@@ -200,21 +150,18 @@ def _call(
         whole = [(*shape, _breadth(kind, cut.length)) for shape, (kind, _) in zip(shapes, made, strict=True)]
         return [jnp.broadcast_to(x.reshape(-1)[0], s).astype(dtype) for s, (_, dtype) in zip(whole, made, strict=True)]
 
+    mosaic_params = mosaic.CompilerParams(dimension_semantics=("parallel",))
     run = pl.pallas_call(
         _program(target, cut, evaluate, [None if a is None else kind for kind, a in operands], [k for k, _ in made]),
         out_shape=jax.eval_shape(like, operands[0][1]),
         grid=(cut.programs,),
-        in_specs=[spec(kind, result=False) for kind, _ in taken],
+        in_specs=[spec(kind, result=False) for kind, a in operands if a is not None],
         out_specs=[spec(kind, result=True) for kind, _ in made],
-        compiler_params=(
-            triton.CompilerParams(num_warps=cut.warps)
-            if target == "gpu"
-            else mosaic.CompilerParams(dimension_semantics=("parallel",))
-        ),
+        compiler_params=triton.CompilerParams(num_warps=cut.warps) if target == "gpu" else mosaic_params,
         interpret=interpret,
         name=name,
     )
-    out = iter(run(*(a for _, a in taken)))
+    out = iter(run(*(a for _, a in operands if a is not None)))
     return tuple(None if dtype is None else next(out) for _, dtype in results)
 
 
@@ -222,7 +169,7 @@ def _breadth(kind: str, width: int) -> int:
     return width if kind in ("rows", "row") else 1
 
 
-def _load(target: str, ref: Any, rows: Any, exists: jax.Array | None, inside: jax.Array | None) -> jax.Array:
+def _load(target: str, ref: Any, rows: Any, exists: Given, inside: Given) -> jax.Array:
     """A block, with zeros where it reaches past the array."""
     mask = _both(exists, inside)
     if mask is None:
@@ -233,9 +180,7 @@ def _load(target: str, ref: Any, rows: Any, exists: jax.Array | None, inside: ja
     return jnp.where(mask, value, jnp.zeros((), value.dtype))
 
 
-def _store(
-    target: str, ref: Any, value: jax.Array, rows: Any, exists: jax.Array | None, inside: jax.Array | None
-) -> None:
+def _store(target: str, ref: Any, value: jax.Array, rows: Any, exists: Given, inside: Given) -> None:
     mask = _both(exists, inside)
     if mask is None or target == "tpu":
         ref[rows, :] = value
@@ -243,5 +188,5 @@ def _store(
         triton.store(ref.at[rows, :], value, mask=mask)
 
 
-def _both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+def _both(a: Given, b: Given) -> Given:
     return a if b is None else b if a is None else a & b

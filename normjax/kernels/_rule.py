@@ -1,9 +1,8 @@
 """The derivatives of the fused rows, and the choice of the kernel by platform.
 
 Reverse mode is a `jax.custom_vjp` around two kernels; it keeps x, the statistics and the scale. Each kernel is in turn a
-`jax.custom_jvp` whose rule differentiates its plain twin, so that second derivatives (any mode over reverse mode) work and
-leave the kernels only where they must. Forward mode over the whole has no kernel, and is refused with a message of
-ours: a tangent goes through `_refuse`, which can be transposed and batched but not evaluated.
+`jax.custom_jvp` whose rule differentiates its plain twin, so that second derivatives (any mode over reverse mode) work.
+Forward mode is refused: a tangent goes through `_refuse`, which can be transposed and batched but not evaluated.
 """
 
 import functools
@@ -30,22 +29,9 @@ NO_KERNEL = (
 )
 
 
-def normalize(
-    how: How, x: jax.Array, eps: jax.Array, scale: jax.Array | None, bias: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """`block.forward` by the kernels, differentiable in reverse mode.
-
-    Args:
-      how: what is static.
-      x: the rows, `[rows, length]`, of a floating dtype of 32 bits or fewer.
-      eps: `[1, 1]` float32.
-      scale: `[1, length]` float32, or None.
-      bias: `[1, length]` float32, or None.
-
-    Returns:
-      `(y, mean, var)`: y like x in `how.dtype`; mean (None where rows are not centred) and var `[rows, 1]` float32.
-    """
-    return _fused(how, *jax.tree.map(_reverse_only, (x, eps, scale, bias)))
+def normalize(how: How, *operands: jax.Array | None) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """`block.forward` by the kernels, differentiable in reverse mode; the operands are x, eps, scale and bias."""
+    return _fused(how, *jax.tree.map(_reverse_only, operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

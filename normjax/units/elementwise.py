@@ -21,12 +21,6 @@ def scaled_relu(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
       x: real array of any shape, standardized. After the addition of a residual block it scales the skip path by 1.71 too.
       dtype: of the output, by default that of x.
 
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      TypeError: x holds integers or complex numbers.
-
     Source: Arpit et al. 2016; Hoffer et al. 2018 (TReLU); Lubana et al. 2021.
 
     >>> scaled_relu(jnp.array([-5.0, 1.0]))
@@ -40,17 +34,12 @@ def scaled_relu(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
 def tlu(x: ArrayLike, tau: ArrayLike = 0.0, layout: str = "n ... c") -> jax.Array:
     """Thresholded linear unit, max(x, tau): for outputs of a norm that does not centre, whose zero means nothing.
 
+    Where both are equal, each has half the gradient, as in PyTorch.
+
     Args:
       x: real array, axes as named by `layout`. [u]
-      tau: learned threshold: a scalar, `[c]`, `[n, c]`, or of the rank of x. [u]
       layout: name of each axis of x.
-
-    Returns:
-      An array of the shape and dtype of x. Where both are equal, each has half the gradient, as in PyTorch.
-
-    Raises:
-      FieldError: tau does not fit x.
-      TypeError: x holds integers or complex numbers.
+      tau: learned threshold: a scalar, `[c]`, `[n, c]`, or of the rank of x. [u]
 
     Source: Singh & Krishnan 2020, section 3.
 
@@ -74,18 +63,11 @@ def dyt(
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      alpha: learned scalar. [1 / u]
       layout: name of each axis of x.
+      alpha: learned scalar. [1 / u]
       scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: a parameter does not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Zhu et al. 2025, "Transformers without normalization", section 4; alpha starts at 0.5.
 
@@ -112,19 +94,12 @@ def derf(
 
     Args:
       x: real array, axes as named by `layout`. [u]
+      layout: name of each axis of x.
       alpha: learned scalar. [1 / u]
       shift: learned scalar.
-      layout: name of each axis of x.
       scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: a parameter does not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Chen et al. 2025, "Stronger normalization-free transformers"; alpha starts at 0.5, the shift at 0.
 
@@ -133,7 +108,6 @@ def derf(
     """
     x = require_real(x, "derf")
     work = x.astype(statistics_dtype(x.dtype))
-    named = (("alpha", alpha), ("shift", shift))
-    slope, start = (align_parameter(p, work, layout, name, work.dtype) for name, p in named)
-    y = erf(slope * work + start)
+    slope = align_parameter(alpha, work, layout, "alpha", work.dtype)
+    y = erf(slope * work + align_parameter(shift, work, layout, "shift", work.dtype))
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)

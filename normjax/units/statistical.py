@@ -31,9 +31,6 @@ class EvoNormed(NamedTuple):
       stats: moments of the batch, for `running.observe`; inference needs `var` alone. All None where none were taken.
 
     Source: Liu et al. 2020, "Evolving normalization-activation layers".
-
-    >>> evonorm_b0(jnp.ones((2, 1)), nonlinear=False).stats.var is None
-    True
     """
 
     y: jax.Array
@@ -42,10 +39,6 @@ class EvoNormed(NamedTuple):
 
 def evonorm_row(field: Field | str, eps: float = 1e-5) -> Normalizer:
     """The row whose variance EvoNorm takes over a field: centred for the statistic, not for the output.
-
-    Args:
-      field: both fields, A and B.
-      eps: added to the variance. [units of x squared]
 
     Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
 
@@ -76,26 +69,19 @@ def evonorm_b0(
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1.
       layout: name of each axis of x.
+      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1.
       batch: field of the batch's variance, mapped axes included: `"@data n ..."`.
       instance: field of the instance's variance; of a single element it is 0.
       eps: added to both variances. [u ** 2]
-      unbiased: divides the instance's variance by one less than its count, as the published code of Lubana et al. 2021
-        does; the paper's is biased. Of a single element, where that finds NaN, both take 0. The batch's is biased in both.
+      unbiased: divides the instance's variance by one less than its count (0 for a single element), as the code of Lubana
+        et al. 2021 does; the paper's is biased, and the batch's in both.
       nonlinear: False leaves scale * x + bias, as the paper's pseudocode does.
       stats: the stored variance of the batch (`running.as_stats`), for inference; it broadcasts against x.
       scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       dtype: of the output, by default that of x.
-
-    Returns:
-      `(y, stats)`: the output in the shape of x, and the moments of the batch.
-
-    Raises:
-      FieldError: field, layout, parameters or mapped axes do not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
 
@@ -136,23 +122,16 @@ def evonorm_s0(
 
     Args:
       x: real array, axes as named by `layout`. [u]
-      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1. [1 / u]
       layout: name of each axis of x.
+      v: learned slope, a scalar, `[c]`, or of the rank of x; starts at 1. [1 / u]
       field: field of the variance; the paper has groups of channels and all of space.
       eps: added to the variance. [u ** 2]
       unbiased: divides by one less than the count, as the code of Lubana et al. 2021 does; the paper's is biased.
       nonlinear: False leaves scale * x + bias, as the paper's pseudocode does.
       scale: factor of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-      bias: addend: a scalar, `[c]`, `[n, c]`, or of the rank of x. [units of y]
+      bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: field, layout, parameters or mapped axes do not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
 
@@ -189,23 +168,14 @@ def grn(
 
     Args:
       x: real array, axes as named by `layout`. [u]
+      layout: name of each axis of x.
       scale: learned factor, a scalar, `[c]`, or of the rank of x; starts at 0, so that the layer starts as the identity.
       bias: learned addend, a scalar, `[c]`, or of the rank of x; starts at 0. [u]
-      layout: name of each axis of x.
-      space: field over which squares are summed. The authors' sparse pre-training sums over the examples as well:
-        `"n ..."`.
+      space: field over which squares are summed; in the authors' sparse pre-training it is `"n ..."`.
       channels: field of the mean of g.
       eps: added to the mean of g. [u]
-      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias. A channel
-        that is masked whole is not in the mean.
+      mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       dtype: of the output, by default that of x.
-
-    Returns:
-      An array of the shape of x.
-
-    Raises:
-      FieldError: field, layout, parameters or mapped axes do not fit x.
-      TypeError: x holds integers or complex numbers.
 
     Source: Woo et al. 2023 (ConvNeXt V2), equations 1 to 3 and algorithm 1.
 
