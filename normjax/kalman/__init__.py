@@ -13,8 +13,15 @@ The second line gives the mean and variance of a mixture, 1 - q parts prior and 
 micro-batches, 0.95 for large ones) or learned. The first layer has no prior: `None` is plain normalization.
 """
 
-from .mixing import logit, mix_beliefs, require_gain
-from .normalize import STORED, Kalman, kalman_normalize, normalize_by_belief, require_kalman_row, statistics_to_store
+from normjax.kalman.mixing import logit, mix_beliefs, require_gain
+from normjax.kalman.normalize import (
+    STORED,
+    Kalman,
+    kalman_normalize,
+    normalize_by_belief,
+    require_kalman_row,
+    statistics_to_store,
+)
 
 __all__ = ["STORED", "Kalman", "kalman_normalize", "logit", "mix_beliefs", "normalize_by_belief", "require_gain"]
 __all__ += ["require_kalman_row", "statistics_to_store"]

@@ -14,8 +14,20 @@ Each array that is normalized is a *site* with a scale, a bias and statistics of
 `published.py` the published cells as arguments.
 """
 
-from .cells import BIASES, GATES, PLACES, Activation, Norm, Places, Weights, gru_step, lstm_step, simple_step, sites
-from .clock import (
+from normjax.recurrent.cells import (
+    BIASES,
+    GATES,
+    PLACES,
+    Activation,
+    Norm,
+    Places,
+    Weights,
+    gru_step,
+    lstm_step,
+    simple_step,
+    sites,
+)
+from normjax.recurrent.clock import (
     Carry,
     Clock,
     advance,
@@ -28,8 +40,17 @@ from .clock import (
     valid,
     with_lengths,
 )
-from .published import REN2017, REN2017_DIALECTS, ba2016, cooijmans2017, ren2017, symmetric_uniform
-from .site import LAYOUT, Site, choose_sites, needs_clock, normalize_site, penalty_axes, site_slots, start_sigma
+from normjax.recurrent.published import REN2017, REN2017_DIALECTS, ba2016, cooijmans2017, ren2017, symmetric_uniform
+from normjax.recurrent.site import (
+    LAYOUT,
+    Site,
+    choose_sites,
+    needs_clock,
+    normalize_site,
+    penalty_axes,
+    site_slots,
+    start_sigma,
+)
 
 __all__ = ["BIASES", "GATES", "LAYOUT", "PLACES", "REN2017", "REN2017_DIALECTS"]
 __all__ += ["Activation", "Carry", "Clock", "Norm", "Places", "Site", "Weights"]

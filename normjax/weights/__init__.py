@@ -6,9 +6,16 @@ the field. No statistic mixes examples, so nothing is stored and inference is th
 kernel that enters the product, in the shape and dtype of the one that it is given; statistics are float32 or wider.
 """
 
-from ._kernel import EPS_RULES, INPUTS, KERNEL, OUTPUTS
-from .norm import BOUNDS, bounded_weight_norm, centred_weight_norm, norm_bound, weight_centring, weight_norm
-from .standardization import scaled_weight_standardization, weight_standardization
+from normjax.weights._kernel import EPS_RULES, INPUTS, KERNEL, OUTPUTS
+from normjax.weights.norm import (
+    BOUNDS,
+    bounded_weight_norm,
+    centred_weight_norm,
+    norm_bound,
+    weight_centring,
+    weight_norm,
+)
+from normjax.weights.standardization import scaled_weight_standardization, weight_standardization
 
 __all__ = ["BOUNDS", "EPS_RULES", "INPUTS", "KERNEL", "OUTPUTS"]
 __all__ += ["bounded_weight_norm", "centred_weight_norm", "norm_bound", "weight_centring", "weight_norm"]
