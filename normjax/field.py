@@ -151,6 +151,7 @@ class Parsed:
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+        owner.__annotations__[name] = Field | str | None  # what `help` says of the constructor
 
     def __get__(self, instance: object | None, owner: type) -> Field | None:
         if instance is not None:
