@@ -1,11 +1,19 @@
 """The tables that drive the tests: every row of TABLE with a layout and a shape that it fits, and a few more."""
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from normjax import TABLE, Normalizer
+from normjax import TABLE, Normalizer, normalize
+
+# Small programs: what counts is how soon they compile, and one program compiles sooner than its operations one by one.
+FAST: Any = {"xla_backend_optimization_level": 0}
+jit: Any = functools.partial(jax.jit, compiler_options=FAST)
+compiled = jit(normalize, static_argnums=(1, 2))  # without jit: tests/test_golden.py
 
 EXTRA = {
     "order_3": Normalizer("... c", "... c", order=3, power=1 / 3),

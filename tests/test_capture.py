@@ -14,6 +14,7 @@ import normjax.linen
 import normjax.nnx
 from normjax import diagnostics
 from normjax.capture import linen_capture, nnx_capture
+from tests.refusals import refuses
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
 FACTOR = jnp.asarray(np.random.default_rng(1).normal(size=(6, 2)), jnp.float32)
@@ -367,6 +368,4 @@ def test_probe_of_the_other_library_or_of_no_layers_is_refused():
         (lambda: linen_capture(model, layers=number),
          "layers are a name, a pattern, a type, several of these or a function; found 3"),
     ):  # fmt: skip
-        with pytest.raises(TypeError) as caught:
-            make()
-        assert str(caught.value) == message
+        refuses(make, TypeError, message)

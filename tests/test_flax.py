@@ -19,7 +19,7 @@ from flax import nnx, serialization
 import normjax
 import normjax.linen as our_linen
 import normjax.nnx as our_nnx
-from tests.rows import slow_but
+from tests.rows import jit, slow_but
 
 EPS = float(np.finfo(np.float32).eps)
 PRESETS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
@@ -259,7 +259,7 @@ def both(api, *arguments):
     ours, flax, make = APIS[api]
     name, shape, row, params, stats, x, cotangent, mask = arguments
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jit
     def run(params, stats, x, cotangent, mask):
         out = []
         for library in (ours, flax):
@@ -326,7 +326,7 @@ def test_no_further_from_float64_than_flax_when_the_mean_is_large(name, shape, r
     cotangent, (reduced, features, groups) = array(shape, 7), geometry(name, shape, row)
     eps = 1e-5 if name == "BatchNorm" else 1e-6
 
-    @jax.jit
+    @jit
     def run(x):
         return [
             everything(lib, linen_function, name, shape, row, params, stats, x, cotangent) for lib in (our_linen, nn)
@@ -439,12 +439,12 @@ def everywhere(library):
 
 def initialized(library, x):
     with settings(library):
-        return jax.jit(everywhere(library).init)(jax.random.key(3), x)
+        return jit(everywhere(library).init)(jax.random.key(3), x)
 
 
 def applied(library, variables, x):
     with settings(library):
-        return jax.jit(functools.partial(everywhere(library).apply, train=False))(variables, x)
+        return jit(functools.partial(everywhere(library).apply, train=False))(variables, x)
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +454,7 @@ def trained():
     first = initialized(nn, x)
     assert_equal(initialized(our_linen, x), first)  # same names, same random numbers
     with lenient():
-        _, changed = jax.jit(functools.partial(everywhere(nn).apply, mutable=["batch_stats"]))(first, x)
+        _, changed = jit(functools.partial(everywhere(nn).apply, mutable=["batch_stats"]))(first, x)
     variables = {"params": first["params"], **changed}
     return x, variables, applied(nn, variables, x)
 
@@ -498,7 +498,7 @@ def nnx_everywhere(library, seed=0):
 
 
 def nnx_applied(library, layers, x, average):
-    @jax.jit
+    @jit
     def run(structure, state, x):
         layers = nnx.merge(structure, state)
         for layer in layers:
@@ -583,7 +583,7 @@ def test_integer_half_and_complex_inputs_give_flax_s_numbers(name, shape, row):
     params, stats = variables_of(name, shape, row)
     inputs = {dtype: in_dtype(dtype, shape) for dtype in ("int32", "bfloat16", "float16", "complex64")}
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jit
     def run(inputs):
         out = []
         for library in (our_linen, nn):
@@ -788,13 +788,13 @@ def test_lifted_running_statistics_equal_flax(lift, share):
     for key, make in LINEN_BATCH.items():
         with lenient() if key == "Flax" else contextlib.nullcontext():
             model, first = lift(make, share)
-            variables = jax.jit(first.init)(jax.random.key(0), x, None)
+            variables = jit(first.init)(jax.random.key(0), x, None)
 
             def loss(params, variables=variables, model=model):
                 (y, _), changed = model.apply({**variables, "params": params}, x, None, mutable=["batch_stats"])
                 return jnp.sum(jnp.sin(y)), (y, changed)
 
-            results[key] = variables, jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+            results[key] = variables, jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     for key in ("BatchNorm", "Norm"):
         assert_close(results[key], results["Flax"], what=key)
 
@@ -814,7 +814,7 @@ def test_linen_equals_nnx_on_every_row(row):
     assert {key: v.shape for key, v in flat.items()} == {key: v.shape for key, v in plain(state).items()}
     assert "losses" not in variables
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jit
     def by_linen(x, y):
         stats, out = initial_statistics(flat), {}
         for key, z in (("first", x), ("second", y)):
@@ -825,7 +825,7 @@ def test_linen_equals_nnx_on_every_row(row):
         out["inference"] = linen.apply(variables, x, use_running_average=True)
         return out | {"conditional": linen.apply(variables, x, True, **given), "statistics": stats}
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jit
     def by_nnx(state, x, y):
         layer, out = nnx.merge(structure, state), {}
         for key, z in (("first", x), ("second", y)):

@@ -2,7 +2,6 @@
 
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from normjax import Normalizer, expect, linen, normalize, top
 from normjax import nnx as our_nnx
-from tests.rows import CHANNELS, ROWS
+from tests.rows import CHANNELS, FAST, ROWS, jit
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices, real or simulated")
-FAST: Any = {"xla_backend_optimization_level": 0}
 CASES = {
     **ROWS,
     "groups_across_shards": Normalizer("... c/2", "... c/2"),
@@ -69,7 +67,7 @@ def test_sharded_arrays_give_the_numbers_of_one_device_without_gathering(name, k
     mask = np.random.default_rng(2).uniform(size=x.shape) > 0.3
     masked = name in ("batch", "divisive")  # the mask of the others is that of these
     f = functools.partial(pull, lambda x: normalize(x, CASES[name], mask=mask if masked else None).y)
-    want = jax.jit(f, compiler_options=FAST)(x, g)
+    want = jit(f)(x, g)
     mesh = mesh_of(kind)
     specs = SPECS if name not in QUICK else {k: SPECS[k] for k in ("rows and columns", "examples and channels")}
     for where, spec in specs.items():
@@ -113,7 +111,7 @@ def test_windows_over_an_axis_with_one_element_a_device_are_right(window):
     for width in (3, 4, 8):
         f = functools.partial(expect, field=f"c:{width}", layout="n c", window=window)
         with jax.set_mesh(mesh):
-            got = jax.jit(f)(jax.device_put(x, NamedSharding(mesh, P(None, "data"))))
+            got = jit(f)(jax.device_put(x, NamedSharding(mesh, P(None, "data"))))
         close(got, f(x))
 
 
@@ -129,10 +127,10 @@ def test_second_derivatives_and_vmap_work_on_explicit_meshes(field):
         return jax.jvp(jax.grad(f), (x,), (jnp.cos(x),))[1], jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(x)
 
     both = jax.vmap(twice)
-    want = jax.jit(both, compiler_options=FAST)(np.stack([x, x[::-1]]))
+    want = jit(both)(np.stack([x, x[::-1]]))
     with jax.set_mesh(mesh):
         stacked = jax.device_put(np.stack([x, x[::-1]]), NamedSharding(mesh, P(None, *spec)))
-        got = jax.jit(both, compiler_options=FAST)(stacked)
+        got = jit(both)(stacked)
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
@@ -151,11 +149,11 @@ def test_running_statistics_of_sharded_batches_are_global_and_keep_their_type(sp
 
         return jax.lax.scan(step, stats, None, length=2)
 
-    want = jax.jit(two_steps)(variables["batch_stats"], x)
+    want = jit(two_steps)(variables["batch_stats"], x)
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = mesh_of(kind)
         with jax.set_mesh(mesh):
-            got = jax.jit(two_steps)(variables["batch_stats"], jax.device_put(x, NamedSharding(mesh, spec)))
+            got = jit(two_steps)(variables["batch_stats"], jax.device_put(x, NamedSharding(mesh, spec)))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
 
 

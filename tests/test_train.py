@@ -20,9 +20,7 @@ from jax.sharding import PartitionSpec as P
 from normjax import Normalizer, normalize, train
 from normjax import linen as nl
 from normjax import nnx as nx
-
-FAST: Any = {"xla_backend_optimization_level": 0}  # less compiling; the claims are about numbers and where they lie
-jit: Any = functools.partial(jax.jit, compiler_options=FAST)
+from tests.rows import jit
 
 
 class Net(nn.Module):
@@ -64,7 +62,7 @@ def data(seed=0, size=24):
 
 def start(model=None, tx=None, seed=0):
     model, tx = model or Net(), tx or optax.sgd(0.05)
-    return model, tx, train.linen_init(model, tx, jax.random.key(seed), data()["x"], train=False)
+    return model, tx, jit(lambda key: train.linen_init(model, tx, key, data()["x"], train=False))(jax.random.key(seed))
 
 
 def twin(state):
@@ -111,7 +109,7 @@ def test_linen_and_nnx_steps_agree():
     close(state.stats["batch_stats"]["Norm_0"]["mean"], other.stats["norm"]["mean"][...])
     close(state.stats["batch_stats"]["Norm_0"]["var"], other.stats["norm"]["var"][...])
     close(state.params["Dense_0"]["kernel"], other.params["first"]["kernel"][...])
-    close(train.linen_eval(model, loss)(state, data(9)), train.nnx_eval(structure, loss)(other, data(9)))
+    close(jit(train.linen_eval(model, loss))(state, data(9)), jit(train.nnx_eval(structure, loss))(other, data(9)))
 
 
 def test_an_epoch_is_its_steps_one_after_another():
@@ -206,7 +204,7 @@ def test_frozen_statistics_normalize_with_the_stored_ones(layer, at):
         state.stats["batch_stats"]["BatchNorm_0"]["mean"] = jnp.ones(3) * 5
         frozen, m1 = jit(train.linen_step(model, loss, tx, statistics="frozen"))(state, data())
         _, m2 = jit(train.linen_step(model, loss, tx))(state, data())
-        evaluated = train.linen_eval(model, loss)(state, data())
+        evaluated = jit(train.linen_eval(model, loss))(state, data())
     close(frozen.stats, state.stats)
     close(m1["loss"], evaluated["loss"])
     assert abs(m1["loss"] - m2["loss"]) > 1e-3
@@ -230,7 +228,7 @@ def test_frozen_nnx_statistics_stay():
     other.stats["norm"]["mean"][...] = jnp.ones(4) * 3
     after, metrics = jit(train.nnx_step(structure, loss, tx, statistics="frozen"))(other, data())
     close(after.stats["norm"]["mean"][...], jnp.ones(4) * 3)
-    close(metrics["loss"], train.nnx_eval(structure, loss)(other, data())["loss"])
+    close(metrics["loss"], jit(train.nnx_eval(structure, loss))(other, data())["loss"])
 
 
 def test_bad_requests_say_what_is_accepted():
@@ -553,7 +551,7 @@ def test_nnx_models_and_meshes_recalibrate_alike():
     model, _, state = start(Net(l1=0.0))
     structure, other = twin(state)
     order = jnp.asarray(np.random.default_rng(0).permutation(24).reshape(3, 8), jnp.int32)
-    one = train.linen_recalibrate(model, loss)(state, data(), order).stats["batch_stats"]["Norm_0"]
+    one = jit(train.linen_recalibrate(model, loss))(state, data(), order).stats["batch_stats"]["Norm_0"]
     before = jax.tree.map(jnp.copy, other.stats)
     two = train.nnx_recalibrate(structure, loss)(other, data(), order).stats["norm"]
     for name in ("mean", "var"):

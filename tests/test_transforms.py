@@ -432,9 +432,9 @@ def test_gradient_with_an_array_of_eps_is_that_of_plain_differentiation(name, la
     def gradients(*args):
         return jax.grad(lambda x, eps, scale: jnp.vdot(g, normalize(x, n, eps=eps, scale=scale).y), (0, 1, 2))(*args)
 
-    found = jax.jit(lambda given: [gradients(*args) for args in given])(given)
+    found = jit(n, lambda given: [gradients(*args) for args in given])(given)
     monkeypatch.setattr(derivative, "has_rule", lambda *_: False)
-    expected = jax.jit(lambda given: [gradients(*args) for args in given])(given)
+    expected = jit(n, lambda given: [gradients(*args) for args in given])(given)
     for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(f, e, atol=2e-5)
 
@@ -447,7 +447,7 @@ def test_gradient_of_pooled_windows_is_as_exact_as_plain_differentiation(mean, m
 
     def gradient(dtype):
         given = [jnp.asarray(a, dtype) for a in (x, scale, g)]
-        f = jax.jit(lambda x, scale, g: jax.grad(lambda x: jnp.vdot(normalize(x, n, scale=scale).y, g))(x))
+        f = jit(n, lambda x, scale, g: jax.grad(lambda x: jnp.vdot(normalize(x, n, scale=scale).y, g))(x))
         return np.asarray(f(*given), np.float64)
 
     ruled = gradient(np.float32)

@@ -22,6 +22,7 @@ from normjax.weights import (
     weight_standardization,
 )
 from tests.kernels import CASES, INF, SHAPES, close, draw, each, formula, quickly, run
+from tests.refusals import refuses
 
 QUICK = ("norm p=3 root", "centred", "scaled")
 
@@ -377,10 +378,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 @each(REFUSED)
 def test_refusals_name_what_was_found_and_what_is_accepted(name):
-    call, kind, message = REFUSED[name]
-    with pytest.raises(kind) as error:
-        call()
-    assert str(error.value) == message
+    refuses(*REFUSED[name])
 
 
 def test_a_field_of_one_weight_is_not_centred():

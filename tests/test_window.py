@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from normjax._expect import window
+from tests.rows import jit
 
 CASES = [
     (length, width, padding)
@@ -28,10 +29,10 @@ def obvious(x, taps, padding):
 @pytest.mark.parametrize("cases", [CASES[::4], pytest.param(CASES, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_each_form_is_the_sum_over_each_window(form, cases):
     x = np.random.default_rng(0).normal(size=(2, 40, 3)).astype(np.float32)
-    for length, width, padding in cases:
-        part = x[:, :length]
-        got = form(jnp.asarray(part), axis=1, taps=width, padding=padding)
-        np.testing.assert_allclose(got, obvious(part, width, padding), atol=2e-5, err_msg=f"{length, width, padding}")
+    found = jit(lambda x: [form(x[:, :length], axis=1, taps=width, padding=p) for length, width, p in cases])(x)
+    for got, (length, width, padding) in zip(found, cases, strict=True):
+        want = obvious(x[:, :length], width, padding)
+        np.testing.assert_allclose(got, want, atol=2e-5, err_msg=f"{length, width, padding}")
 
 
 @pytest.mark.parametrize("padding", [(15, 15), (-1, 30), *(pytest.param(p, marks=pytest.mark.slow)
@@ -40,18 +41,22 @@ def test_each_form_is_the_sum_over_each_window(form, cases):
 def test_derivatives_transposes_and_batches_are_those_of_a_linear_operation(taps, padding):
     rng = np.random.default_rng(1)
     x, dx = (jnp.asarray(rng.normal(size=(2, 40, 3)), jnp.float32) for _ in range(2))
-    f = jax.jit(lambda x: window.slide(x, 1, taps, padding))
+
+    def f(x):
+        return window.slide(x, 1, taps, padding)
+
     if min(padding) >= 0:
-        np.testing.assert_allclose(f(x), obvious(np.asarray(x), taps, padding), atol=5e-5)
-    y, dy = jax.jit(lambda x, dx: jax.jvp(f, (x,), (dx,)))(x, dx)
-    np.testing.assert_array_equal(dy, f(dx))
+        np.testing.assert_allclose(jit(f)(x), obvious(np.asarray(x), taps, padding), atol=5e-5)
+    y, dy = jit(lambda x, dx: jax.jvp(f, (x,), (dx,)))(x, dx)
+    np.testing.assert_array_equal(dy, jit(f)(dx))
     g = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
-    transpose = jax.jit(jax.linear_transpose(f, x))
-    np.testing.assert_allclose(jnp.vdot(transpose(g)[0], x), jnp.vdot(g, y), rtol=1e-4)
-    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: jnp.vdot(f(x), f(x))))(x), 2 * transpose(y)[0], rtol=1e-5)
-    for axis in range(4):
-        stacked = jax.jit(jax.vmap(f, axis, axis))(jnp.stack([x, dx], axis))
-        np.testing.assert_allclose(stacked, jnp.stack([y, dy], axis), atol=5e-5)
+    transpose = jit(jax.linear_transpose(f, x))
+    np.testing.assert_allclose(np.vdot(transpose(g)[0], x), np.vdot(g, y), rtol=1e-4)
+    np.testing.assert_allclose(jit(jax.grad(lambda x: jnp.vdot(f(x), f(x))))(x), 2 * transpose(y)[0], rtol=1e-5)
+    pairs = [np.stack([x, dx], axis) for axis in range(4)]
+    stacked = jit(lambda pairs: [jax.vmap(f, axis, axis)(pair) for axis, pair in enumerate(pairs)])(pairs)
+    for axis, found in enumerate(stacked):
+        np.testing.assert_allclose(found, np.stack([y, dy], axis), atol=5e-5)
 
 
 def test_a_wide_window_of_a_long_axis_keeps_its_digits():
