@@ -181,7 +181,8 @@ def test_both_faces_have_the_documentation_and_the_call_of_the_description(name)
     first = ["self", *(["features"] if issubclass(two, Host) else []), *LENGTHS.get(name, {})]
     last = ["rngs"] if name == "AlphaDropout" else []
     assert theirs == [*first, *(option for option in own if option != "features"), *last]
-    missing = [option for option in own if f"\n      {option}: " not in one.__doc__ and option != "features"]
+    text = inspect.cleandoc(one.__doc__)
+    missing = [option for option in own if f"\n  {option}: " not in text and option != "features"]
     assert not missing, "options without a line of documentation"
 
 
