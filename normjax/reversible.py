@@ -63,7 +63,8 @@ def revin(
       bias: addend of the result: a scalar, `[c]`, `[n, c]`, or of the rank of x.
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
       eps: added to the variance, by default the row's number. [u ** 2]
-      detach: whether gradients to x stop at mean and variance (not at the last value), as in the authors' code.
+      detach: whether gradients to x stop at mean and variance (not at the last value), as in the authors' code; no other
+        gradient changes.
       dtype: of y, by default that of x.
 
     Source: Kim et al. 2022, equations 1 and 2.

@@ -53,7 +53,8 @@ def selu_parameters(mean: float = 0.0, var: float = 1.0, omega: float = 0.0, tau
     Args:
       mean: mean of the inputs and of the outputs.
       var: variance of the inputs and of the outputs.
-      omega: sum of the weights of a unit: 0 for weights around zero; the authors' notebook takes 1.
+      omega: sum of the weights of a unit: 0 for weights around zero; the authors' notebook takes 1, which changes the
+        numbers unless the mean is 0.
       tau: sum of the squares of the weights of a unit.
 
     Raises:

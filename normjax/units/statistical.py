@@ -175,6 +175,7 @@ def grn(
       channels: field of the mean of g.
       eps: added to the mean of g. [u]
       mask: boolean mask or weights that broadcast against x; where 0, x counts nowhere and becomes the bias.
+        A channel that is masked whole is not in the mean response.
       dtype: of the output, by default that of x.
 
     Source: Woo et al. 2023 (ConvNeXt V2), equations 1 to 3 and algorithm 1.
