@@ -1,4 +1,4 @@
-"""The layers of `normjax.rows` and `normjax.around`: linen against nnx, published numbers, what is stored, refusals."""
+"""Layers by `Norm` and layers of families: linen against nnx, published numbers, what is stored, refusals."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""`Norm` with a row made of a few numbers: the families of `normjax.rows`, and rows of TABLE with names of their own."""
+"""`Norm` with a row made of a few numbers: rows of TABLE, divisive, response and contrast norms, batch renormalization."""
 
 import dataclasses
 
