@@ -22,7 +22,6 @@ class L1BatchNorm(Preset):
 
     All other options are those of `Norm`. The authors average with momentum 0.1, from the first values of
     `normjax.running.published_start`.
-
     Source: Hoffer et al. 2018, section 4.
 
     >>> from normjax.linen import L1BatchNorm
@@ -52,7 +51,6 @@ class LpBatchNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Hoffer et al. 2018, section 4.
 
     >>> from normjax.linen import LpBatchNorm
@@ -83,7 +81,6 @@ class TopKBatchNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Hoffer et al. 2018, section 4.
 
     >>> from normjax.linen import TopKBatchNorm
@@ -115,7 +112,6 @@ class LinfBatchNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Hoffer et al. 2018, section 4.
 
     >>> from normjax.linen import LinfBatchNorm
@@ -143,7 +139,6 @@ class GhostBatchNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`. Stored are the mean of the parts' means and that of their variances.
-
     Source: Hoffer et al. 2017, algorithm 1.
 
     >>> from normjax.linen import GhostBatchNorm
@@ -177,7 +172,6 @@ class RangeBatchNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`; the stored `var` is the mean range.
-
     Source: Banner et al. 2018, section 3.
 
     >>> from normjax.linen import RangeBatchNorm
@@ -216,7 +210,6 @@ class GhostTopKBatchNorm(TopKBatchNorm):
       beta: weight of the average before, stored as `top`, from 0 on.
 
     All other options are those of `Norm`. The stored `var` averages the moving average.
-
     Source: Hoffer et al. 2018, their code.
 
     >>> from normjax.linen import GhostTopKBatchNorm

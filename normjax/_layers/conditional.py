@@ -54,12 +54,6 @@ class AdaIN(Layer):
           strength: how much of the style, from 0 (the content) to 1.
           mask: boolean mask or weights that broadcast against x; what is masked counts nowhere.
           style_mask: boolean mask or weights that broadcast against the style.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
         """
         return conditional.adain(
             x,
@@ -110,13 +104,11 @@ class ConditionalNorm(Modulated):
       num_classes: number of classes.
       normalizer: a Normalizer or the name of a row of TABLE.
       layout: name of each axis of the input.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       scale_init: initializer of the factors, `[num_classes, c]`.
       bias_init: initializer of the addends, `[num_classes, c]`.
 
     The options of running statistics are those of `Norm`; what is stored lies under `norm`.
-
     Source: Dumoulin et al. 2017, equation 5; de Vries et al. 2017, section 4.1.
 
     >>> from normjax.linen import ConditionalNorm
@@ -148,12 +140,6 @@ class ConditionalNorm(Modulated):
           labels: integer labels `[n]`, or weights of the classes `[n, num_classes]`.
           use_running_average: whether to use the stored statistics, for rows that have any.
           mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
         """
         x = require_float(x, "ConditionalNorm")
         modulation = conditional.by_class(labels, **self._learned(x.shape))

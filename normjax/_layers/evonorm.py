@@ -39,19 +39,15 @@ class EvoNormB0(RunningLayer):
       layout: name of each axis of the input.
       epsilon: added to both variances. [units of x squared]
       nonlinear: False leaves scale and bias alone, and stores nothing.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       v_init: initializer of v, `[c]`.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      scale_init, bias_init: initializers of the factor and of the addend.
       momentum: weight of the old value in the running average.
       unbiased: of the instance's variance, the dialect of Lubana et al. 2021; see `normjax.units.evonorm_b0`.
 
     All other options are those of every layer with running statistics, see `Norm`. Batch renormalization (`renorm`)
     keeps the batch's deviation near the stored one; the L1 penalty is on x less the batch's mean.
-
     Source: Liu et al. 2020.
 
     >>> from normjax.linen import EvoNormB0
@@ -139,13 +135,10 @@ class EvoNormS0(Layer):
       epsilon: added to the variance. [units of x squared]
       unbiased: the dialect of Lubana et al. 2021; see `normjax.units.evonorm_s0`.
       nonlinear: False leaves scale and bias alone.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       v_init: initializer of v, `[c]`.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Liu et al. 2020.
 

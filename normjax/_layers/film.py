@@ -28,14 +28,12 @@ class FiLM(Modulated):
       order: the parts of the map's output ("scale", "bias", "gate"), in the order of the checkpoint.
       around: added to the scale.
       activation: applied to the condition first.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
       bias_init: initializer of its bias, `[parts * c]`.
 
     The options of running statistics are those of `Norm`; what is stored lies under `norm`. In nnx `condition_features`, the
     length k of the condition, follows `features`.
-
     Source: Perez et al. 2018, equations 1 and 2.
 
     >>> from normjax.linen import FiLM
@@ -91,12 +89,6 @@ class FiLM(Modulated):
           condition: floating-point array `[n, k]`.
           use_running_average: whether to use the stored statistics, for rows that have any.
           mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
         """
         return self._with_gate(x, condition, use_running_average, mask)[0]
 
@@ -111,14 +103,12 @@ class AdaLN(FiLM):
       order: the parts of the map's output, in the order of the checkpoint: bias, scale in DiT's.
       around: added to the scale.
       activation: applied to the condition first; DiT's is `jax.nn.silu`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
       bias_init: initializer of its bias, `[parts * c]`.
 
     The options of running statistics are those of `Norm`. In nnx `condition_features`, the length k of the condition,
     follows `features`.
-
     Source: Peebles & Xie 2023 (DiT), section 3.2.
 
     >>> from normjax.linen import AdaLN
@@ -144,14 +134,12 @@ class AdaLNZero(AdaLN):
       order: the parts of the map's output, in the order of the checkpoint: bias, scale, gate in DiT's.
       around: added to the scale.
       activation: applied to the condition first; DiT's is `jax.nn.silu`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
       bias_init: initializer of its bias, `[parts * c]`.
 
     The options of running statistics are those of `Norm`. In nnx `condition_features`, the length k of the condition,
     follows `features`.
-
     Source: Peebles & Xie 2023 (DiT), section 3.2, adaLN-Zero.
 
     >>> from normjax import conditional
@@ -182,8 +170,5 @@ class AdaLNZero(AdaLN):
 
         Returns:
           An array of the shape of x, and the gate `[n, c]`.
-
-        Raises:
-          TypeError: integer input.
         """
         return self._with_gate(x, condition, use_running_average, mask)

@@ -94,40 +94,18 @@ def read(
 
 
 def read_batch_norm(module: OverAllButAxis, shape: Shape) -> Reading:
-    """Batch norm averages over all axes but the features.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(axis=-1, epsilon=1e-5, axis_name=None, axis_index_groups=None)
-    >>> read_batch_norm(module, (8, 4, 4, 64)).normalizer
-    Normalizer('a0 a1 a2', 'a0 a1 a2')
-    """
+    """Batch norm averages over all axes but the features."""
     features = positive_axes(len(shape), module.axis)
     return read(module, shape, [axis for axis in range(len(shape)) if axis not in features], features)
 
 
 def read_layer_norm(module: OverAxes, shape: Shape, *, centre: bool = True) -> Reading:
-    """Layer norm averages over `reduction_axes`; RMS norm, without a centre, as well.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(
-    ...     reduction_axes=(1, 2), feature_axes=-1, epsilon=1e-6, axis_name=None, axis_index_groups=None)
-    >>> read_layer_norm(module, (8, 4, 64)).normalizer
-    Normalizer('a1 a2', 'a1 a2', eps=1e-06)
-    """
+    """Layer norm averages over `reduction_axes`; RMS norm, without a centre, as well."""
     return read(module, shape, module.reduction_axes, module.feature_axes, centre=centre)
 
 
 def read_group_norm(module: OverGroups, shape: Shape, groups: int) -> Reading:
-    """Group norm averages over `reduction_axes` (by default all but the first), the last in so many groups.
-
-    Raises:
-      ValueError: the last axis, the channels, is not averaged.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(reduction_axes=None, epsilon=1e-6, axis_name=None, axis_index_groups=None)
-    >>> read_group_norm(module, (8, 4, 64), 32).normalizer
-    Normalizer('a1 a2/32', 'a1 a2/32', eps=1e-06)
-    """
+    """Group norm averages over `reduction_axes` (by default all but the first), the last in so many groups."""
     axes, ndim = module.reduction_axes, len(shape)
     reduced = positive_axes(ndim, [*range(1, ndim - 1), -1] if axes is None else axes)
     if not reduced or reduced[-1] != ndim - 1:
@@ -138,16 +116,7 @@ def read_group_norm(module: OverGroups, shape: Shape, groups: int) -> Reading:
 
 
 def read_instance_norm(module: OverAllButFeatures, shape: Shape) -> Reading:
-    """Instance norm averages over all axes but the first and the features.
-
-    Raises:
-      ValueError: the features include the first axis.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(feature_axes=-1, epsilon=1e-6, axis_name=None, axis_index_groups=None)
-    >>> read_instance_norm(module, (8, 4, 4, 64)).normalizer
-    Normalizer('a1 a2', 'a1 a2', eps=1e-06)
-    """
+    """Instance norm averages over all axes but the first and the features."""
     features = positive_axes(len(shape), module.feature_axes)
     if 0 in features:
         raise ValueError(
@@ -157,11 +126,7 @@ def read_instance_norm(module: OverAllButFeatures, shape: Shape) -> Reading:
 
 
 def positive_axes(ndim: int, numbers: Axes) -> tuple[int, ...]:
-    """Axes as positive numbers, each once, ascending.
-
-    >>> positive_axes(4, (-1, 1, 3))
-    (1, 3)
-    """
+    """Axes as positive numbers, each once, ascending."""
     listed = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
     for axis in listed:
         if not -ndim <= axis < ndim:
@@ -170,14 +135,7 @@ def positive_axes(ndim: int, numbers: Axes) -> tuple[int, ...]:
 
 
 def group_count(channels: int, num_groups: int | None, group_size: int | None) -> int:
-    """The number of groups, from Flax's two arguments.
-
-    Raises:
-      ValueError: neither or both are given, or the channels do not divide.
-
-    >>> group_count(64, 32, None), group_count(64, None, 8)
-    (32, 8)
-    """
+    """The number of groups, from Flax's two arguments."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             "Either `num_groups` or `group_size` should be specified. If `group_size` is to be specified, pass "
@@ -193,22 +151,14 @@ def group_count(channels: int, num_groups: int | None, group_size: int | None) -
 
 
 def align_features(p: jax.Array | None, reading: Reading, shape: Shape) -> jax.Array | None:
-    """A parameter of Flax's shape, laid along the feature axes of an array of this shape.
-
-    Raises:
-      FieldError: the parameter has another size than those axes.
-    """
+    """A parameter of Flax's shape, laid along the feature axes of an array of this shape."""
     if p is not None and p.size != math.prod(reading.sizes):
         raise FieldError(f"a layer made for {p.size} features cannot take an input of shape {shape}")
     return None if p is None else p.reshape([n if axis in reading.features else 1 for axis, n in enumerate(shape)])
 
 
 def widened(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
-    """The array x as Flax's layers take it: integers become floats, and a wider `dtype` widens the work.
-
-    >>> widened(jnp.arange(3), None).dtype, widened(jnp.ones(3, jnp.bfloat16), None).dtype
-    (dtype('float32'), dtype(bfloat16))
-    """
+    """The array x as Flax's layers take it: integers become floats, and a wider `dtype` widens the work."""
     x = jnp.asarray(x)
     with jax.numpy_dtype_promotion("standard"):
         work = jnp.promote_types(x.dtype if dtype is None else dtype, jnp.float32)
@@ -240,12 +190,6 @@ def normalize_as_read(
     """One application of a preset, with the statistics of x or with `running`, of shape `reading.sizes`.
 
     Flax accepts what `normalize` refuses (a field over one element), so nothing is refused here.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(feature_axes=-1, epsilon=0.0, axis_name=None, axis_index_groups=None)
-    >>> x = jnp.array([[[1.0], [3.0]]])
-    >>> normalize_as_read(x, read_instance_norm(module, x.shape), bias=jnp.array([5.0]), dtype=x.dtype).y.tolist()
-    [[[4.0], [6.0]]]
     """
     n, layout = reading.normalizer, reading.layout
     stats = as_stats(running, n, layout, x.shape) if use_running else None

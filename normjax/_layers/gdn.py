@@ -27,8 +27,7 @@ class GDN(Layer):
       offset: keeps the slope of the stored square root finite at 0; see `normjax.gdn.nonnegative`.
       gradient: what comes back to a parameter below its bound, "pass" or "block"; see `normjax.gdn.towards_bound`.
       layout: name of each axis of the input.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       beta_init: initializer of beta itself, `[c]`; what is stored is its reparametrization.
       gamma_init: initializer of gamma itself, `[c, c]`; what is stored is its reparametrization.
 
@@ -78,9 +77,6 @@ class GDN(Layer):
         Args:
           x: floating-point array, axes as named by `layout`.
           mask: boolean mask or weights that broadcast against x; what is masked is in no pool, and becomes 0.
-
-        Returns:
-          An array of the shape of x.
 
         Raises:
           FieldError: the layout names no channels.

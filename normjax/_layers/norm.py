@@ -26,18 +26,7 @@ class Evaluating(Protocol):
 
 @description(kw_only=True)
 class Rowed(RunningLayer):
-    """A layer that is one row of the equation: the options of `Norm` beside the row and the layout.
-
-    Attributes:
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
-      sigma_init: its initial value; by default the square root of the row's eps.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
-    """
+    """A layer that is one row of the equation: the options of `Norm` beside the row and the layout."""
 
     use_scale: bool = True
     use_bias: bool = True
@@ -80,24 +69,16 @@ class Rowed(RunningLayer):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes x.
+        """Normalizes x; an argument replaces the option of its name.
 
         Args:
           x: floating-point array, axes as named by `layout`.
           use_running_average: whether to use the stored statistics, for rows that have any.
-          update_running_average: whether a training batch moves the stored statistics; replaces the option.
-          renorm: limits of batch renormalization; replaces the option.
-          mask: boolean mask or weights that broadcast against x; where it is zero, x counts in no statistic and the
-            output is the bias.
+          update_running_average: whether a training batch moves the stored statistics.
+          renorm: limits of batch renormalization.
+          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
           scale: replaces the learned factor (conditional normalization): a scalar, `[c]`, `[n, c]`, or of the rank of x.
           bias: replaces the learned addend; the shapes of `scale`.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          FieldError: the normalizer does not fit the input.
-          TypeError: integer input.
         """
         x = require_float(x, "Norm")
         learned = self._learned(x.shape, scale=scale, bias=bias)
@@ -132,11 +113,7 @@ class Rowed(RunningLayer):
 
 
 def evaluated(
-    layer: "Evaluating",
-    x: jax.Array,
-    n: Normalizer,
-    stats: Stats | None = None,
-    **given: ArrayLike | None,
+    layer: "Evaluating", x: jax.Array, n: Normalizer, stats: Stats | None = None, **given: ArrayLike | None
 ) -> Normalized:
     """The equation, in the dtype of the layer; with the refusals of `normalize` unless the layer is being initialized."""
     dtype = jnp.dtype(layer.dtype or x.dtype)
@@ -156,14 +133,11 @@ class Norm(Rowed):
     Attributes:
       normalizer: a Normalizer or the name of a row of TABLE.
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
       learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
       sigma_init: its initial value; by default the square root of the row's eps.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     The options of every layer with running statistics:
 

@@ -42,7 +42,6 @@ class BatchRenorm(Rowed):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`, but for `renorm`, which is (r_max, d_max).
-
     Source: Ioffe 2017, algorithm 1.
 
     >>> from normjax.linen import BatchRenorm
@@ -82,11 +81,9 @@ class DivisiveNorm(Preset):
       sigma: smoothing; eps = sigma ** 2. With `learn_sigma` it is learned, from this value on. [units of x]
       border: "truncate" (the paper) or "zero" (its published code).
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`; the paper has none.
-      use_bias: whether an addend is learned, `[c]`; the paper has none.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`; the paper has neither.
 
     All other options are those of `Norm`; nothing is stored.
-
     Source: Ren et al. 2017, section 3.3.
 
     >>> from normjax.linen import DivisiveNorm
@@ -196,7 +193,6 @@ class VarianceNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`. Lubana et al. 2021 average with momentum 0.9.
-
     Source: Daneshmand et al. 2020.
 
     >>> from normjax.linen import VarianceNorm
@@ -221,7 +217,6 @@ class ExtendedBatchNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`; the stored `var` is a scalar.
-
     Source: Luo et al. 2020.
 
     >>> from normjax.linen import ExtendedBatchNorm
@@ -247,7 +242,6 @@ class PositionNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Li et al. 2019, equation 2.
 
     >>> from normjax.linen import PositionNorm
@@ -273,7 +267,6 @@ class LocalContextNorm(Preset):
       layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Ortiz et al. 2020, section 3.
 
     >>> from normjax.linen import LocalContextNorm

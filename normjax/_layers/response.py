@@ -30,12 +30,9 @@ class FilterResponseNorm(Layer):
         from 1e-5; the paper where maps are a single element.
       use_tau: whether the unit max(y, tau) follows, tau learned, `[c]`.
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
       tau_init: initializer of the threshold.
 
     Source: Singh & Krishnan 2020, section 3.
@@ -82,12 +79,6 @@ class FilterResponseNorm(Layer):
             the threshold above it.
           scale: replaces the learned factor: a scalar, `[c]`, `[n, c]`, or of the rank of x.
           bias: replaces the learned addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
         """
         x = promoted(require_float(x, "FilterResponseNorm"), self.dtype)
         learned = {"eps": self.epsilon, **self._learned(x.shape, scale=scale, bias=bias)}

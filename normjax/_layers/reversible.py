@@ -23,12 +23,10 @@ class RevIN(Layer):
       layout: name of each axis of the input; `...` is time.
       detach: whether gradients stop at the statistics, as in the authors' code.
       slack: added to the scale in the inverse; the authors' code has eps ** 2.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
       dtype: of the outputs, by default those of the inputs.
       param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     In both faces `features`, the number of channels (variables of the series), comes first.
 
@@ -66,9 +64,6 @@ class RevIN(Layer):
 
         Returns:
           `(y, stats)`: the normalized series, and what `denormalize` needs.
-
-        Raises:
-          TypeError: integer input.
         """
         learned = self._learned(jnp.shape(x))
         return reversible.revin(
@@ -88,9 +83,6 @@ class RevIN(Layer):
         Args:
           y: floating-point array, axes as named by `layout`, of any length along time.
           stats: what the call returned beside the normalized series.
-
-        Returns:
-          An array of the shape of y.
         """
         learned = self._learned(jnp.shape(y))
         return reversible.denormalize(

@@ -21,14 +21,12 @@ class SPADE(Modulated):
       hidden: channels between the two convolutions.
       kernel_size: width of the convolutions' windows, odd.
       layout: name of each axis of the input and of the map.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       kernel_init: initializer of the three kernels.
       bias_init: initializer of their biases.
 
     The options of running statistics are those of `Norm`; what is stored lies under `norm`. In nnx `label_features`, the
     number of channels of the map of labels, and `space`, the number of axes of space, follow `features`.
-
     Source: Park et al. 2019, equation 1 and appendix A.
 
     >>> from normjax.linen import SPADE
@@ -62,12 +60,6 @@ class SPADE(Modulated):
           labels: floating-point map of labels, axes as named by `layout`; resized to x by the nearest element.
           use_running_average: whether to use the stored statistics, for rows that have any.
           mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
         """
         x, labels = require_float(x, "SPADE"), require_float(labels, "SPADE")
         learned = spade.Convolutions(**self._learned(x.shape, labels.shape))

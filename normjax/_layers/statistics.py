@@ -8,7 +8,7 @@ the limits of batch renormalization), what is stored afterwards, and which recor
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 from jax.typing import ArrayLike
@@ -36,39 +36,18 @@ Correct = Callable[[Stats, Normalizer], tuple[jax.Array, jax.Array]]  # r and d 
 
 
 class Taken(NamedTuple, Generic[Output]):
-    """What a layer makes of an array.
+    """What a layer makes of an array."""
 
-    Attributes:
-      y: what the call returns: an array, or several.
-      stats: of the row whose statistics are stored, each broadcasting against the input, with their weights.
-      row: that row, as it fits this batch.
-      centered: v, whose mean absolute value the L1 penalty takes; None where a layer has none.
-      mergeable: False where the statistics of two batches do not give those of both, though the row's would.
-    """
-
-    y: Output
-    stats: Stats
-    row: Normalizer
-    centered: jax.Array | None
-    mergeable: bool = True
+    y: Output  # what the call returns: an array, or several
+    stats: Stats  # of the row whose statistics are stored, each broadcasting against the input, with their weights
+    row: Normalizer  # as it fits this batch
+    centered: jax.Array | None  # v, whose mean absolute value the L1 penalty takes; None where a layer has none
+    mergeable: bool = True  # False: the statistics of two batches do not give those of both, though the row's would
 
 
 @description(kw_only=True)
 class RunningLayer(Layer):
-    """A layer with running statistics: the options that all of them have.
-
-    Attributes:
-      momentum: weight of the old value in the running average.
-      averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `normjax.running`.
-      unbiased: whether the unbiased variance is stored, as PyTorch does; none is where the weights sum to 1 or less.
-      mean_init: first value of a running mean.
-      var_init: first value of a running variance, or other moment.
-      update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
-      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call,
-        where they may be arrays. None is plain.
-      l1: weight alpha of the L1 penalty alpha * mean |v|; 0 leaves none.
-      l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
-    """
+    """A layer with running statistics: the options that all of them have, which the docstring of `Norm` tells."""
 
     momentum: float = 0.99
     averaging: str = "exponential"
@@ -141,15 +120,10 @@ class RunningLayer(Layer):
         eps: ArrayLike | None = None,
         renormed: Callable[[Correct], Taken[Output]] | None = None,
     ) -> Output:
-        """One application of a layer.
+        """One application of a layer to an input of this shape; what is not said here is as it was given at the call.
 
         Args:
-          shape: of the input.
           take: makes the output with these statistics, or, of None, with the batch's own.
-          use_running_average: as it was given at the call; so are `update_running_average`, `renorm` and `mask`.
-          update_running_average: whether a training batch moves what is stored.
-          renorm: limits of batch renormalization.
-          mask: of the input.
           eps: that of the row where it is learned.
           renormed: makes the output of batch renormalization, from a function that gives r and d for statistics and their
             row. By default the batch's statistics are moved so far that `take` gives r * y + d.
@@ -231,17 +205,8 @@ def _divided_by(row: Normalizer, stores_mean: bool) -> Normalizer:
     return dataclasses.replace(row, mean=None, keep_mean=False) if left_out else row
 
 
-def _moved(
-    take: Callable[[Stats | None], Taken[Output]],
-    correct: Correct,
-    eps: ArrayLike | None,
-) -> Taken[Output]:
+def _moved(take: Callable[[Stats | None], Taken[Output]], correct: Correct, eps: ArrayLike | None) -> Taken[Output]:
     """The output by the statistics that give r * y + d; what the batch shows stays what it was."""
     batch = take(None)
     moved = take(renormalized(batch.stats, *correct(batch.stats, batch.row), batch.row, eps))
     return moved._replace(stats=batch.stats)
-
-
-def running_options(layer: RunningLayer) -> dict[str, Any]:
-    """The options of a layer with running statistics, by name, for a layer inside that stores them."""
-    return {field.name: getattr(layer, field.name) for field in dataclasses.fields(RunningLayer)}

@@ -29,8 +29,7 @@ class ScaleNorm(Layer):
       epsilon: added to the squared length. [units of x squared]
       layout: name of each axis of the input.
       scale_init: initializer of the length, a scalar; None starts at the square root of the number of channels.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameter.
+      dtype, param_dtype: of the output, by default that of the input; of the parameter.
 
     Source: Nguyen & Salazar 2019, equation 7.
 
@@ -57,9 +56,6 @@ class ScaleNorm(Layer):
           x: floating-point array, axes as named by `layout`.
           mask: boolean mask or weights that broadcast against x; what is masked counts nowhere and becomes 0.
 
-        Returns:
-          An array of the shape of x.
-
         Raises:
           FieldError: x has another number of channels than the layer was made for.
           TypeError: integer input.
@@ -82,10 +78,8 @@ class PartialRMSNorm(Layer):
       layout: name of each axis of the input.
       use_scale: whether a factor is learned, `[c]`.
       use_bias: whether an addend is learned, `[c]`; the paper has none.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Zhang & Sennrich 2019, section 3.2.
 
@@ -122,12 +116,6 @@ class PartialRMSNorm(Layer):
           mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
           scale: replaces the learned factor: a scalar, `[c]`, `[n, c]`, or of the rank of x.
           bias: replaces the learned addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
         """
         x = promoted(require_float(x, "PartialRMSNorm"), self.dtype)
         learned = self._learned(x.shape, scale=scale, bias=bias)
@@ -146,8 +134,7 @@ class QKNorm(Layer):
       layout: name of each axis of both; c is the axis of a head.
       use_scale: whether factors are learned: `query_scale` and `key_scale`, `[head_dim]`; for "l2" `query_scale` alone, a
         scalar in place of the division by sqrt(head_dim).
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       scale_init: initializer of the factors, but for "l2".
 
     Source: Henry et al. 2020; Dehghani et al. 2023.
@@ -185,9 +172,6 @@ class QKNorm(Layer):
 
         Returns:
           Both, normalized, in their shapes.
-
-        Raises:
-          TypeError: integer input.
           ValueError: no kind has this name.
         """
         query, key = (promoted(require_float(a, "QKNorm"), self.dtype) for a in (query, key))

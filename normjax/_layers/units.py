@@ -56,12 +56,9 @@ class DyT(Layer):
     Attributes:
       alpha_init: initial value of alpha.
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Zhu et al. 2025, section 4.
 
@@ -96,12 +93,9 @@ class Derf(Layer):
       alpha_init: initial value of alpha.
       shift_init: initial value of the shift.
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Chen et al. 2025.
 
@@ -139,8 +133,7 @@ class GRN(Layer):
       channels: field of the mean response.
       layout: name of each axis of the input.
       epsilon: added to the mean response. [units of x]
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       scale_init: initializer of the factor, `[c]`.
       bias_init: initializer of the addend, `[c]`.
 

@@ -30,12 +30,9 @@ class VirtualBatchNorm(Layer):
       epsilon: added to the variance. [units of x squared]
       layout: name of each axis of both.
       field: field of the reference's statistics: the batch as a whole, without windows.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Salimans et al. 2016, section 3.5.
 
@@ -76,9 +73,6 @@ class VirtualBatchNorm(Layer):
 
         Returns:
           The normalized examples and the normalized reference batch, in their shapes.
-
-        Raises:
-          TypeError: integer input.
         """
         x, reference = (promoted(require_float(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
         out, known = batch.virtual_batch(

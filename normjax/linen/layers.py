@@ -25,46 +25,12 @@ from normjax._layers import (
 )
 from normjax.linen.host import Early, Host, Keeping
 
-__all__ = [
-    "GDN",
-    "GRN",
-    "SPADE",
-    "TLU",
-    "AdaIN",
-    "AdaLN",
-    "AdaLNZero",
-    "AlphaDropout",
-    "BatchRenorm",
-    "ConditionalNorm",
-    "Derf",
-    "DivisiveNorm",
-    "DyT",
-    "EvoNormB0",
-    "EvoNormS0",
-    "ExtendedBatchNorm",
-    "FiLM",
-    "FilterResponseNorm",
-    "GhostBatchNorm",
-    "GhostTopKBatchNorm",
-    "KalmanNorm",
-    "L1BatchNorm",
-    "LinfBatchNorm",
-    "LocalContextNorm",
-    "LocalContrastNorm",
-    "LocalResponseNorm",
-    "LpBatchNorm",
-    "Norm",
-    "PartialRMSNorm",
-    "PositionNorm",
-    "QKNorm",
-    "RangeBatchNorm",
-    "RevIN",
-    "ScaleNorm",
-    "SwitchableNorm",
-    "TopKBatchNorm",
-    "VarianceNorm",
-    "VirtualBatchNorm",
-]
+__all__ = ["BatchRenorm", "DivisiveNorm", "ExtendedBatchNorm", "LocalContextNorm", "Norm", "VarianceNorm"]
+__all__ += ["GhostBatchNorm", "GhostTopKBatchNorm", "L1BatchNorm", "LinfBatchNorm", "LpBatchNorm"]
+__all__ += ["LocalContrastNorm", "LocalResponseNorm", "PositionNorm", "RangeBatchNorm", "TopKBatchNorm"]
+__all__ += ["GDN", "GRN", "TLU", "AlphaDropout", "Derf", "DyT", "EvoNormB0", "EvoNormS0", "FilterResponseNorm"]
+__all__ += ["KalmanNorm", "PartialRMSNorm", "QKNorm", "RevIN", "ScaleNorm", "SwitchableNorm", "VirtualBatchNorm"]
+__all__ += ["SPADE", "AdaIN", "AdaLN", "AdaLNZero", "ConditionalNorm", "FiLM"]
 
 
 class Norm(norm.Norm, Keeping): ...
@@ -181,9 +147,6 @@ class AlphaDropout(selu.AlphaDropout, Host):
           x: floating-point array of any shape.
           deterministic: whether the input passes as it is; here or to the constructor.
           rng: a random key that replaces the collection's.
-
-        Returns:
-          An array of the shape of x.
         """
         x = require_real(x, "AlphaDropout")
         if self._passes(bool(nn.merge_param("deterministic", self.deterministic, deterministic))):

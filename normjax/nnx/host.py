@@ -2,14 +2,12 @@
 
 A face is a description and a host, in that order:
 
-    @nnx.dataclass(eq=False)
     class DyT(units.DyT, Host): ...                 # parameters
     class Norm(norm.Norm, Keeping): ...             # and running statistics
     class AdaIN(conditional.AdaIN, Bare): ...       # neither: no features, no random keys
 
-The face has the docstring of the description and its methods.
-
-`features` comes first, then the options of the description, and `rngs` by keyword. The penalty is captured,
+The face has the docstring of the description and its methods, and becomes a dataclass as it is declared: `features` comes
+first, then the options of the description, and `rngs` by keyword. The penalty is captured,
 `y, sown = nnx.capture(model, Penalty)(x)`; outside a capture nothing is sown or stored.
 """
 
@@ -18,7 +16,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +42,7 @@ class Moments(nnx.Intermediate):
     """What a layer saw of the batch (`normjax.running.BatchRecord`), as `nnx.capture(model, Moments)` finds it."""
 
 
+@dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 @nnx.dataclass(eq=False)
 class Bare(Layer, nnx.Module):
     """A layer without variables."""
@@ -55,6 +54,7 @@ class Bare(Layer, nnx.Module):
         if not issubclass(described, nnx.Module):  # a face
             cls.__doc__ = cls.__doc__ or described.__doc__
             Bare._faces.setdefault(described, cls)
+            nnx.dataclass(cls, eq=False)
         super().__init_subclass__(**kwargs)
 
     def __post_init__(self):

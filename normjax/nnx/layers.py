@@ -28,161 +28,98 @@ from normjax._layers import (
 from normjax._layers.describe import Shape, whole_shape
 from normjax.nnx.host import Bare, Host, Keeping
 
-__all__ = [
-    "GDN",
-    "GRN",
-    "SPADE",
-    "TLU",
-    "AdaIN",
-    "AdaLN",
-    "AdaLNZero",
-    "AlphaDropout",
-    "BatchRenorm",
-    "ConditionalNorm",
-    "Derf",
-    "DivisiveNorm",
-    "DyT",
-    "EvoNormB0",
-    "EvoNormS0",
-    "ExtendedBatchNorm",
-    "FiLM",
-    "FilterResponseNorm",
-    "GhostBatchNorm",
-    "GhostTopKBatchNorm",
-    "KalmanNorm",
-    "L1BatchNorm",
-    "LinfBatchNorm",
-    "LocalContextNorm",
-    "LocalContrastNorm",
-    "LocalResponseNorm",
-    "LpBatchNorm",
-    "Norm",
-    "PartialRMSNorm",
-    "PositionNorm",
-    "QKNorm",
-    "RangeBatchNorm",
-    "RevIN",
-    "ScaleNorm",
-    "SwitchableNorm",
-    "TopKBatchNorm",
-    "VarianceNorm",
-    "VirtualBatchNorm",
-]
+__all__ = ["BatchRenorm", "DivisiveNorm", "ExtendedBatchNorm", "LocalContextNorm", "Norm", "VarianceNorm"]
+__all__ += ["GhostBatchNorm", "GhostTopKBatchNorm", "L1BatchNorm", "LinfBatchNorm", "LpBatchNorm"]
+__all__ += ["LocalContrastNorm", "LocalResponseNorm", "PositionNorm", "RangeBatchNorm", "TopKBatchNorm"]
+__all__ += ["GDN", "GRN", "TLU", "AlphaDropout", "Derf", "DyT", "EvoNormB0", "EvoNormS0", "FilterResponseNorm"]
+__all__ += ["KalmanNorm", "PartialRMSNorm", "QKNorm", "RevIN", "ScaleNorm", "SwitchableNorm", "VirtualBatchNorm"]
+__all__ += ["SPADE", "AdaIN", "AdaLN", "AdaLNZero", "ConditionalNorm", "FiLM"]
 
 
-@nnx.dataclass(eq=False)
 class Norm(norm.Norm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class BatchRenorm(presets.BatchRenorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class DivisiveNorm(presets.DivisiveNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class L1BatchNorm(batch.L1BatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class LpBatchNorm(batch.LpBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class TopKBatchNorm(batch.TopKBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class LinfBatchNorm(batch.LinfBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class VarianceNorm(presets.VarianceNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class ExtendedBatchNorm(presets.ExtendedBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class PositionNorm(presets.PositionNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class LocalContextNorm(presets.LocalContextNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class GhostBatchNorm(batch.GhostBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class RangeBatchNorm(batch.RangeBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class GhostTopKBatchNorm(batch.GhostTopKBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class LocalResponseNorm(presets.LocalResponseNorm, Bare): ...
 
 
-@nnx.dataclass(eq=False)
 class LocalContrastNorm(presets.LocalContrastNorm, Bare): ...
 
 
-@nnx.dataclass(eq=False)
 class TLU(units.TLU, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class DyT(units.DyT, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class Derf(units.Derf, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class EvoNormB0(evonorm.EvoNormB0, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class EvoNormS0(evonorm.EvoNormS0, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class GRN(units.GRN, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class GDN(gdn.GDN, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class FilterResponseNorm(response.FilterResponseNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class ScaleNorm(tokens.ScaleNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class PartialRMSNorm(tokens.PartialRMSNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class QKNorm(tokens.QKNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class VirtualBatchNorm(virtual.VirtualBatchNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
 class RevIN(reversible.RevIN, Host): ...
 
 
@@ -208,31 +145,24 @@ class Labelled(Keeping):
         return whole_shape(self.features, layout), whole_shape(self.label_features, layout)
 
 
-@nnx.dataclass(eq=False)
 class AdaIN(conditional.AdaIN, Bare): ...
 
 
-@nnx.dataclass(eq=False)
 class ConditionalNorm(conditional.ConditionalNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class FiLM(film.FiLM, Conditioned): ...
 
 
-@nnx.dataclass(eq=False)
 class AdaLN(film.AdaLN, Conditioned): ...
 
 
-@nnx.dataclass(eq=False)
 class AdaLNZero(film.AdaLNZero, Conditioned): ...
 
 
-@nnx.dataclass(eq=False)
 class SPADE(spade.SPADE, Labelled): ...
 
 
-@nnx.dataclass(eq=False)
 class AlphaDropout(selu.AlphaDropout, Bare):
     # `.train()`, `.eval()` and `nnx.view` set `deterministic`; `rngs` are random keys or a stream, here or at the call.
     deterministic: bool | None = False
@@ -256,9 +186,6 @@ class AlphaDropout(selu.AlphaDropout, Bare):
           x: floating-point array of any shape.
           deterministic: whether the input passes as it is; here or to the constructor.
           rngs: random keys, a stream of them or one key, that replace those of the constructor.
-
-        Returns:
-          An array of the shape of x.
 
         Raises:
           ValueError: `deterministic` or the random keys were given neither here nor to the constructor.
@@ -291,9 +218,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
             self.deterministic = deterministic
 
 
-@nnx.dataclass(eq=False)
 class SwitchableNorm(switchable.SwitchableNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
 class KalmanNorm(kalman.KalmanNorm, Keeping): ...
