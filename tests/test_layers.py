@@ -167,9 +167,9 @@ def test_every_described_layer_is_in_the_table():
 
 
 def said_where_declared(layer, option):
-    """The options that have a line in the docstring of the class that declares this one: the layer, or a base."""
-    owner = next(cls for cls in layer.__mro__ if option in inspect.get_annotations(cls))
-    lines = re.findall(r"^ +(\w+(?:, \w+)*): ", inspect.getdoc(owner) or "", re.MULTILINE)
+    """The options that have a line in the docstrings of the classes that declare this one: the layer, and its bases."""
+    owners = [cls.__doc__ or "" for cls in layer.__mro__ if option in inspect.get_annotations(cls)]
+    lines = re.findall(r"^ +(\w+(?:, \w+)*): ", "\n".join([layer.__doc__, *owners]), re.MULTILINE)
     return {word for line in lines for word in line.split(", ")}
 
 

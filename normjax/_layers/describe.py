@@ -49,9 +49,15 @@ class Parameter(NamedTuple):
 
 
 class Layer:
-    """What every description is. A host replaces `_learned`, `_part`, `_starting` and `_fits`."""
+    """What every description is. A host replaces `_learned`, `_part`, `_starting` and `_fits`.
+
+    Attributes:
+      layout: name of each axis of the input.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+    """
 
     layout: str
+    dtype: DTypeLike | None
     param_dtype: DTypeLike
 
     def _starting(self) -> bool:
@@ -136,11 +142,7 @@ def same_channels(features: int, layout: str, shape: tuple[int, ...]) -> None:
 
 
 def whole_shape(features: int | Sequence[int], layout: str) -> Shape:
-    """The shape of an input as far as `features` tells it: all of it, or the number of channels.
-
-    >>> whole_shape(64, "n ... c"), whole_shape((8, 32, 32, 64), "n ... c")
-    ((None, None, 64), (8, 32, 32, 64))
-    """
+    """The shape of an input as far as `features` tells it: all of it, or the number of channels."""
     if not isinstance(features, int):
         return tuple(features)
     return tuple(features if name == "c" else None for name in layout.split())

@@ -56,31 +56,18 @@ class OverAllButFeatures(Averaging, Protocol):
 
 
 class Reading(NamedTuple):
-    """Flax's arguments, read for arrays of one shape.
+    """Flax's arguments, read for arrays of one shape."""
 
-    Attributes:
-      normalizer: the fields that are averaged over, by the names of the layout.
-      layout: the axes by number, "a0 a1 a2".
-      features: the axes along which scale, bias and running statistics differ, ascending.
-      sizes: the lengths of those axes: the shape that linen's variables have.
-    """
-
-    normalizer: Normalizer
-    layout: str
-    features: tuple[int, ...]
-    sizes: Shape
+    normalizer: Normalizer  # the fields that are averaged over, by the names of the layout
+    layout: str  # the axes by number, "a0 a1 a2"
+    features: tuple[int, ...]  # the axes along which scale, bias and running statistics differ, ascending
+    sizes: Shape  # the lengths of those axes: the shape that linen's variables have
 
 
 def read(
     module: Averaging, shape: Shape, reduced: Axes, features: Axes, *, centre: bool = True, blocks: int | None = None
 ) -> Reading:
-    """Flax's axes as a normalizer: the average over `reduced` (the last one in blocks, if asked) and over `axis_name`.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(epsilon=1e-6, axis_name="data", axis_index_groups=None)
-    >>> read(module, (2, 5, 5, 64), (1, 2, 3), -1, centre=False, blocks=8)
-    Reading(normalizer=Normalizer(None, 'a1 a2 a3/8 @data', eps=1e-06), layout='a0 a1 a2 a3', features=(3,), sizes=(64,))
-    """
+    """Flax's axes as a normalizer: the average over `reduced` (the last one in blocks, if asked) and over `axis_name`."""
     ndim, name, groups = len(shape), module.axis_name, module.axis_index_groups
     reduced, features = positive_axes(ndim, reduced), positive_axes(ndim, features)
     spans = [Span(f"a{axis}") for axis in reduced]

@@ -2,26 +2,17 @@
 
 import dataclasses
 import math
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
-from normjax._layers.describe import Initializer, Parameter, Shape, description, ones, promoted, scale_and_bias, zeros
+from normjax._layers import describe
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
 from normjax._normalize.evaluate import Normalized, affine, equation, normalize
 from normjax.theory import Normalizer, Stats, row, top
-
-
-class Evaluating(Protocol):
-    """A layer that is one row of the equation."""
-
-    layout: str
-    dtype: DTypeLike | None
-
-    def _starting(self) -> bool: ...
 
 
 @description(kw_only=True)
@@ -42,7 +33,7 @@ class Rowed(RunningLayer):
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
         sigma = Parameter((), self._first_sigma()) if self.learn_sigma else None
-        return {**scale_and_bias(self, shape), "sigma": sigma}
+        return {**describe.scale_and_bias(self, shape), "sigma": sigma}
 
     def _first_sigma(self) -> float:
         return self._row().eps ** 0.5 if self.sigma_init is None else self.sigma_init
@@ -92,7 +83,7 @@ class Rowed(RunningLayer):
 
         def renormed(correct: Correct) -> Taken[jax.Array]:
             n, measured = self._measure(x, mask, moves)
-            work = promoted(x, self.dtype)
+            work = describe.promoted(x, self.dtype)
             work = work.astype(statistics_dtype(work.dtype))
             out = normalize(work, n, self.layout, stats=measured, mask=mask, eps=eps)
             r, d = correct(out.stats, n)
@@ -113,13 +104,13 @@ class Rowed(RunningLayer):
 
 
 def evaluated(
-    layer: "Evaluating", x: jax.Array, n: Normalizer, stats: Stats | None = None, **given: ArrayLike | None
+    layer: Layer, x: jax.Array, n: Normalizer, stats: Stats | None = None, **given: ArrayLike | None
 ) -> Normalized:
     """The equation, in the dtype of the layer; with the refusals of `normalize` unless the layer is being initialized."""
     dtype = jnp.dtype(layer.dtype or x.dtype)
     if layer._starting():
         return equation(x, n, layer.layout, stats=stats, dtype=dtype, **given)
-    out = normalize(promoted(x, layer.dtype), n, layer.layout, stats=stats, **given)
+    out = normalize(describe.promoted(x, layer.dtype), n, layer.layout, stats=stats, **given)
     return out._replace(y=out.y.astype(dtype))
 
 
@@ -147,8 +138,7 @@ class Norm(Rowed):
       momentum: weight of the old value in the running average.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `normjax.running`.
       unbiased: whether the unbiased variance is stored, as PyTorch does; none is where the weights sum to 1 or less.
-      mean_init: first value of a running mean.
-      var_init: first value of a running variance, or other moment.
+      mean_init, var_init: first values of a running mean, and of a running variance or other moment.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
       renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call,
         where they may be arrays. None is plain.

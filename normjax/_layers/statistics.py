@@ -6,28 +6,16 @@ the limits of batch renormalization), what is stored afterwards, and which recor
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
 from jax.typing import ArrayLike
 
+from normjax import running as kept
 from normjax._layers.describe import Layer, Shape, description
 from normjax.penalty import l1_penalty
-from normjax.running import (
-    BatchRecord,
-    Running,
-    Slot,
-    as_stats,
-    corrections,
-    mergeable,
-    record,
-    renormalized,
-    require_renormalizable,
-    slots,
-    stores,
-)
+from normjax.running import BatchRecord, Running, Slot
 from normjax.theory import Normalizer, Stats
 
 Output = TypeVar("Output")
@@ -68,7 +56,7 @@ class RunningLayer(Layer):
     def _keeps(self, shape: Shape) -> dict[str, Slot]:
         """What is stored for inputs of this shape, by name: those of `Running`, and what else a layer has."""
         row = self._row()
-        found = {} if row is None else slots(row, self.layout, shape, self.averaging)
+        found = {} if row is None else kept.slots(row, self.layout, shape, self.averaging)
         start = {"mean": self.mean_init, "var": self.var_init}
         return {name: slot._replace(fill=start.get(name, slot.fill)) for name, slot in found.items()}
 
@@ -120,13 +108,11 @@ class RunningLayer(Layer):
         eps: ArrayLike | None = None,
         renormed: Callable[[Correct], Taken[Output]] | None = None,
     ) -> Output:
-        """One application of a layer to an input of this shape; what is not said here is as it was given at the call.
+        """One application of a layer to an input of this shape, by `take`, and the arguments of the call.
 
-        Args:
-          take: makes the output with these statistics, or, of None, with the batch's own.
-          eps: that of the row where it is learned.
-          renormed: makes the output of batch renormalization, from a function that gives r and d for statistics and their
-            row. By default the batch's statistics are moved so far that `take` gives r * y + d.
+        `take` makes the output with the statistics that it is given, or, of None, with the batch's own. `eps` is that of the
+        row where it is learned. `renormed` makes the output of batch renormalization, from a function that gives r and d for
+        statistics and their row; by default the batch's statistics are moved so far that `take` gives r * y + d.
         """
         row, starting, keeps = self._row(), self._starting(), self._keeps(shape)
         found = {name: slot for name, slot in keeps.items() if name in Running._fields}
@@ -140,15 +126,17 @@ class RunningLayer(Layer):
         if limits is not None:
             if row is None:
                 raise ValueError(f"renorm needs statistics that are stored, and {type(self).__name__} stores none")
-            require_renormalizable(_divided_by(row, "mean" in found), limits)
+            kept.require_renormalizable(_divided_by(row, "mean" in found), limits)
         training = bool(found) and not used and not starting
         if training and limits is not None:
-            correct = functools.partial(
-                _corrections, running=running, layout=self.layout, shape=shape, limits=limits, eps=eps
-            )
+
+            def correct(stats: Stats, row: Normalizer) -> tuple[jax.Array, jax.Array]:
+                divided = _divided_by(row, running.mean is not None)
+                return kept.corrections(stats, running, divided, self.layout, shape, limits, eps)
+
             out = _moved(take, correct, eps) if renormed is None else renormed(correct)
         else:
-            out = take(as_stats(running, row, self.layout, shape) if used and row is not None else None)
+            out = take(kept.as_stats(running, row, self.layout, shape) if used and row is not None else None)
         if training and moves:
             self._remember(out, running, shape)
         if self.l1 and not starting:
@@ -157,8 +145,8 @@ class RunningLayer(Layer):
 
     def _remember(self, out: Taken, running: Running, shape: tuple[int, ...]) -> None:
         """Stores the statistics of a training batch, and leaves its record."""
-        as_stats(running, out.row, self.layout, shape)  # refuses statistics of another number of channels
-        stored, seen = record(
+        kept.as_stats(running, out.row, self.layout, shape)  # refuses statistics of another number of channels
+        stored, seen = kept.record(
             running,
             out.stats,
             out.row,
@@ -167,7 +155,7 @@ class RunningLayer(Layer):
             momentum=self.momentum,
             averaging=self.averaging,
             unbiased=self._stores_unbiased(),
-            exact=out.mergeable and mergeable(out.row, self.layout),
+            exact=out.mergeable and kept.mergeable(out.row, self.layout),
         )
         for name, value in stored._asdict().items():
             if value is not None:
@@ -185,28 +173,14 @@ class RunningLayer(Layer):
         self._penalize(lambda: l1_penalty(v, self.l1, mask=mask, axis_name=names))
 
 
-def _corrections(
-    stats: Stats,
-    row: Normalizer,
-    *,
-    running: Running,
-    layout: str,
-    shape: tuple[int, ...],
-    limits: Limits,
-    eps: ArrayLike | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The corrections r and d."""
-    return corrections(stats, running, _divided_by(row, running.mean is not None), layout, shape, limits, eps)
-
-
 def _divided_by(row: Normalizer, stores_mean: bool) -> Normalizer:
     """The row as batch renormalization sees it: a layer that leaves the mean out divides alone, so d is 0."""
-    left_out = stores(row)[0] and not stores_mean
+    left_out = kept.stores(row)[0] and not stores_mean
     return dataclasses.replace(row, mean=None, keep_mean=False) if left_out else row
 
 
 def _moved(take: Callable[[Stats | None], Taken[Output]], correct: Correct, eps: ArrayLike | None) -> Taken[Output]:
     """The output by the statistics that give r * y + d; what the batch shows stays what it was."""
     batch = take(None)
-    moved = take(renormalized(batch.stats, *correct(batch.stats, batch.row), batch.row, eps))
+    moved = take(kept.renormalized(batch.stats, *correct(batch.stats, batch.row), batch.row, eps))
     return moved._replace(stats=batch.stats)

@@ -141,13 +141,7 @@ class SPADE(spade.SPADE, Keeping): ...
 class AlphaDropout(selu.AlphaDropout, Host):
     @nn.compact
     def __call__(self, x: ArrayLike, deterministic: bool | None = None, rng: jax.Array | None = None) -> jax.Array:
-        """Drops elements of x.
-
-        Args:
-          x: floating-point array of any shape.
-          deterministic: whether the input passes as it is; here or to the constructor.
-          rng: a random key that replaces the collection's.
-        """
+        """Drops elements of x, unless `deterministic`, by the collection's random key or by `rng`."""
         x = require_real(x, "AlphaDropout")
         if self._passes(bool(nn.merge_param("deterministic", self.deterministic, deterministic))):
             return x

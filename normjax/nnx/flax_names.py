@@ -14,7 +14,7 @@ from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
-from normjax.nnx.host import Moments
+from normjax.nnx.host import Moments, _replace
 from normjax.running import NOTHING, Running
 
 
@@ -48,7 +48,7 @@ class BatchNorm(nnx.BatchNorm):
         if out.record is not None:
             for variable, value in ((self.mean, out.running.mean), (self.var, out.running.var)):
                 if value is not None:
-                    _store(variable, value)
+                    _replace(variable, value.reshape(variable.shape))
             if hasattr(self, "__captures__"):
                 self.sow(Moments, "batch", out.record)
         return out.y
@@ -134,11 +134,3 @@ def _normalized(
     return flax_names.normalize_as_read(
         x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask
     )
-
-
-def _store(variable: nnx.BatchStat[jax.Array], value: jax.Array) -> None:
-    value = value.reshape(variable.shape)
-    if value.dtype == variable.dtype:
-        variable[...] = value
-    else:  # the first complex mean replaces a real one
-        variable.set_value(value)

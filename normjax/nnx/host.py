@@ -54,7 +54,7 @@ class Bare(Layer, nnx.Module):
         if not issubclass(described, nnx.Module):  # a face
             cls.__doc__ = cls.__doc__ or described.__doc__
             Bare._faces.setdefault(described, cls)
-            nnx.dataclass(cls, eq=False)
+            dataclasses.dataclass(eq=False, repr=False)(cls)
         super().__init_subclass__(**kwargs)
 
     def __post_init__(self):
@@ -76,21 +76,22 @@ class Bare(Layer, nnx.Module):
                 yield part
 
 
+def _replace(variable: nnx.Variable[jax.Array], value: jax.Array) -> None:
+    """Replaces the value of a variable."""
+    if value.dtype == variable.dtype:
+        variable[...] = value
+    else:  # the first complex mean replaces a real one
+        variable.set_value(value)
+
+
 @nnx.dataclass(eq=False)
 class Host(Bare):
-    """A layer with parameters.
+    """A layer with parameters."""
 
-    Args:
-      features: number of channels; or the whole shape of an input, for a row that stores statistics along other axes.
-      rngs: random keys for the initializers.
-      scale_metadata: metadata of the factor, such as sharding names.
-      bias_metadata: metadata of the addend.
-    """
-
-    features: int | Sequence[int]
+    features: int | Sequence[int]  # channels; or the whole shape of an input, for statistics along other axes
     _: dataclasses.KW_ONLY
     rngs: InitVar[nnx.Rngs]
-    scale_metadata: InitVar[Metadata] = NO_METADATA
+    scale_metadata: InitVar[Metadata] = NO_METADATA  # such as sharding names
     bias_metadata: InitVar[Metadata] = NO_METADATA
 
     def __post_init__(self, rngs: nnx.Rngs, scale_metadata: Metadata, bias_metadata: Metadata):
@@ -154,15 +155,11 @@ class Host(Bare):
             same_channels(self.features, self.layout, shape)
 
 
-@nnx.dataclass(eq=False, kw_only=True)
+@nnx.dataclass(eq=False)
 class Keeping(RunningLayer, Host):
-    """A layer with running statistics, each a `BatchStat`.
+    """A layer with running statistics, each a `BatchStat`; its options are those that the docstring of `Norm` tells."""
 
-    Args:
-      use_running_average: whether to normalize with stored statistics; `.train()`, `.eval()` and `nnx.view` set it.
-      stats_metadata: metadata of the stored statistics.
-    """
-
+    _: dataclasses.KW_ONLY
     use_running_average: bool | None = False
     stats_metadata: InitVar[Metadata] = NO_METADATA
 
@@ -183,12 +180,7 @@ class Keeping(RunningLayer, Host):
             setattr(self, name, stat)
 
     def set_view(self, use_running_average: bool | None = None, update_running_average: bool | None = None):
-        """Class method used by `nnx.view`.
-
-        Args:
-          use_running_average: whether to normalize with the stored statistics.
-          update_running_average: whether the batch's statistics, where they are used, update the stored ones.
-        """
+        """Called by `nnx.view`: whether the stored statistics normalize, and else whether the batch's move them."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if update_running_average is not None:
@@ -207,11 +199,7 @@ class Keeping(RunningLayer, Host):
         return getattr(self, name)[...]
 
     def _store(self, name: str, value: jax.Array) -> None:
-        variable = getattr(self, name)
-        if value.dtype == variable.dtype:
-            variable[...] = value
-        else:  # the first complex mean replaces a real one
-            variable.set_value(value)
+        _replace(getattr(self, name), value)
 
     def _leave(self, seen: BatchRecord) -> None:
         if hasattr(self, "__captures__"):

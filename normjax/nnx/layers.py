@@ -180,16 +180,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> jax.Array:
-        """Drops elements of x.
-
-        Args:
-          x: floating-point array of any shape.
-          deterministic: whether the input passes as it is; here or to the constructor.
-          rngs: random keys, a stream of them or one key, that replace those of the constructor.
-
-        Raises:
-          ValueError: `deterministic` or the random keys were given neither here nor to the constructor.
-        """
+        """Drops elements of x, unless `deterministic`, by `rngs`: random keys, a stream of them or one key."""
         x = require_real(x, "AlphaDropout")
         flag = self.deterministic if deterministic is None else deterministic
         if flag is None:
@@ -209,11 +200,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
         return self._dropped(x, keys if isinstance(keys, jax.Array) else keys())
 
     def set_view(self, deterministic: bool | None = None):
-        """Class method used by `nnx.view`.
-
-        Args:
-          deterministic: whether the input passes as it is.
-        """
+        """Called by `nnx.view`, which says whether the input passes as it is."""
         if deterministic is not None:
             self.deterministic = deterministic
 
