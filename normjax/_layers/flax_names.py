@@ -30,31 +30,6 @@ class Averaging(Protocol):
     axis_index_groups: Sequence[Sequence[int]] | None
 
 
-class OverAllButAxis(Averaging, Protocol):
-    """Batch norm: `axis` names the features, one or several."""
-
-    axis: int
-
-
-class OverAxes(Averaging, Protocol):
-    """Layer norm and RMS norm."""
-
-    reduction_axes: Axes
-    feature_axes: Axes
-
-
-class OverGroups(Averaging, Protocol):
-    """Group norm."""
-
-    reduction_axes: Axes | None
-
-
-class OverAllButFeatures(Averaging, Protocol):
-    """Instance norm."""
-
-    feature_axes: Axes
-
-
 class Reading(NamedTuple):
     """Flax's arguments, read for arrays of one shape."""
 
@@ -80,21 +55,16 @@ def read(
     return Reading(normalizer, " ".join(f"a{i}" for i in range(ndim)), features, tuple(shape[a] for a in features))
 
 
-def read_batch_norm(module: OverAllButAxis, shape: Shape) -> Reading:
-    """Batch norm averages over all axes but the features."""
-    features = positive_axes(len(shape), module.axis)
-    return read(module, shape, [axis for axis in range(len(shape)) if axis not in features], features)
+def read_batch_norm(module: Averaging, shape: Shape, axis: Axes) -> Reading:
+    """Batch norm averages over all axes but the features, one or several."""
+    features = positive_axes(len(shape), axis)
+    return read(module, shape, [i for i in range(len(shape)) if i not in features], features)
 
 
-def read_layer_norm(module: OverAxes, shape: Shape, *, centre: bool = True) -> Reading:
-    """Layer norm averages over `reduction_axes`; RMS norm, without a centre, as well."""
-    return read(module, shape, module.reduction_axes, module.feature_axes, centre=centre)
-
-
-def read_group_norm(module: OverGroups, shape: Shape, groups: int) -> Reading:
-    """Group norm averages over `reduction_axes` (by default all but the first), the last in so many groups."""
-    axes, ndim = module.reduction_axes, len(shape)
-    reduced = positive_axes(ndim, [*range(1, ndim - 1), -1] if axes is None else axes)
+def read_group_norm(module: Averaging, shape: Shape, reduced: Axes | None, groups: int) -> Reading:
+    """Group norm averages over `reduced` (by default all but the first), the last in so many groups."""
+    ndim = len(shape)
+    reduced = positive_axes(ndim, [*range(1, ndim - 1), -1] if reduced is None else reduced)
     if not reduced or reduced[-1] != ndim - 1:
         raise ValueError(
             "The reduction axes must include the final dimension as this is assumed to be the feature axis."
@@ -102,9 +72,9 @@ def read_group_norm(module: OverGroups, shape: Shape, groups: int) -> Reading:
     return read(module, shape, reduced, -1, blocks=groups)
 
 
-def read_instance_norm(module: OverAllButFeatures, shape: Shape) -> Reading:
+def read_instance_norm(module: Averaging, shape: Shape, features: Axes) -> Reading:
     """Instance norm averages over all axes but the first and the features."""
-    features = positive_axes(len(shape), module.feature_axes)
+    features = positive_axes(len(shape), features)
     if 0 in features:
         raise ValueError(
             "The channel axes cannot include the leading dimension as this is assumed to be the batch axis."

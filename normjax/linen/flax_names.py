@@ -47,7 +47,7 @@ class BatchNorm(nn.BatchNorm):
     ) -> jax.Array:
         """Normalizes x by its or the stored statistics; where `mask` is False, x counts nowhere and gives the bias."""
         average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        reading = flax_names.read_batch_norm(self, np.shape(x))
+        reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
         stored = []
         for name, first in (("mean", jnp.zeros), ("var", jnp.ones)):
             make = functools.partial(first, reading.sizes, jnp.float32)
@@ -73,7 +73,7 @@ class LayerNorm(nn.LayerNorm):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x over `reduction_axes` and `axis_name`; where `mask` is False, x counts nowhere and gives the bias."""
-        return _normalized(self, x, flax_names.read_layer_norm(self, np.shape(x)), mask).y
+        return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
 
 class RMSNorm(nn.RMSNorm):
@@ -88,7 +88,8 @@ class RMSNorm(nn.RMSNorm):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Divides x by its root mean square over `reduction_axes`; where `mask` is False, x counts nowhere and gives 0."""
-        return _normalized(self, x, flax_names.read_layer_norm(self, np.shape(x), centre=False), mask).y
+        reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
+        return _normalized(self, x, reading, mask).y
 
 
 class GroupNorm(nn.GroupNorm):
@@ -105,7 +106,8 @@ class GroupNorm(nn.GroupNorm):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
         groups = flax_names.group_count(np.shape(x)[-1], self.num_groups, self.group_size)
-        return _normalized(self, x, flax_names.read_group_norm(self, np.shape(x), groups), mask).y
+        reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, groups)
+        return _normalized(self, x, reading, mask).y
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -121,7 +123,7 @@ class InstanceNorm(nn.InstanceNorm):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes each channel of each example of x; where `mask` is False, x counts nowhere and gives the bias."""
-        return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x)), mask).y
+        return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 
 
 def _normalized(

@@ -41,7 +41,7 @@ class BatchNorm(nnx.BatchNorm):
                 "No `use_running_average` argument was provided to BatchNorm. Pass it to the constructor or to the call, "
                 "or set it on the whole model: nnx.view(model, use_running_average=True) or False."
             )
-        reading = flax_names.read_batch_norm(self, np.shape(x))
+        reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
         flax_names.align_features(self.mean[...], reading, np.shape(x))  # refuses another number of features
         running = Running(self.mean[...].reshape(reading.sizes), self.var[...].reshape(reading.sizes))
         out = _normalized(self, x, reading, mask, running, average, self.momentum)
@@ -65,7 +65,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x over `reduction_axes` and `axis_name`; where `mask` is False, x counts nowhere and gives the bias."""
-        return _normalized(self, x, flax_names.read_layer_norm(self, np.shape(x)), mask).y
+        return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -79,7 +79,8 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
         """Divides x by its root mean square over `reduction_axes`; where `mask` is False, x counts nowhere and gives 0."""
-        return _normalized(self, x, flax_names.read_layer_norm(self, np.shape(x), centre=False), mask).y
+        reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
+        return _normalized(self, x, reading, mask).y
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -93,7 +94,8 @@ class GroupNorm(nnx.GroupNorm):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
-        return _normalized(self, x, flax_names.read_group_norm(self, np.shape(x), self.num_groups), mask).y
+        reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, self.num_groups)
+        return _normalized(self, x, reading, mask).y
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -107,7 +109,7 @@ class InstanceNorm(nnx.InstanceNorm):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes each channel of each example of x; where `mask` is False, x counts nowhere and gives the bias."""
-        return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x)), mask).y
+        return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 
 
 def _normalized(
