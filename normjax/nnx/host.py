@@ -180,7 +180,12 @@ class Keeping(RunningLayer, Host):
             setattr(self, name, stat)
 
     def set_view(self, use_running_average: bool | None = None, update_running_average: bool | None = None):
-        """Called by `nnx.view`: whether the stored statistics normalize, and else whether the batch's move them."""
+        """Called by `nnx.view`; `nnx.view_info` reads this docstring.
+
+        Args:
+          use_running_average: whether to normalize with the stored statistics.
+          update_running_average: whether the batch's statistics, where they are used, update the stored ones.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if update_running_average is not None:

@@ -181,7 +181,11 @@ class AlphaDropout(described.selu.AlphaDropout, Bare):
         return self._dropped(x, keys if isinstance(keys, jax.Array) else keys())
 
     def set_view(self, deterministic: bool | None = None):
-        """Called by `nnx.view`, which says whether the input passes as it is."""
+        """Called by `nnx.view`; `nnx.view_info` reads this docstring.
+
+        Args:
+          deterministic: whether the input passes as it is.
+        """
         if deterministic is not None:
             self.deterministic = deterministic
 
