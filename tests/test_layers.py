@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,13 @@ def test_every_described_layer_is_in_the_table():
     assert found == {name for name in nnx.__all__ if issubclass(getattr(nnx, name), Layer)}
 
 
+def said_where_declared(layer, option):
+    """The options that have a line in the docstrings of the classes that declare this one: the layer, and its bases."""
+    owners = [cls.__doc__ or "" for cls in layer.__mro__ if option in inspect.get_annotations(cls)]
+    lines = re.findall(r"^ +(\w+(?:, \w+)*): ", "\n".join([layer.__doc__, *owners]), re.MULTILINE)
+    return {word for line in lines for word in line.split(", ")}
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_both_faces_have_the_documentation_and_the_call_of_the_description(name):
     one, two = getattr(linen, name), getattr(nnx, name)
@@ -181,8 +189,7 @@ def test_both_faces_have_the_documentation_and_the_call_of_the_description(name)
     first = ["self", *(["features"] if issubclass(two, Host) else []), *LENGTHS.get(name, {})]
     last = ["rngs"] if name == "AlphaDropout" else []
     assert theirs == [*first, *(option for option in own if option != "features"), *last]
-    text = inspect.cleandoc(one.__doc__)
-    missing = [option for option in own if f"\n  {option}: " not in text and option != "features"]
+    missing = [option for option in own if option not in said_where_declared(one, option) and option != "features"]
     assert not missing, "options without a line of documentation"
 
 

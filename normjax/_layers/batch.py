@@ -18,11 +18,9 @@ class L1BatchNorm(Preset):
       normalized: whether sqrt(pi / 2) makes it a standard deviation of Gaussian data.
       epsilon: added to the spread; 0 in one of the authors' files. [units of x]
       field: what is averaged; with mapped axes "@data n ...".
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`. The authors average with momentum 0.1, from the first values of
     `normjax.running.published_start`.
-
     Source: Hoffer et al. 2018, section 4.
 
     >>> from normjax.linen import L1BatchNorm
@@ -49,10 +47,8 @@ class LpBatchNorm(Preset):
       epsilon: added to the moment. [units of x ** p]
       calibrated: whether the moment is divided by that of Gaussian data.
       field: what is averaged; with mapped axes "@data n ...".
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Hoffer et al. 2018, section 4.
 
     >>> from normjax.linen import LpBatchNorm
@@ -80,10 +76,8 @@ class TopKBatchNorm(Preset):
       epsilon: added to the spread. [units of x]
       calibrated: whether the constant is that of Gaussian data, rather than the published one.
       field: what is averaged; with mapped axes "@data n ...".
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Hoffer et al. 2018, section 4.
 
     >>> from normjax.linen import TopKBatchNorm
@@ -112,10 +106,8 @@ class LinfBatchNorm(Preset):
       epsilon: added to the spread. [units of x]
       calibrated: whether the constant is that of Gaussian data, rather than the published one.
       field: what is averaged; with mapped axes "@data n ...".
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Hoffer et al. 2018, section 4.
 
     >>> from normjax.linen import LinfBatchNorm
@@ -140,10 +132,8 @@ class GhostBatchNorm(Preset):
     Attributes:
       examples: number of examples of a part; it divides every training batch.
       epsilon: added to the variance. [units of x squared]
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`. Stored are the mean of the parts' means and that of their variances.
-
     Source: Hoffer et al. 2017, algorithm 1.
 
     >>> from normjax.linen import GhostBatchNorm
@@ -174,10 +164,8 @@ class RangeBatchNorm(Preset):
       epsilon: added to the spread. [units of x]
       calibrated: whether the constant is that of Gaussian data, rather than the published one.
       field: what is averaged; with mapped axes "@data n ...".
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`; the stored `var` is the mean range.
-
     Source: Banner et al. 2018, section 3.
 
     >>> from normjax.linen import RangeBatchNorm
@@ -207,16 +195,10 @@ class GhostTopKBatchNorm(TopKBatchNorm):
     """Batch norm by a moving average of the mean of the k largest |v|, in training too; see `batch_extremes.ghost_top`.
 
     Attributes:
-      k: how many.
-      size: elements behind each statistic in training, examples * positions, on which the constant depends. Required.
-      epsilon: added to the spread. [units of x]
-      calibrated: whether the constant is that of Gaussian data, rather than the published one.
-      field: what is averaged; with mapped axes "@data n ...".
-      layout: name of each axis of the input.
       beta: weight of the average before, stored as `top`, from 0 on.
 
-    All other options are those of `Norm`. The stored `var` averages the moving average.
-
+    The options before `beta` are those of `TopKBatchNorm`, all others those of `Norm`. The stored `var` averages the moving
+    average.
     Source: Hoffer et al. 2018, their code.
 
     >>> from normjax.linen import GhostTopKBatchNorm

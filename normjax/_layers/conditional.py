@@ -46,20 +46,9 @@ class AdaIN(Layer):
         mask: ArrayLike | None = None,
         style_mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Gives x the mean and the spread of the style.
+        """Gives x the mean and the spread of the style, which has its channels; its other lengths may differ.
 
-        Args:
-          x: floating-point array, the content, axes as named by `layout`.
-          style: floating-point array with the channels of x; its other lengths may differ.
-          strength: how much of the style, from 0 (the content) to 1.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere.
-          style_mask: boolean mask or weights that broadcast against the style.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
+        `strength` is how much of the style, from 0 (the content) to 1; what is masked counts nowhere.
         """
         return conditional.adain(
             x,
@@ -78,8 +67,6 @@ class Modulated(RunningLayer):
     """A layer with a `Norm` called `norm` inside, which normalizes before a condition gives scale and bias."""
 
     normalizer: Normalizer | str | None  # no options here: each layer has them in an order of its own
-    layout: str
-    dtype: DTypeLike | None
 
     def _row(self) -> None:
         return None  # what is stored is the inner layer's
@@ -109,14 +96,9 @@ class ConditionalNorm(Modulated):
     Attributes:
       num_classes: number of classes.
       normalizer: a Normalizer or the name of a row of TABLE.
-      layout: name of each axis of the input.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factors, `[num_classes, c]`.
-      bias_init: initializer of the addends, `[num_classes, c]`.
+      scale_init, bias_init: initializers of the factors and of the addends, `[num_classes, c]` each.
 
-    The options of running statistics are those of `Norm`; what is stored lies under `norm`.
-
+    All other options are those of `Norm`; what is stored lies under `norm`.
     Source: Dumoulin et al. 2017, equation 5; de Vries et al. 2017, section 4.1.
 
     >>> from normjax.linen import ConditionalNorm
@@ -141,19 +123,9 @@ class ConditionalNorm(Modulated):
     def __call__(
         self, x: ArrayLike, labels: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
-        """Normalizes x, with the scale and the bias of each example's class.
+        """Normalizes x, with the scale and the bias of each example's class; what is masked becomes the bias.
 
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          labels: integer labels `[n]`, or weights of the classes `[n, num_classes]`.
-          use_running_average: whether to use the stored statistics, for rows that have any.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
+        `labels` are integers `[n]`, or weights of the classes `[n, num_classes]`.
         """
         x = require_float(x, "ConditionalNorm")
         modulation = conditional.by_class(labels, **self._learned(x.shape))

@@ -33,14 +33,7 @@ def description(cls: T, /) -> T: ...
 def description(*, kw_only: bool = False) -> Callable[[T], T]: ...
 @dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 def description(cls: T | None = None, /, *, kw_only: bool = False) -> T | Callable[[T], T]:
-    """Makes a class a description: a dataclass without an equality, hash or repr of its own, which are the host's.
-
-    >>> @description
-    ... class Clip(Layer):
-    ...     limit: float = 6.0
-    >>> Clip(3.0).limit
-    3.0
-    """
+    """Makes a class a description: a dataclass without an equality, hash or repr of its own, which are the host's."""
 
     def made(cls: T) -> T:
         return dataclasses.dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
@@ -49,21 +42,22 @@ def description(cls: T | None = None, /, *, kw_only: bool = False) -> T | Callab
 
 
 class Parameter(NamedTuple):
-    """One learned array.
-
-    Attributes:
-      shape: its shape.
-      init: an initializer; or the number that fills it, for which no random key is drawn.
-    """
+    """One learned array: its shape, and an initializer or the number that fills it, for which no random key is drawn."""
 
     shape: Shape
     init: Initializer | float
 
 
 class Layer:
-    """What every description is. A host replaces `_learned`, `_part`, `_starting` and `_fits`."""
+    """What every description is. A host replaces `_learned`, `_part`, `_starting` and `_fits`.
+
+    Attributes:
+      layout: name of each axis of the input.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+    """
 
     layout: str
+    dtype: DTypeLike | None
     param_dtype: DTypeLike
 
     def _starting(self) -> bool:
@@ -107,11 +101,7 @@ def _alike(a: object, b: object) -> bool:
 
 
 def field_here(layer: Layer, field: Field | str) -> Field:
-    """The field; while the layer is being initialized without its mapped axes, which need not exist yet.
-
-    >>> field_here(Layer(), "@data n ...")
-    Field.parse('@data n ...')
-    """
+    """The field; while the layer is being initialized without its mapped axes, which need not exist yet."""
     field = Field.parse(field)
     return (field.local() or Field(())) if layer._starting() else field
 
@@ -135,14 +125,7 @@ def scale_and_bias(layer: Affine, shape: Shape) -> dict[str, Parameter | None]:
 
 
 def channel_shape(layout: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Shape of a learned scale or bias: one number for each index of the axis `c`.
-
-    Raises:
-      FieldError: the layout names no channels.
-
-    >>> channel_shape("n c ...", (8, 64, 32, 32))
-    (64,)
-    """
+    """Shape of a learned scale or bias, `[c]`; FieldError where the layout names no channels."""
     where = axes(layout, len(shape))
     if "c" not in where:
         raise FieldError(
@@ -153,33 +136,19 @@ def channel_shape(layout: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def same_channels(features: int, layout: str, shape: tuple[int, ...]) -> None:
-    """Raises FieldError unless arrays of this shape have so many channels.
-
-    >>> same_channels(3, "n c", (8, 4))
-    Traceback (most recent call last):
-    ...
-    normjax.field.FieldError: a layer made for 3 features cannot take an input of shape (8, 4)
-    """
+    """Raises FieldError unless arrays of this shape have so many channels."""
     if channel_shape(layout, shape) != (features,):
         raise FieldError(f"a layer made for {features} features cannot take an input of shape {shape}")
 
 
 def whole_shape(features: int | Sequence[int], layout: str) -> Shape:
-    """The shape of an input as far as `features` tells it: all of it, or the number of channels.
-
-    >>> whole_shape(64, "n ... c"), whole_shape((8, 32, 32, 64), "n ... c")
-    ((None, None, 64), (8, 32, 32, 64))
-    """
+    """The shape of an input as far as `features` tells it: all of it, or the number of channels."""
     if not isinstance(features, int):
         return tuple(features)
     return tuple(features if name == "c" else None for name in layout.split())
 
 
 def promoted(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    """The array in a dtype wide enough for an output of this dtype; None leaves it.
-
-    >>> promoted(jnp.ones(2, jnp.bfloat16), jnp.float32).dtype, promoted(jnp.ones(2), jnp.bfloat16).dtype
-    (dtype('float32'), dtype('float32'))
-    """
+    """The array in a dtype wide enough for an output of this dtype; None leaves it."""
     with jax.numpy_dtype_promotion("standard"):
         return x if dtype is None else x.astype(jnp.promote_types(x.dtype, dtype))

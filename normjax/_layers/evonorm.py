@@ -1,6 +1,7 @@
 """EvoNorm: norm and nonlinearity in one, as layers of `normjax.units`."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +9,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import units
 from normjax._expect.arrays import require_real
-from normjax._layers.describe import (
-    Initializer,
-    Layer,
-    Parameter,
-    Shape,
-    channel_shape,
-    description,
-    field_here,
-    ones,
-    scale_and_bias,
-    zeros,
-)
+from normjax._layers import describe
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._layers.statistics import Limits, RunningLayer, Taken
 from normjax._normalize.evaluate import equation
 from normjax.field import Field, FieldError
@@ -36,22 +27,15 @@ class EvoNormB0(RunningLayer):
     Attributes:
       batch: field of the batch's variance; with mapped axes `"@data n ..."`.
       instance: field of the instance's variance.
-      layout: name of each axis of the input.
       epsilon: added to both variances. [units of x squared]
       nonlinear: False leaves scale and bias alone, and stores nothing.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      v_init: initializer of v, `[c]`.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      v_init, scale_init, bias_init: initializers of v, `[c]`, of the factor and of the addend.
       momentum: weight of the old value in the running average.
       unbiased: of the instance's variance, the dialect of Lubana et al. 2021; see `normjax.units.evonorm_b0`.
 
-    All other options are those of every layer with running statistics, see `Norm`. Batch renormalization (`renorm`)
+    All other options are those of `Norm`. Batch renormalization (`renorm`)
     keeps the batch's deviation near the stored one; the L1 penalty is on x less the batch's mean.
-
     Source: Liu et al. 2020.
 
     >>> from normjax.linen import EvoNormB0
@@ -76,7 +60,7 @@ class EvoNormB0(RunningLayer):
     momentum: float = dataclasses.field(default=0.9, kw_only=True)
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
-        return {"v": _slope(self, shape), **scale_and_bias(self, shape)}
+        return _learned(self, shape)
 
     def _row(self) -> Normalizer | None:
         return units.evonorm_row(self.batch, self.epsilon) if self.nonlinear else None
@@ -104,23 +88,11 @@ class EvoNormB0(RunningLayer):
     ) -> jax.Array:
         """Normalizes and bends x; see `normjax.normalize` for the mask."""
         x = require_real(x, "EvoNormB0")
-        batch, instance = field_here(self, self.batch), field_here(self, self.instance)
-        row, learned = units.evonorm_row(batch, self.epsilon), self._learned(x.shape)
+        batch, instance = describe.field_here(self, self.batch), describe.field_here(self, self.instance)
+        row, given = units.evonorm_row(batch, self.epsilon), _given(self, x.shape)
 
         def take(stats: Stats | None) -> Taken[jax.Array]:
-            out = units.evonorm_b0(
-                x,
-                layout=self.layout,
-                batch=batch,
-                instance=instance,
-                eps=self.epsilon,
-                unbiased=self.unbiased,
-                nonlinear=self.nonlinear,
-                mask=mask,
-                dtype=self.dtype,
-                stats=stats,
-                **learned,
-            )
+            out = units.evonorm_b0(x, batch=batch, instance=instance, mask=mask, stats=stats, **given)
             v = equation(x, row, self.layout, mask=mask).centered if self.l1 else None
             return Taken(out.y, out.stats, row, v)
 
@@ -139,13 +111,9 @@ class EvoNormS0(Layer):
       epsilon: added to the variance. [units of x squared]
       unbiased: the dialect of Lubana et al. 2021; see `normjax.units.evonorm_s0`.
       nonlinear: False leaves scale and bias alone.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      v_init: initializer of v, `[c]`.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      v_init, scale_init, bias_init: initializers of v, `[c]`, of the factor and of the addend.
 
     Source: Liu et al. 2020.
 
@@ -169,23 +137,19 @@ class EvoNormS0(Layer):
     bias_init: Initializer = zeros
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
-        return {"v": _slope(self, shape), **scale_and_bias(self, shape)}
+        return _learned(self, shape)
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes and bends x; see `normjax.normalize` for the mask."""
-        return units.evonorm_s0(
-            x,
-            layout=self.layout,
-            field=field_here(self, self.field),
-            eps=self.epsilon,
-            unbiased=self.unbiased,
-            nonlinear=self.nonlinear,
-            mask=mask,
-            dtype=self.dtype,
-            **self._learned(jnp.shape(x)),
-        )
+        return units.evonorm_s0(x, field=describe.field_here(self, self.field), mask=mask, **_given(self, jnp.shape(x)))
 
 
-def _slope(layer: EvoNormB0 | EvoNormS0, shape: Shape) -> Parameter | None:
-    """The learned v of EvoNorm."""
-    return Parameter(channel_shape(layer.layout, shape), layer.v_init) if layer.nonlinear else None
+def _learned(layer: EvoNormB0 | EvoNormS0, shape: Shape) -> dict[str, Parameter | None]:
+    slope = Parameter(describe.channel_shape(layer.layout, shape), layer.v_init) if layer.nonlinear else None
+    return {"v": slope, **describe.scale_and_bias(layer, shape)}
+
+
+def _given(layer: EvoNormB0 | EvoNormS0, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What both functions take."""
+    options = {"layout": layer.layout, "eps": layer.epsilon, "unbiased": layer.unbiased, "nonlinear": layer.nonlinear}
+    return {**options, "dtype": layer.dtype, **layer._learned(shape)}

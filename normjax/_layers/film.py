@@ -24,18 +24,13 @@ class FiLM(Modulated):
 
     Attributes:
       normalizer: what is done before, a Normalizer or the name of a row; None does nothing.
-      layout: name of each axis of the input.
       order: the parts of the map's output ("scale", "bias", "gate"), in the order of the checkpoint.
       around: added to the scale.
       activation: applied to the condition first.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
-      bias_init: initializer of its bias, `[parts * c]`.
+      kernel_init, bias_init: initializers of the map, `[k, parts * c]` and `[parts * c]`; zeros start as no modulation.
 
-    The options of running statistics are those of `Norm`; what is stored lies under `norm`. In nnx `condition_features`, the
+    All other options are those of `Norm`; what is stored lies under `norm`. In nnx `condition_features`, the
     length k of the condition, follows `features`.
-
     Source: Perez et al. 2018, equations 1 and 2.
 
     >>> from normjax.linen import FiLM
@@ -84,20 +79,7 @@ class FiLM(Modulated):
         *,
         mask: ArrayLike | None = None,
     ) -> jax.Array:
-        """Modulates x by the condition.
-
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          condition: floating-point array `[n, k]`.
-          use_running_average: whether to use the stored statistics, for rows that have any.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
-        """
+        """Modulates x by the condition `[n, k]`; what is masked counts nowhere, and becomes the bias."""
         return self._with_gate(x, condition, use_running_average, mask)[0]
 
 
@@ -107,18 +89,10 @@ class AdaLN(FiLM):
 
     Attributes:
       normalizer: what is done before, a Normalizer or the name of a row; None does nothing.
-      layout: name of each axis of the input.
       order: the parts of the map's output, in the order of the checkpoint: bias, scale in DiT's.
-      around: added to the scale.
       activation: applied to the condition first; DiT's is `jax.nn.silu`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
-      bias_init: initializer of its bias, `[parts * c]`.
 
-    The options of running statistics are those of `Norm`. In nnx `condition_features`, the length k of the condition,
-    follows `features`.
-
+    All other options are those of `FiLM`, in its order; in nnx `condition_features` follows `features`.
     Source: Peebles & Xie 2023 (DiT), section 3.2.
 
     >>> from normjax.linen import AdaLN
@@ -140,18 +114,10 @@ class AdaLNZero(AdaLN):
 
     Attributes:
       normalizer: what is done before, a Normalizer or the name of a row; None does nothing.
-      layout: name of each axis of the input.
       order: the parts of the map's output, in the order of the checkpoint: bias, scale, gate in DiT's.
-      around: added to the scale.
       activation: applied to the condition first; DiT's is `jax.nn.silu`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      kernel_init: initializer of the map, `[k, parts * c]`; zeros start as no modulation.
-      bias_init: initializer of its bias, `[parts * c]`.
 
-    The options of running statistics are those of `Norm`. In nnx `condition_features`, the length k of the condition,
-    follows `features`.
-
+    All other options are those of `FiLM`, in its order; in nnx `condition_features` follows `features`.
     Source: Peebles & Xie 2023 (DiT), section 3.2, adaLN-Zero.
 
     >>> from normjax import conditional
@@ -172,18 +138,5 @@ class AdaLNZero(AdaLN):
         *,
         mask: ArrayLike | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Modulates x by the condition.
-
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          condition: floating-point array `[n, k]`.
-          use_running_average: whether to use the stored statistics, for rows that have any.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x, and the gate `[n, c]`.
-
-        Raises:
-          TypeError: integer input.
-        """
+        """Both x modulated by the condition `[n, k]`, where what is masked is the bias, and the gate `[n, c]`."""
         return self._with_gate(x, condition, use_running_average, mask)

@@ -30,57 +30,19 @@ class Averaging(Protocol):
     axis_index_groups: Sequence[Sequence[int]] | None
 
 
-class OverAllButAxis(Averaging, Protocol):
-    """Batch norm: `axis` names the features, one or several."""
-
-    axis: int
-
-
-class OverAxes(Averaging, Protocol):
-    """Layer norm and RMS norm."""
-
-    reduction_axes: Axes
-    feature_axes: Axes
-
-
-class OverGroups(Averaging, Protocol):
-    """Group norm."""
-
-    reduction_axes: Axes | None
-
-
-class OverAllButFeatures(Averaging, Protocol):
-    """Instance norm."""
-
-    feature_axes: Axes
-
-
 class Reading(NamedTuple):
-    """Flax's arguments, read for arrays of one shape.
+    """Flax's arguments, read for arrays of one shape."""
 
-    Attributes:
-      normalizer: the fields that are averaged over, by the names of the layout.
-      layout: the axes by number, "a0 a1 a2".
-      features: the axes along which scale, bias and running statistics differ, ascending.
-      sizes: the lengths of those axes: the shape that linen's variables have.
-    """
-
-    normalizer: Normalizer
-    layout: str
-    features: tuple[int, ...]
-    sizes: Shape
+    normalizer: Normalizer  # the fields that are averaged over, by the names of the layout
+    layout: str  # the axes by number, "a0 a1 a2"
+    features: tuple[int, ...]  # the axes along which scale, bias and running statistics differ, ascending
+    sizes: Shape  # the lengths of those axes: the shape that linen's variables have
 
 
 def read(
     module: Averaging, shape: Shape, reduced: Axes, features: Axes, *, centre: bool = True, blocks: int | None = None
 ) -> Reading:
-    """Flax's axes as a normalizer: the average over `reduced` (the last one in blocks, if asked) and over `axis_name`.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(epsilon=1e-6, axis_name="data", axis_index_groups=None)
-    >>> read(module, (2, 5, 5, 64), (1, 2, 3), -1, centre=False, blocks=8)
-    Reading(normalizer=Normalizer(None, 'a1 a2 a3/8 @data', eps=1e-06), layout='a0 a1 a2 a3', features=(3,), sizes=(64,))
-    """
+    """Flax's axes as a normalizer: the average over `reduced` (the last one in blocks, if asked) and over `axis_name`."""
     ndim, name, groups = len(shape), module.axis_name, module.axis_index_groups
     reduced, features = positive_axes(ndim, reduced), positive_axes(ndim, features)
     spans = [Span(f"a{axis}") for axis in reduced]
@@ -93,43 +55,16 @@ def read(
     return Reading(normalizer, " ".join(f"a{i}" for i in range(ndim)), features, tuple(shape[a] for a in features))
 
 
-def read_batch_norm(module: OverAllButAxis, shape: Shape) -> Reading:
-    """Batch norm averages over all axes but the features.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(axis=-1, epsilon=1e-5, axis_name=None, axis_index_groups=None)
-    >>> read_batch_norm(module, (8, 4, 4, 64)).normalizer
-    Normalizer('a0 a1 a2', 'a0 a1 a2')
-    """
-    features = positive_axes(len(shape), module.axis)
-    return read(module, shape, [axis for axis in range(len(shape)) if axis not in features], features)
+def read_batch_norm(module: Averaging, shape: Shape, axis: Axes) -> Reading:
+    """Batch norm averages over all axes but the features, one or several."""
+    features = positive_axes(len(shape), axis)
+    return read(module, shape, [i for i in range(len(shape)) if i not in features], features)
 
 
-def read_layer_norm(module: OverAxes, shape: Shape, *, centre: bool = True) -> Reading:
-    """Layer norm averages over `reduction_axes`; RMS norm, without a centre, as well.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(
-    ...     reduction_axes=(1, 2), feature_axes=-1, epsilon=1e-6, axis_name=None, axis_index_groups=None)
-    >>> read_layer_norm(module, (8, 4, 64)).normalizer
-    Normalizer('a1 a2', 'a1 a2', eps=1e-06)
-    """
-    return read(module, shape, module.reduction_axes, module.feature_axes, centre=centre)
-
-
-def read_group_norm(module: OverGroups, shape: Shape, groups: int) -> Reading:
-    """Group norm averages over `reduction_axes` (by default all but the first), the last in so many groups.
-
-    Raises:
-      ValueError: the last axis, the channels, is not averaged.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(reduction_axes=None, epsilon=1e-6, axis_name=None, axis_index_groups=None)
-    >>> read_group_norm(module, (8, 4, 64), 32).normalizer
-    Normalizer('a1 a2/32', 'a1 a2/32', eps=1e-06)
-    """
-    axes, ndim = module.reduction_axes, len(shape)
-    reduced = positive_axes(ndim, [*range(1, ndim - 1), -1] if axes is None else axes)
+def read_group_norm(module: Averaging, shape: Shape, reduced: Axes | None, groups: int) -> Reading:
+    """Group norm averages over `reduced` (by default all but the first), the last in so many groups."""
+    ndim = len(shape)
+    reduced = positive_axes(ndim, [*range(1, ndim - 1), -1] if reduced is None else reduced)
     if not reduced or reduced[-1] != ndim - 1:
         raise ValueError(
             "The reduction axes must include the final dimension as this is assumed to be the feature axis."
@@ -137,18 +72,9 @@ def read_group_norm(module: OverGroups, shape: Shape, groups: int) -> Reading:
     return read(module, shape, reduced, -1, blocks=groups)
 
 
-def read_instance_norm(module: OverAllButFeatures, shape: Shape) -> Reading:
-    """Instance norm averages over all axes but the first and the features.
-
-    Raises:
-      ValueError: the features include the first axis.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(feature_axes=-1, epsilon=1e-6, axis_name=None, axis_index_groups=None)
-    >>> read_instance_norm(module, (8, 4, 4, 64)).normalizer
-    Normalizer('a1 a2', 'a1 a2', eps=1e-06)
-    """
-    features = positive_axes(len(shape), module.feature_axes)
+def read_instance_norm(module: Averaging, shape: Shape, features: Axes) -> Reading:
+    """Instance norm averages over all axes but the first and the features."""
+    features = positive_axes(len(shape), features)
     if 0 in features:
         raise ValueError(
             "The channel axes cannot include the leading dimension as this is assumed to be the batch axis."
@@ -157,11 +83,7 @@ def read_instance_norm(module: OverAllButFeatures, shape: Shape) -> Reading:
 
 
 def positive_axes(ndim: int, numbers: Axes) -> tuple[int, ...]:
-    """Axes as positive numbers, each once, ascending.
-
-    >>> positive_axes(4, (-1, 1, 3))
-    (1, 3)
-    """
+    """Axes as positive numbers, each once, ascending."""
     listed = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
     for axis in listed:
         if not -ndim <= axis < ndim:
@@ -170,14 +92,7 @@ def positive_axes(ndim: int, numbers: Axes) -> tuple[int, ...]:
 
 
 def group_count(channels: int, num_groups: int | None, group_size: int | None) -> int:
-    """The number of groups, from Flax's two arguments.
-
-    Raises:
-      ValueError: neither or both are given, or the channels do not divide.
-
-    >>> group_count(64, 32, None), group_count(64, None, 8)
-    (32, 8)
-    """
+    """The number of groups, from Flax's two arguments."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             "Either `num_groups` or `group_size` should be specified. If `group_size` is to be specified, pass "
@@ -193,22 +108,14 @@ def group_count(channels: int, num_groups: int | None, group_size: int | None) -
 
 
 def align_features(p: jax.Array | None, reading: Reading, shape: Shape) -> jax.Array | None:
-    """A parameter of Flax's shape, laid along the feature axes of an array of this shape.
-
-    Raises:
-      FieldError: the parameter has another size than those axes.
-    """
+    """A parameter of Flax's shape, laid along the feature axes of an array of this shape."""
     if p is not None and p.size != math.prod(reading.sizes):
         raise FieldError(f"a layer made for {p.size} features cannot take an input of shape {shape}")
     return None if p is None else p.reshape([n if axis in reading.features else 1 for axis, n in enumerate(shape)])
 
 
 def widened(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
-    """The array x as Flax's layers take it: integers become floats, and a wider `dtype` widens the work.
-
-    >>> widened(jnp.arange(3), None).dtype, widened(jnp.ones(3, jnp.bfloat16), None).dtype
-    (dtype('float32'), dtype(bfloat16))
-    """
+    """The array x as Flax's layers take it: integers become floats, and a wider `dtype` widens the work."""
     x = jnp.asarray(x)
     with jax.numpy_dtype_promotion("standard"):
         work = jnp.promote_types(x.dtype if dtype is None else dtype, jnp.float32)
@@ -240,12 +147,6 @@ def normalize_as_read(
     """One application of a preset, with the statistics of x or with `running`, of shape `reading.sizes`.
 
     Flax accepts what `normalize` refuses (a field over one element), so nothing is refused here.
-
-    >>> from types import SimpleNamespace
-    >>> module = SimpleNamespace(feature_axes=-1, epsilon=0.0, axis_name=None, axis_index_groups=None)
-    >>> x = jnp.array([[[1.0], [3.0]]])
-    >>> normalize_as_read(x, read_instance_norm(module, x.shape), bias=jnp.array([5.0]), dtype=x.dtype).y.tolist()
-    [[[4.0], [6.0]]]
     """
     n, layout = reading.normalizer, reading.layout
     stats = as_stats(running, n, layout, x.shape) if use_running else None

@@ -20,17 +20,14 @@ class GDN(Layer):
       alpha: exponent inside the pool; the initial value of a learned one, which stays above 1.
       epsilon: exponent of the pool, as in the papers (not a small addend); the initial value of a learned one.
       inverse: multiply by the pool, as decoders do.
-      learn_alpha: whether alpha is learned, one scalar a layer.
-      learn_epsilon: whether epsilon is learned, one scalar a layer.
+      learn_alpha, learn_epsilon: whether alpha, and epsilon, is learned, one scalar a layer.
       rectify: whether negative inputs are set to zero first.
       beta_min: smallest beta. [units of x ** alpha]
       offset: keeps the slope of the stored square root finite at 0; see `normjax.gdn.nonnegative`.
       gradient: what comes back to a parameter below its bound, "pass" or "block"; see `normjax.gdn.towards_bound`.
       layout: name of each axis of the input.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      beta_init: initializer of beta itself, `[c]`; what is stored is its reparametrization.
-      gamma_init: initializer of gamma itself, `[c, c]`; what is stored is its reparametrization.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      beta_init, gamma_init: initializers of beta, `[c]`, and gamma, `[c, c]`, themselves; stored are reparametrizations.
 
     Source: Balle, Laparra & Simoncelli 2016 (density modeling), section 3.1, and 2017 (end-to-end), section 2.
 
@@ -73,19 +70,7 @@ class GDN(Layer):
         }
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x by the learned pool.
-
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          mask: boolean mask or weights that broadcast against x; what is masked is in no pool, and becomes 0.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          FieldError: the layout names no channels.
-          TypeError: integer input.
-        """
+        """Normalizes x by the learned pool; what is masked is in no pool, and becomes 0."""
         x = require_float(x, "GDN")
         learned = self._learned(x.shape)
         return gdn.gdn_of_raw(

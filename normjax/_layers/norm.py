@@ -2,42 +2,22 @@
 
 import dataclasses
 import math
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
-from normjax._layers.describe import Initializer, Parameter, Shape, description, ones, promoted, scale_and_bias, zeros
+from normjax._layers import describe
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
 from normjax._normalize.evaluate import Normalized, affine, equation, normalize
 from normjax.theory import Normalizer, Stats, row, top
 
 
-class Evaluating(Protocol):
-    """A layer that is one row of the equation."""
-
-    layout: str
-    dtype: DTypeLike | None
-
-    def _starting(self) -> bool: ...
-
-
 @description(kw_only=True)
 class Rowed(RunningLayer):
-    """A layer that is one row of the equation: the options of `Norm` beside the row and the layout.
-
-    Attributes:
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
-      sigma_init: its initial value; by default the square root of the row's eps.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
-    """
+    """A layer that is one row of the equation: the options of `Norm` beside the row and the layout."""
 
     use_scale: bool = True
     use_bias: bool = True
@@ -53,7 +33,7 @@ class Rowed(RunningLayer):
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
         sigma = Parameter((), self._first_sigma()) if self.learn_sigma else None
-        return {**scale_and_bias(self, shape), "sigma": sigma}
+        return {**describe.scale_and_bias(self, shape), "sigma": sigma}
 
     def _first_sigma(self) -> float:
         return self._row().eps ** 0.5 if self.sigma_init is None else self.sigma_init
@@ -80,24 +60,16 @@ class Rowed(RunningLayer):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes x.
+        """Normalizes x; an argument replaces the option of its name.
 
         Args:
           x: floating-point array, axes as named by `layout`.
           use_running_average: whether to use the stored statistics, for rows that have any.
-          update_running_average: whether a training batch moves the stored statistics; replaces the option.
-          renorm: limits of batch renormalization; replaces the option.
-          mask: boolean mask or weights that broadcast against x; where it is zero, x counts in no statistic and the
-            output is the bias.
+          update_running_average: whether a training batch moves the stored statistics.
+          renorm: limits of batch renormalization.
+          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
           scale: replaces the learned factor (conditional normalization): a scalar, `[c]`, `[n, c]`, or of the rank of x.
           bias: replaces the learned addend; the shapes of `scale`.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          FieldError: the normalizer does not fit the input.
-          TypeError: integer input.
         """
         x = require_float(x, "Norm")
         learned = self._learned(x.shape, scale=scale, bias=bias)
@@ -111,7 +83,7 @@ class Rowed(RunningLayer):
 
         def renormed(correct: Correct) -> Taken[jax.Array]:
             n, measured = self._measure(x, mask, moves)
-            work = promoted(x, self.dtype)
+            work = describe.promoted(x, self.dtype)
             work = work.astype(statistics_dtype(work.dtype))
             out = normalize(work, n, self.layout, stats=measured, mask=mask, eps=eps)
             r, d = correct(out.stats, n)
@@ -132,17 +104,13 @@ class Rowed(RunningLayer):
 
 
 def evaluated(
-    layer: "Evaluating",
-    x: jax.Array,
-    n: Normalizer,
-    stats: Stats | None = None,
-    **given: ArrayLike | None,
+    layer: Layer, x: jax.Array, n: Normalizer, stats: Stats | None = None, **given: ArrayLike | None
 ) -> Normalized:
     """The equation, in the dtype of the layer; with the refusals of `normalize` unless the layer is being initialized."""
     dtype = jnp.dtype(layer.dtype or x.dtype)
     if layer._starting():
         return equation(x, n, layer.layout, stats=stats, dtype=dtype, **given)
-    out = normalize(promoted(x, layer.dtype), n, layer.layout, stats=stats, **given)
+    out = normalize(describe.promoted(x, layer.dtype), n, layer.layout, stats=stats, **given)
     return out._replace(y=out.y.astype(dtype))
 
 
@@ -156,14 +124,11 @@ class Norm(Rowed):
     Attributes:
       normalizer: a Normalizer or the name of a row of TABLE.
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
       learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
       sigma_init: its initial value; by default the square root of the row's eps.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     The options of every layer with running statistics:
 
@@ -173,8 +138,7 @@ class Norm(Rowed):
       momentum: weight of the old value in the running average.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `normjax.running`.
       unbiased: whether the unbiased variance is stored, as PyTorch does; none is where the weights sum to 1 or less.
-      mean_init: first value of a running mean.
-      var_init: first value of a running variance, or other moment.
+      mean_init, var_init: first values of a running mean, and of a running variance or other moment.
       update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
       renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call,
         where they may be arrays. None is plain.

@@ -39,10 +39,8 @@ class BatchRenorm(Rowed):
       d_max: limit of the shift, in units of the stored spread.
       epsilon: added to the variance. [units of x squared]
       normalizer: "batch", or another row that stores all its moments; its eps is replaced.
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`, but for `renorm`, which is (r_max, d_max).
-
     Source: Ioffe 2017, algorithm 1.
 
     >>> from normjax.linen import BatchRenorm
@@ -81,12 +79,9 @@ class DivisiveNorm(Preset):
         other axis, the paper takes 30 or 60.
       sigma: smoothing; eps = sigma ** 2. With `learn_sigma` it is learned, from this value on. [units of x]
       border: "truncate" (the paper) or "zero" (its published code).
-      layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`; the paper has none.
-      use_bias: whether an addend is learned, `[c]`; the paper has none.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`; the paper has neither.
 
     All other options are those of `Norm`; nothing is stored.
-
     Source: Ren et al. 2017, section 3.3.
 
     >>> from normjax.linen import DivisiveNorm
@@ -114,8 +109,24 @@ class DivisiveNorm(Preset):
         return self._start if self.sigma_init is None else self.sigma_init
 
 
+class Unlearned(Layer):
+    """A layer that is one row of the equation, and neither learns nor stores anything."""
+
+    def _row(self) -> Normalizer:
+        raise NotImplementedError
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """The row."""
+        return self._row()
+
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
+        """Normalizes x; see `normjax.normalize` for the mask."""
+        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask).y
+
+
 @description
-class LocalResponseNorm(Layer):
+class LocalResponseNorm(Unlearned):
     """Local response normalization along the channels: x / (k + alpha / size * sum x ** 2) ** beta; row "response".
 
     Arguments and defaults are those of `torch.nn.LocalResponseNorm`; AlexNet's are size 5, alpha 5e-4, beta 0.75, k 2.
@@ -143,18 +154,12 @@ class LocalResponseNorm(Layer):
     layout: str = "n ... c"
     dtype: DTypeLike | None = None
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """The row."""
+    def _row(self) -> Normalizer:
         return response.lrn_torch(self.size, self.alpha, self.beta, self.k)
-
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x; see `normjax.normalize` for the mask."""
-        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask).y
 
 
 @description
-class LocalContrastNorm(Layer):
+class LocalContrastNorm(Unlearned):
     """Local contrast normalization: subtractive, then divisive, over a window of space and all channels; row "contrast".
 
     Attributes:
@@ -177,14 +182,8 @@ class LocalContrastNorm(Layer):
     layout: str = "n ... c"
     dtype: DTypeLike | None = None
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """The row."""
+    def _row(self) -> Normalizer:
         return response.local_contrast(self.window, self.shape, eps=self.epsilon)
-
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x; see `normjax.normalize` for the mask."""
-        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask).y
 
 
 @description
@@ -193,10 +192,8 @@ class VarianceNorm(Preset):
 
     Attributes:
       epsilon: added to the variance. [units of x squared]
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`. Lubana et al. 2021 average with momentum 0.9.
-
     Source: Daneshmand et al. 2020.
 
     >>> from normjax.linen import VarianceNorm
@@ -218,10 +215,8 @@ class ExtendedBatchNorm(Preset):
 
     Attributes:
       epsilon: added to the variance. [units of x squared]
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`; the stored `var` is a scalar.
-
     Source: Luo et al. 2020.
 
     >>> from normjax.linen import ExtendedBatchNorm
@@ -244,10 +239,8 @@ class PositionNorm(Preset):
 
     Attributes:
       epsilon: added to the variance. [units of x squared]
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Li et al. 2019, equation 2.
 
     >>> from normjax.linen import PositionNorm
@@ -270,10 +263,8 @@ class LocalContextNorm(Preset):
       window: width of the window along every axis between examples and channels.
       groups: number of blocks of channels.
       epsilon: added to the variance. [units of x squared]
-      layout: name of each axis of the input.
 
     All other options are those of `Norm`.
-
     Source: Ortiz et al. 2020, section 3.
 
     >>> from normjax.linen import LocalContextNorm

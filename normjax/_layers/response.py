@@ -6,18 +6,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import response
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import (
-    Initializer,
-    Layer,
-    Parameter,
-    Shape,
-    channel_shape,
-    description,
-    ones,
-    promoted,
-    scale_and_bias,
-    zeros,
-)
+from normjax._layers import describe
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 
 
 @description
@@ -30,13 +20,9 @@ class FilterResponseNorm(Layer):
         from 1e-5; the paper where maps are a single element.
       use_tau: whether the unit max(y, tau) follows, tau learned, `[c]`.
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
-      tau_init: initializer of the threshold.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init, tau_init: initializers of the factor, of the addend and of the threshold.
 
     Source: Singh & Krishnan 2020, section 3.
 
@@ -61,8 +47,8 @@ class FilterResponseNorm(Layer):
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
         return {
-            **scale_and_bias(self, shape),
-            "tau": Parameter(channel_shape(self.layout, shape), self.tau_init) if self.use_tau else None,
+            **describe.scale_and_bias(self, shape),
+            "tau": Parameter(describe.channel_shape(self.layout, shape), self.tau_init) if self.use_tau else None,
             "eps": Parameter((), self.epsilon) if self.learn_eps else None,
         }
 
@@ -76,19 +62,9 @@ class FilterResponseNorm(Layer):
     ) -> jax.Array:
         """Divides x by the root mean square of each map, and cuts it at the threshold.
 
-        Args:
-          x: floating-point array with axes of space, named by `layout`.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias, or
-            the threshold above it.
-          scale: replaces the learned factor: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-          bias: replaces the learned addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
+        What is masked counts nowhere, and becomes the bias, or the threshold above it. `scale` and `bias` replace the
+        learned ones: each a scalar, `[c]`, `[n, c]`, or of the rank of x.
         """
-        x = promoted(require_float(x, "FilterResponseNorm"), self.dtype)
+        x = describe.promoted(require_float(x, "FilterResponseNorm"), self.dtype)
         learned = {"eps": self.epsilon, **self._learned(x.shape, scale=scale, bias=bias)}
         return response.filter_response(x, self.layout, mask=mask, **learned).y.astype(self.dtype or x.dtype)

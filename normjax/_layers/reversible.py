@@ -23,12 +23,9 @@ class RevIN(Layer):
       layout: name of each axis of the input; `...` is time.
       detach: whether gradients stop at the statistics, as in the authors' code.
       slack: added to the scale in the inverse; the authors' code has eps ** 2.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the outputs, by default those of the inputs.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the outputs, by default those of the inputs; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     In both faces `features`, the number of channels (variables of the series), comes first.
 
@@ -58,41 +55,14 @@ class RevIN(Layer):
         return scale_and_bias(self, shape)
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Reversible:
-        """Normalizes each series of x.
-
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          `(y, stats)`: the normalized series, and what `denormalize` needs.
-
-        Raises:
-          TypeError: integer input.
-        """
-        learned = self._learned(jnp.shape(x))
-        return reversible.revin(
-            x,
-            self.layout,
-            normalizer=self.normalizer,
-            centre=self.centre,
-            mask=mask,
-            detach=self.detach,
-            dtype=self.dtype,
-            **learned,
-        )
+        """`(y, stats)`: the normalized series, where what is masked is the bias, and what `denormalize` needs."""
+        options = {"centre": self.centre, "detach": self.detach, "dtype": self.dtype, **self._learned(jnp.shape(x))}
+        return reversible.revin(x, self.layout, normalizer=self.normalizer, mask=mask, **options)
 
     def denormalize(self, y: ArrayLike, stats: Stats) -> jax.Array:
-        """Brings a forecast back to the level and the spread of its series.
+        """Brings a forecast, of any length along time, back to the level and the spread of its series.
 
-        Args:
-          y: floating-point array, axes as named by `layout`, of any length along time.
-          stats: what the call returned beside the normalized series.
-
-        Returns:
-          An array of the shape of y.
+        `stats` is what the call returned beside the normalized series.
         """
-        learned = self._learned(jnp.shape(y))
-        return reversible.denormalize(
-            y, stats, self.layout, normalizer=self.normalizer, slack=self.slack, dtype=self.dtype, **learned
-        )
+        options = {"slack": self.slack, "dtype": self.dtype, **self._learned(jnp.shape(y))}
+        return reversible.denormalize(y, stats, self.layout, normalizer=self.normalizer, **options)

@@ -18,8 +18,7 @@ class AlphaDropout(Layer):
       broadcast_dims: axes along which elements are dropped together.
       deterministic: whether the input passes as it is (evaluation); here or at the call.
       rng_collection: collection, in nnx name of the stream, of the random keys.
-      mean: of the inputs, restored.
-      var: of the inputs, restored.
+      mean, var: of the inputs, restored.
       low: what elements are dropped to, -scale * alpha of the SELU.
 
     Source: Klambauer et al. 2017, section 3.

@@ -20,15 +20,10 @@ class SPADE(Modulated):
       normalizer: a Normalizer or the name of a row of TABLE.
       hidden: channels between the two convolutions.
       kernel_size: width of the convolutions' windows, odd.
-      layout: name of each axis of the input and of the map.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      kernel_init: initializer of the three kernels.
-      bias_init: initializer of their biases.
+      kernel_init, bias_init: initializers of the three kernels and of their biases.
 
-    The options of running statistics are those of `Norm`; what is stored lies under `norm`. In nnx `label_features`, the
+    All other options are those of `Norm`; what is stored lies under `norm`. In nnx `label_features`, the
     number of channels of the map of labels, and `space`, the number of axes of space, follow `features`.
-
     Source: Park et al. 2019, equation 1 and appendix A.
 
     >>> from normjax.linen import SPADE
@@ -55,19 +50,9 @@ class SPADE(Modulated):
     def __call__(
         self, x: ArrayLike, labels: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
-        """Normalizes x, with a scale and a bias for each position.
+        """Normalizes x, with a scale and a bias for each position; what is masked becomes the bias.
 
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          labels: floating-point map of labels, axes as named by `layout`; resized to x by the nearest element.
-          use_running_average: whether to use the stored statistics, for rows that have any.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
+        `labels` is a floating-point map of labels, axes as named by `layout`, resized to x by the nearest element.
         """
         x, labels = require_float(x, "SPADE"), require_float(labels, "SPADE")
         learned = spade.Convolutions(**self._learned(x.shape, labels.shape))

@@ -6,28 +6,16 @@ the limits of batch renormalization), what is stored afterwards, and which recor
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 from jax.typing import ArrayLike
 
+from normjax import running as kept
 from normjax._layers.describe import Layer, Shape, description
 from normjax.penalty import l1_penalty
-from normjax.running import (
-    BatchRecord,
-    Running,
-    Slot,
-    as_stats,
-    corrections,
-    mergeable,
-    record,
-    renormalized,
-    require_renormalizable,
-    slots,
-    stores,
-)
+from normjax.running import BatchRecord, Running, Slot
 from normjax.theory import Normalizer, Stats
 
 Output = TypeVar("Output")
@@ -36,39 +24,18 @@ Correct = Callable[[Stats, Normalizer], tuple[jax.Array, jax.Array]]  # r and d 
 
 
 class Taken(NamedTuple, Generic[Output]):
-    """What a layer makes of an array.
+    """What a layer makes of an array."""
 
-    Attributes:
-      y: what the call returns: an array, or several.
-      stats: of the row whose statistics are stored, each broadcasting against the input, with their weights.
-      row: that row, as it fits this batch.
-      centered: v, whose mean absolute value the L1 penalty takes; None where a layer has none.
-      mergeable: False where the statistics of two batches do not give those of both, though the row's would.
-    """
-
-    y: Output
-    stats: Stats
-    row: Normalizer
-    centered: jax.Array | None
-    mergeable: bool = True
+    y: Output  # what the call returns: an array, or several
+    stats: Stats  # of the row whose statistics are stored, each broadcasting against the input, with their weights
+    row: Normalizer  # as it fits this batch
+    centered: jax.Array | None  # v, whose mean absolute value the L1 penalty takes; None where a layer has none
+    mergeable: bool = True  # False: the statistics of two batches do not give those of both, though the row's would
 
 
 @description(kw_only=True)
 class RunningLayer(Layer):
-    """A layer with running statistics: the options that all of them have.
-
-    Attributes:
-      momentum: weight of the old value in the running average.
-      averaging: of the running statistics, "exponential", "debiased" or "cumulative", see `normjax.running`.
-      unbiased: whether the unbiased variance is stored, as PyTorch does; none is where the weights sum to 1 or less.
-      mean_init: first value of a running mean.
-      var_init: first value of a running variance, or other moment.
-      update_running_average: False normalizes with the batch's statistics and leaves the stored ones; here or at the call.
-      renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call,
-        where they may be arrays. None is plain.
-      l1: weight alpha of the L1 penalty alpha * mean |v|; 0 leaves none.
-      l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
-    """
+    """A layer with running statistics: the options that all of them have, which the docstring of `Norm` tells."""
 
     momentum: float = 0.99
     averaging: str = "exponential"
@@ -89,7 +56,7 @@ class RunningLayer(Layer):
     def _keeps(self, shape: Shape) -> dict[str, Slot]:
         """What is stored for inputs of this shape, by name: those of `Running`, and what else a layer has."""
         row = self._row()
-        found = {} if row is None else slots(row, self.layout, shape, self.averaging)
+        found = {} if row is None else kept.slots(row, self.layout, shape, self.averaging)
         start = {"mean": self.mean_init, "var": self.var_init}
         return {name: slot._replace(fill=start.get(name, slot.fill)) for name, slot in found.items()}
 
@@ -141,18 +108,11 @@ class RunningLayer(Layer):
         eps: ArrayLike | None = None,
         renormed: Callable[[Correct], Taken[Output]] | None = None,
     ) -> Output:
-        """One application of a layer.
+        """One application of a layer to an input of this shape, by `take`, and the arguments of the call.
 
-        Args:
-          shape: of the input.
-          take: makes the output with these statistics, or, of None, with the batch's own.
-          use_running_average: as it was given at the call; so are `update_running_average`, `renorm` and `mask`.
-          update_running_average: whether a training batch moves what is stored.
-          renorm: limits of batch renormalization.
-          mask: of the input.
-          eps: that of the row where it is learned.
-          renormed: makes the output of batch renormalization, from a function that gives r and d for statistics and their
-            row. By default the batch's statistics are moved so far that `take` gives r * y + d.
+        `take` makes the output with the statistics that it is given, or, of None, with the batch's own. `eps` is that of the
+        row where it is learned. `renormed` makes the output of batch renormalization, from a function that gives r and d for
+        statistics and their row; by default the batch's statistics are moved so far that `take` gives r * y + d.
         """
         row, starting, keeps = self._row(), self._starting(), self._keeps(shape)
         found = {name: slot for name, slot in keeps.items() if name in Running._fields}
@@ -166,15 +126,17 @@ class RunningLayer(Layer):
         if limits is not None:
             if row is None:
                 raise ValueError(f"renorm needs statistics that are stored, and {type(self).__name__} stores none")
-            require_renormalizable(_divided_by(row, "mean" in found), limits)
+            kept.require_renormalizable(_divided_by(row, "mean" in found), limits)
         training = bool(found) and not used and not starting
         if training and limits is not None:
-            correct = functools.partial(
-                _corrections, running=running, layout=self.layout, shape=shape, limits=limits, eps=eps
-            )
+
+            def correct(stats: Stats, row: Normalizer) -> tuple[jax.Array, jax.Array]:
+                divided = _divided_by(row, running.mean is not None)
+                return kept.corrections(stats, running, divided, self.layout, shape, limits, eps)
+
             out = _moved(take, correct, eps) if renormed is None else renormed(correct)
         else:
-            out = take(as_stats(running, row, self.layout, shape) if used and row is not None else None)
+            out = take(kept.as_stats(running, row, self.layout, shape) if used and row is not None else None)
         if training and moves:
             self._remember(out, running, shape)
         if self.l1 and not starting:
@@ -183,8 +145,8 @@ class RunningLayer(Layer):
 
     def _remember(self, out: Taken, running: Running, shape: tuple[int, ...]) -> None:
         """Stores the statistics of a training batch, and leaves its record."""
-        as_stats(running, out.row, self.layout, shape)  # refuses statistics of another number of channels
-        stored, seen = record(
+        kept.as_stats(running, out.row, self.layout, shape)  # refuses statistics of another number of channels
+        stored, seen = kept.record(
             running,
             out.stats,
             out.row,
@@ -193,7 +155,7 @@ class RunningLayer(Layer):
             momentum=self.momentum,
             averaging=self.averaging,
             unbiased=self._stores_unbiased(),
-            exact=out.mergeable and mergeable(out.row, self.layout),
+            exact=out.mergeable and kept.mergeable(out.row, self.layout),
         )
         for name, value in stored._asdict().items():
             if value is not None:
@@ -211,37 +173,14 @@ class RunningLayer(Layer):
         self._penalize(lambda: l1_penalty(v, self.l1, mask=mask, axis_name=names))
 
 
-def _corrections(
-    stats: Stats,
-    row: Normalizer,
-    *,
-    running: Running,
-    layout: str,
-    shape: tuple[int, ...],
-    limits: Limits,
-    eps: ArrayLike | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The corrections r and d."""
-    return corrections(stats, running, _divided_by(row, running.mean is not None), layout, shape, limits, eps)
-
-
 def _divided_by(row: Normalizer, stores_mean: bool) -> Normalizer:
     """The row as batch renormalization sees it: a layer that leaves the mean out divides alone, so d is 0."""
-    left_out = stores(row)[0] and not stores_mean
+    left_out = kept.stores(row)[0] and not stores_mean
     return dataclasses.replace(row, mean=None, keep_mean=False) if left_out else row
 
 
-def _moved(
-    take: Callable[[Stats | None], Taken[Output]],
-    correct: Correct,
-    eps: ArrayLike | None,
-) -> Taken[Output]:
+def _moved(take: Callable[[Stats | None], Taken[Output]], correct: Correct, eps: ArrayLike | None) -> Taken[Output]:
     """The output by the statistics that give r * y + d; what the batch shows stays what it was."""
     batch = take(None)
-    moved = take(renormalized(batch.stats, *correct(batch.stats, batch.row), batch.row, eps))
+    moved = take(kept.renormalized(batch.stats, *correct(batch.stats, batch.row), batch.row, eps))
     return moved._replace(stats=batch.stats)
-
-
-def running_options(layer: RunningLayer) -> dict[str, Any]:
-    """The options of a layer with running statistics, by name, for a layer inside that stores them."""
-    return {field.name: getattr(layer, field.name) for field in dataclasses.fields(RunningLayer)}

@@ -6,18 +6,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import tokens
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import (
-    Initializer,
-    Layer,
-    Parameter,
-    Shape,
-    channel_shape,
-    description,
-    ones,
-    promoted,
-    scale_and_bias,
-    zeros,
-)
+from normjax._layers import describe
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._normalize.evaluate import normalize
 
 
@@ -29,8 +19,7 @@ class ScaleNorm(Layer):
       epsilon: added to the squared length. [units of x squared]
       layout: name of each axis of the input.
       scale_init: initializer of the length, a scalar; None starts at the square root of the number of channels.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameter.
+      dtype, param_dtype: of the output, by default that of the input; of the parameter.
 
     Source: Nguyen & Salazar 2019, equation 7.
 
@@ -47,26 +36,14 @@ class ScaleNorm(Layer):
     param_dtype: DTypeLike = jnp.float32
 
     def _learns(self, shape: Shape) -> dict[str, Parameter]:
-        (channels,) = channel_shape(self.layout, shape)
+        (channels,) = describe.channel_shape(self.layout, shape)
         return {"scale": Parameter((), channels**0.5 if self.scale_init is None else self.scale_init)}
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Brings the vectors of channels to the learned length.
-
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere and becomes 0.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          FieldError: x has another number of channels than the layer was made for.
-          TypeError: integer input.
-        """
-        x = promoted(require_float(x, "ScaleNorm"), self.dtype)
+        """Brings the vectors of channels to the learned length; what is masked counts nowhere and becomes 0."""
+        x = describe.promoted(require_float(x, "ScaleNorm"), self.dtype)
         self._fits(x.shape)
-        (channels,) = channel_shape(self.layout, x.shape)
+        (channels,) = describe.channel_shape(self.layout, x.shape)
         row = tokens.l2(channels, eps=self.epsilon)
         out = normalize(x, row, self.layout, mask=mask, **self._learned(x.shape))
         return out.y.astype(self.dtype or x.dtype)
@@ -80,12 +57,9 @@ class PartialRMSNorm(Layer):
       fraction: of the channels, rounded up.
       epsilon: added to the mean square. [units of x squared]
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`; the paper has none.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`; the paper has no addend.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Zhang & Sennrich 2019, section 3.2.
 
@@ -105,7 +79,7 @@ class PartialRMSNorm(Layer):
     bias_init: Initializer = zeros
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
-        return scale_and_bias(self, shape)
+        return describe.scale_and_bias(self, shape)
 
     def __call__(
         self,
@@ -115,21 +89,11 @@ class PartialRMSNorm(Layer):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> jax.Array:
-        """Divides x by the root mean square of its first channels.
+        """Divides x by the root mean square of its first channels; what is masked counts nowhere, and becomes the bias.
 
-        Args:
-          x: floating-point array, axes as named by `layout`.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-          scale: replaces the learned factor: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-          bias: replaces the learned addend: a scalar, `[c]`, `[n, c]`, or of the rank of x.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          TypeError: integer input.
+        `scale` and `bias` replace the learned ones: each a scalar, `[c]`, `[n, c]`, or of the rank of x.
         """
-        x = promoted(require_float(x, "PartialRMSNorm"), self.dtype)
+        x = describe.promoted(require_float(x, "PartialRMSNorm"), self.dtype)
         learned = self._learned(x.shape, scale=scale, bias=bias)
         out = tokens.partial_rms(x, self.layout, fraction=self.fraction, eps=self.epsilon, mask=mask, **learned)
         return out.y.astype(self.dtype or x.dtype)
@@ -146,8 +110,7 @@ class QKNorm(Layer):
       layout: name of each axis of both; c is the axis of a head.
       use_scale: whether factors are learned: `query_scale` and `key_scale`, `[head_dim]`; for "l2" `query_scale` alone, a
         scalar in place of the division by sqrt(head_dim).
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
       scale_init: initializer of the factors, but for "l2".
 
     Source: Henry et al. 2020; Dehghani et al. 2023.
@@ -173,23 +136,11 @@ class QKNorm(Layer):
             return {"query_scale": None, "key_scale": None}
         if self.kind == "l2":
             return {"query_scale": Parameter((), tokens.qk_scale(self.length)), "key_scale": None}
-        factor = Parameter(channel_shape(self.layout, shape), self.scale_init)
+        factor = Parameter(describe.channel_shape(self.layout, shape), self.scale_init)
         return {"query_scale": factor, "key_scale": factor}
 
     def __call__(self, query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Normalizes query and key.
-
-        Args:
-          query: floating-point array, axes as named by `layout`.
-          key: floating-point array with the last axes of the query.
-
-        Returns:
-          Both, normalized, in their shapes.
-
-        Raises:
-          TypeError: integer input.
-          ValueError: no kind has this name.
-        """
-        query, key = (promoted(require_float(a, "QKNorm"), self.dtype) for a in (query, key))
+        """Both, normalized, in their shapes; the key has the last axes of the query."""
+        query, key = (describe.promoted(require_float(a, "QKNorm"), self.dtype) for a in (query, key))
         q, k = tokens.qk(query, key, self.layout, kind=self.kind, eps=self.epsilon, **self._learned(query.shape))
         return q.astype(self.dtype or q.dtype), k.astype(self.dtype or k.dtype)

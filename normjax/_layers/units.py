@@ -5,18 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import units
-from normjax._layers.describe import (
-    Initializer,
-    Layer,
-    Parameter,
-    Shape,
-    channel_shape,
-    description,
-    field_here,
-    ones,
-    scale_and_bias,
-    zeros,
-)
+from normjax._layers import describe
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax.field import Field
 
 
@@ -42,7 +32,7 @@ class TLU(Layer):
     tau_init: Initializer = zeros
 
     def _learns(self, shape: Shape) -> dict[str, Parameter]:
-        return {"tau": Parameter(channel_shape(self.layout, shape), self.tau_init)}
+        return {"tau": Parameter(describe.channel_shape(self.layout, shape), self.tau_init)}
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """The larger of x and the threshold."""
@@ -56,12 +46,9 @@ class DyT(Layer):
     Attributes:
       alpha_init: initial value of alpha.
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Zhu et al. 2025, section 4.
 
@@ -81,7 +68,7 @@ class DyT(Layer):
     bias_init: Initializer = zeros
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
-        return {"alpha": Parameter((), self.alpha_init), **scale_and_bias(self, shape)}
+        return {"alpha": Parameter((), self.alpha_init), **describe.scale_and_bias(self, shape)}
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Squashes x."""
@@ -93,15 +80,11 @@ class Derf(Layer):
     """Dynamic erf, scale * erf(alpha * x + shift) + bias, with learned scalars `alpha` and `shift`.
 
     Attributes:
-      alpha_init: initial value of alpha.
-      shift_init: initial value of the shift.
+      alpha_init, shift_init: initial values of alpha and of the shift.
       layout: name of each axis of the input.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Chen et al. 2025.
 
@@ -123,7 +106,7 @@ class Derf(Layer):
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
         scalars = {"alpha": Parameter((), self.alpha_init), "shift": Parameter((), self.shift_init)}
-        return {**scalars, **scale_and_bias(self, shape)}
+        return {**scalars, **describe.scale_and_bias(self, shape)}
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Squashes x."""
@@ -139,10 +122,8 @@ class GRN(Layer):
       channels: field of the mean response.
       layout: name of each axis of the input.
       epsilon: added to the mean response. [units of x]
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor, `[c]`.
-      bias_init: initializer of the addend, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend, `[c]` each.
 
     Source: Woo et al. 2023, algorithm 1.
 
@@ -163,7 +144,7 @@ class GRN(Layer):
     bias_init: Initializer = zeros
 
     def _learns(self, shape: Shape) -> dict[str, Parameter]:
-        size = channel_shape(self.layout, shape)
+        size = describe.channel_shape(self.layout, shape)
         return {"scale": Parameter(size, self.scale_init), "bias": Parameter(size, self.bias_init)}
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -171,8 +152,8 @@ class GRN(Layer):
         return units.grn(
             x,
             layout=self.layout,
-            space=field_here(self, self.space),
-            channels=field_here(self, self.channels),
+            space=describe.field_here(self, self.space),
+            channels=describe.field_here(self, self.channels),
             eps=self.epsilon,
             mask=mask,
             dtype=self.dtype,

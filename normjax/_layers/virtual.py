@@ -6,18 +6,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import (
-    Initializer,
-    Layer,
-    Parameter,
-    Shape,
-    description,
-    field_here,
-    ones,
-    promoted,
-    scale_and_bias,
-    zeros,
-)
+from normjax._layers import describe
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 
 
 @description
@@ -30,12 +20,9 @@ class VirtualBatchNorm(Layer):
       epsilon: added to the variance. [units of x squared]
       layout: name of each axis of both.
       field: field of the reference's statistics: the batch as a whole, without windows.
-      use_scale: whether a factor is learned, `[c]`.
-      use_bias: whether an addend is learned, `[c]`.
-      dtype: of the output, by default that of the input.
-      param_dtype: of the parameters.
-      scale_init: initializer of the factor.
-      bias_init: initializer of the addend.
+      use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
+      dtype, param_dtype: of the output, by default that of the input; of the parameters.
+      scale_init, bias_init: initializers of the factor and of the addend.
 
     Source: Salimans et al. 2016, section 3.5.
 
@@ -56,7 +43,7 @@ class VirtualBatchNorm(Layer):
     bias_init: Initializer = zeros
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
-        return scale_and_bias(self, shape)
+        return describe.scale_and_bias(self, shape)
 
     def __call__(
         self,
@@ -66,26 +53,13 @@ class VirtualBatchNorm(Layer):
         mask: ArrayLike | None = None,
         reference_mask: ArrayLike | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalizes the examples and the reference batch.
-
-        Args:
-          x: floating-point array of examples, axes as named by `layout`.
-          reference: floating-point array, the reference batch at this layer.
-          mask: boolean mask or weights that broadcast against x; what is masked counts nowhere, and becomes the bias.
-          reference_mask: boolean mask or weights that broadcast against the reference.
-
-        Returns:
-          The normalized examples and the normalized reference batch, in their shapes.
-
-        Raises:
-          TypeError: integer input.
-        """
-        x, reference = (promoted(require_float(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
+        """The examples and the reference batch, both normalized; what is masked counts nowhere, and becomes the bias."""
+        x, reference = (describe.promoted(require_float(a, "VirtualBatchNorm"), self.dtype) for a in (x, reference))
         out, known = batch.virtual_batch(
             x,
             reference,
             self.layout,
-            field=field_here(self, self.field),
+            field=describe.field_here(self, self.field),
             eps=self.epsilon,
             mask=mask,
             reference_mask=reference_mask,

@@ -11,20 +11,7 @@ from normjax.linen.layers import *  # noqa: F403
 from normjax.linen.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
 from normjax.linen.weights import Conv, Dense, SpectralNorm, WeightNorm
 
-__all__ = [
-    "RNN",
-    "BatchNorm",
-    "Conv",
-    "Dense",
-    "GRUCell",
-    "GroupNorm",
-    "InstanceNorm",
-    "LSTMCell",
-    "LayerNorm",
-    "OptimizedLSTMCell",
-    "RMSNorm",
-    "SimpleCell",
-    "SpectralNorm",
-    "WeightNorm",
-]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ += ["RNN", "GRUCell", "LSTMCell", "OptimizedLSTMCell", "SimpleCell"]
+__all__ += ["Conv", "Dense", "SpectralNorm", "WeightNorm"]
 __all__ += layers.__all__

@@ -16,17 +16,7 @@ from flax import linen as nn
 from flax.linen import dtypes
 from jax.typing import ArrayLike
 
-from normjax._layers.flax_names import (
-    Applied,
-    Reading,
-    group_count,
-    normalize_as_read,
-    read_batch_norm,
-    read_group_norm,
-    read_instance_norm,
-    read_layer_norm,
-    widened,
-)
+from normjax._layers import flax_names
 from normjax.running import NOTHING, Running
 
 
@@ -55,15 +45,9 @@ class BatchNorm(nn.BatchNorm):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
-        """Normalizes x with the batch's statistics, or with the stored ones.
-
-        Args:
-          x: an array with the feature axes `axis`.
-          use_running_average: whether to use the stored statistics; here or in the constructor.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
-        """
+        """Normalizes x by its or the stored statistics; where `mask` is False, x counts nowhere and gives the bias."""
         average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        reading = read_batch_norm(self, np.shape(x))
+        reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
         stored = []
         for name, first in (("mean", jnp.zeros), ("var", jnp.ones)):
             make = functools.partial(first, reading.sizes, jnp.float32)
@@ -88,13 +72,8 @@ class LayerNorm(nn.LayerNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over `reduction_axes` and `axis_name`.
-
-        Args:
-          x: an array with those axes, and with `feature_axes`, along which scale and bias lie.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
-        """
-        return _normalized(self, x, read_layer_norm(self, np.shape(x)), mask).y
+        """Normalizes x over `reduction_axes` and `axis_name`; where `mask` is False, x counts nowhere and gives the bias."""
+        return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
 
 class RMSNorm(nn.RMSNorm):
@@ -108,13 +87,9 @@ class RMSNorm(nn.RMSNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Divides x by its root mean square over `reduction_axes` and `axis_name`.
-
-        Args:
-          x: an array with those axes, and with `feature_axes`, along which the scale lies.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is zero.
-        """
-        return _normalized(self, x, read_layer_norm(self, np.shape(x), centre=False), mask).y
+        """Divides x by its root mean square over `reduction_axes`; where `mask` is False, x counts nowhere and gives 0."""
+        reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
+        return _normalized(self, x, reading, mask).y
 
 
 class GroupNorm(nn.GroupNorm):
@@ -129,15 +104,10 @@ class GroupNorm(nn.GroupNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over each group of channels, over all other axes but the first, and over `axis_name`.
-
-        Args:
-          x: `[n ... c]`; any number of leading axes where `reduction_axes` are given.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
-        """
-        shape = np.shape(x)
-        groups = group_count(shape[-1], self.num_groups, self.group_size)
-        return _normalized(self, x, read_group_norm(self, shape, groups), mask).y
+        """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
+        groups = flax_names.group_count(np.shape(x)[-1], self.num_groups, self.group_size)
+        reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, groups)
+        return _normalized(self, x, reading, mask).y
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -152,24 +122,19 @@ class InstanceNorm(nn.InstanceNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over all axes but the first and the features, and over `axis_name`.
-
-        Args:
-          x: `[n ... c]`, or with other `feature_axes`, along which scale and bias lie.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
-        """
-        return _normalized(self, x, read_instance_norm(self, np.shape(x)), mask).y
+        """Normalizes each channel of each example of x; where `mask` is False, x counts nowhere and gives the bias."""
+        return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 
 
 def _normalized(
     module: BatchNorm | LayerNorm | RMSNorm | GroupNorm | InstanceNorm,
     x: ArrayLike,
-    reading: Reading,
+    reading: flax_names.Reading,
     mask: ArrayLike | None,
     running: Running = NOTHING,
     use_running: bool = False,
     momentum: float = 0.0,
-) -> Applied:
+) -> flax_names.Applied:
     """Flax's parameters and promotion, our equation."""
     scale = bias = None
     if module.use_scale:
@@ -180,5 +145,7 @@ def _normalized(
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
     if module.is_initializing():  # when mapped axes need not exist yet
         reading = reading._replace(normalizer=reading.normalizer.local())
-    x = widened(x, module.dtype)
-    return normalize_as_read(x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask)
+    x = flax_names.widened(x, module.dtype)
+    return flax_names.normalize_as_read(
+        x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask
+    )

@@ -87,13 +87,9 @@ class Host(Layer, nn.Module, kw_only=True):
 
 
 class Early(Host):
-    """A layer whose parameters are made for so many channels before any input is seen, so that all its methods have them.
+    """A layer whose parameters are made for so many channels before any input is seen, so that all its methods have them."""
 
-    Attributes:
-      features: number of channels; or the whole shape of an input.
-    """
-
-    features: int | Sequence[int]
+    features: int | Sequence[int]  # number of channels; or the whole shape of an input
     _compact: ClassVar[bool] = False
 
     def setup(self) -> None:
@@ -111,12 +107,7 @@ class Early(Host):
 
 
 class Keeping(RunningLayer, Host, kw_only=True):
-    """A layer with running statistics, in the collection `batch_stats`.
-
-    Attributes:
-      use_running_average: whether to normalize with the stored statistics; here or at the call.
-      stats_names: names of the axes of every stored statistic, as in `nn.with_partitioning`; None attaches no metadata.
-    """
+    """A layer with running statistics, in the collection `batch_stats`; its options are those of `Norm`."""
 
     use_running_average: bool | None = None
     stats_names: tuple[str | None, ...] | None = None

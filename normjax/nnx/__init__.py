@@ -12,22 +12,7 @@ from normjax.nnx.layers import *  # noqa: F403
 from normjax.nnx.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
 from normjax.nnx.weights import Conv, Linear, SpectralNorm, WeightNorm
 
-__all__ = [
-    "RNN",
-    "BatchNorm",
-    "Conv",
-    "GRUCell",
-    "GroupNorm",
-    "InstanceNorm",
-    "LSTMCell",
-    "LayerNorm",
-    "Linear",
-    "Moments",
-    "OptimizedLSTMCell",
-    "Penalty",
-    "RMSNorm",
-    "SimpleCell",
-    "SpectralNorm",
-    "WeightNorm",
-]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ += ["RNN", "GRUCell", "LSTMCell", "OptimizedLSTMCell", "SimpleCell"]
+__all__ += ["Conv", "Linear", "Moments", "Penalty", "SpectralNorm", "WeightNorm"]
 __all__ += layers.__all__

@@ -13,18 +13,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 
-from normjax._layers.flax_names import (
-    Applied,
-    Reading,
-    align_features,
-    normalize_as_read,
-    read_batch_norm,
-    read_group_norm,
-    read_instance_norm,
-    read_layer_norm,
-    widened,
-)
-from normjax.nnx.host import Moments
+from normjax._layers import flax_names
+from normjax.nnx.host import Moments, _replace
 from normjax.running import NOTHING, Running
 
 
@@ -44,27 +34,21 @@ class BatchNorm(nnx.BatchNorm):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
-        """Normalizes x with the batch's statistics, or with the stored ones.
-
-        Args:
-          x: an array with the feature axes `axis`.
-          use_running_average: whether to use the stored statistics; None takes the constructor's, or that of `nnx.view`.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
-        """
+        """Normalizes x by its or the stored statistics; where `mask` is False, x counts nowhere and gives the bias."""
         average = self.use_running_average if use_running_average is None else use_running_average
         if average is None:
             raise ValueError(
                 "No `use_running_average` argument was provided to BatchNorm. Pass it to the constructor or to the call, "
                 "or set it on the whole model: nnx.view(model, use_running_average=True) or False."
             )
-        reading = read_batch_norm(self, np.shape(x))
-        align_features(self.mean[...], reading, np.shape(x))  # refuses another number of features
+        reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
+        flax_names.align_features(self.mean[...], reading, np.shape(x))  # refuses another number of features
         running = Running(self.mean[...].reshape(reading.sizes), self.var[...].reshape(reading.sizes))
         out = _normalized(self, x, reading, mask, running, average, self.momentum)
         if out.record is not None:
             for variable, value in ((self.mean, out.running.mean), (self.var, out.running.var)):
                 if value is not None:
-                    _store(variable, value)
+                    _replace(variable, value.reshape(variable.shape))
             if hasattr(self, "__captures__"):
                 self.sow(Moments, "batch", out.record)
         return out.y
@@ -80,13 +64,8 @@ class LayerNorm(nnx.LayerNorm):
     """
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over `reduction_axes` and `axis_name`.
-
-        Args:
-          x: an array with those axes, and with `feature_axes`, along which scale and bias lie.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
-        """
-        return _normalized(self, x, read_layer_norm(self, np.shape(x)), mask).y
+        """Normalizes x over `reduction_axes` and `axis_name`; where `mask` is False, x counts nowhere and gives the bias."""
+        return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -99,13 +78,9 @@ class RMSNorm(nnx.RMSNorm):
     """
 
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
-        """Divides x by its root mean square over `reduction_axes` and `axis_name`.
-
-        Args:
-          x: an array with those axes, and with `feature_axes`, along which the scale lies.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is zero.
-        """
-        return _normalized(self, x, read_layer_norm(self, np.shape(x), centre=False), mask).y
+        """Divides x by its root mean square over `reduction_axes`; where `mask` is False, x counts nowhere and gives 0."""
+        reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
+        return _normalized(self, x, reading, mask).y
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -118,13 +93,9 @@ class GroupNorm(nnx.GroupNorm):
     """
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over each group of channels, over all other axes but the first, and over `axis_name`.
-
-        Args:
-          x: `[n ... c]`; any number of leading axes where `reduction_axes` are given.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
-        """
-        return _normalized(self, x, read_group_norm(self, np.shape(x), self.num_groups), mask).y
+        """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
+        reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, self.num_groups)
+        return _normalized(self, x, reading, mask).y
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -137,24 +108,19 @@ class InstanceNorm(nnx.InstanceNorm):
     """
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over all axes but the first and the features, and over `axis_name`.
-
-        Args:
-          x: `[n ... c]`, or with other `feature_axes`, along which scale and bias lie.
-          mask: of a shape that broadcasts to that of x; False elements take no part, and the output there is the bias.
-        """
-        return _normalized(self, x, read_instance_norm(self, np.shape(x)), mask).y
+        """Normalizes each channel of each example of x; where `mask` is False, x counts nowhere and gives the bias."""
+        return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 
 
 def _normalized(
     module: BatchNorm | LayerNorm | RMSNorm | GroupNorm | InstanceNorm,
     x: ArrayLike,
-    reading: Reading,
+    reading: flax_names.Reading,
     mask: ArrayLike | None,
     running: Running = NOTHING,
     use_running: bool = False,
     momentum: float = 0.0,
-) -> Applied:
+) -> flax_names.Applied:
     """Flax's parameters and promotion, our equation."""
     scale = None if module.scale is None else module.scale[...]
     with jax.numpy_dtype_promotion("standard"):  # Flax's promotion, also where the user's is strict
@@ -166,13 +132,7 @@ def _normalized(
             between = running[:2] if isinstance(module, BatchNorm) else ()
             x, *_, scale, bias = module.promote_dtype((x, *between, scale, bias), dtype=module.dtype)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
-    x = widened(x, module.dtype)
-    return normalize_as_read(x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask)
-
-
-def _store(variable: nnx.BatchStat[jax.Array], value: jax.Array) -> None:
-    value = value.reshape(variable.shape)
-    if value.dtype == variable.dtype:
-        variable[...] = value
-    else:  # the first complex mean replaces a real one
-        variable.set_value(value)
+    x = flax_names.widened(x, module.dtype)
+    return flax_names.normalize_as_read(
+        x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask
+    )

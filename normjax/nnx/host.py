@@ -2,14 +2,12 @@
 
 A face is a description and a host, in that order:
 
-    @nnx.dataclass(eq=False)
     class DyT(units.DyT, Host): ...                 # parameters
     class Norm(norm.Norm, Keeping): ...             # and running statistics
     class AdaIN(conditional.AdaIN, Bare): ...       # neither: no features, no random keys
 
-The face has the docstring of the description and its methods.
-
-`features` comes first, then the options of the description, and `rngs` by keyword. The penalty is captured,
+The face has the docstring of the description and its methods, and becomes a dataclass as it is declared: `features` comes
+first, then the options of the description, and `rngs` by keyword. The penalty is captured,
 `y, sown = nnx.capture(model, Penalty)(x)`; outside a capture nothing is sown or stored.
 """
 
@@ -18,7 +16,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +42,7 @@ class Moments(nnx.Intermediate):
     """What a layer saw of the batch (`normjax.running.BatchRecord`), as `nnx.capture(model, Moments)` finds it."""
 
 
+@dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 @nnx.dataclass(eq=False)
 class Bare(Layer, nnx.Module):
     """A layer without variables."""
@@ -55,6 +54,7 @@ class Bare(Layer, nnx.Module):
         if not issubclass(described, nnx.Module):  # a face
             cls.__doc__ = cls.__doc__ or described.__doc__
             Bare._faces.setdefault(described, cls)
+            dataclasses.dataclass(eq=False, repr=False)(cls)
         super().__init_subclass__(**kwargs)
 
     def __post_init__(self):
@@ -76,21 +76,22 @@ class Bare(Layer, nnx.Module):
                 yield part
 
 
+def _replace(variable: nnx.Variable[jax.Array], value: jax.Array) -> None:
+    """Replaces the value of a variable."""
+    if value.dtype == variable.dtype:
+        variable[...] = value
+    else:  # the first complex mean replaces a real one
+        variable.set_value(value)
+
+
 @nnx.dataclass(eq=False)
 class Host(Bare):
-    """A layer with parameters.
+    """A layer with parameters."""
 
-    Args:
-      features: number of channels; or the whole shape of an input, for a row that stores statistics along other axes.
-      rngs: random keys for the initializers.
-      scale_metadata: metadata of the factor, such as sharding names.
-      bias_metadata: metadata of the addend.
-    """
-
-    features: int | Sequence[int]
+    features: int | Sequence[int]  # channels; or the whole shape of an input, for statistics along other axes
     _: dataclasses.KW_ONLY
     rngs: InitVar[nnx.Rngs]
-    scale_metadata: InitVar[Metadata] = NO_METADATA
+    scale_metadata: InitVar[Metadata] = NO_METADATA  # such as sharding names
     bias_metadata: InitVar[Metadata] = NO_METADATA
 
     def __post_init__(self, rngs: nnx.Rngs, scale_metadata: Metadata, bias_metadata: Metadata):
@@ -154,15 +155,11 @@ class Host(Bare):
             same_channels(self.features, self.layout, shape)
 
 
-@nnx.dataclass(eq=False, kw_only=True)
+@nnx.dataclass(eq=False)
 class Keeping(RunningLayer, Host):
-    """A layer with running statistics, each a `BatchStat`.
+    """A layer with running statistics, each a `BatchStat`; its options are those that the docstring of `Norm` tells."""
 
-    Args:
-      use_running_average: whether to normalize with stored statistics; `.train()`, `.eval()` and `nnx.view` set it.
-      stats_metadata: metadata of the stored statistics.
-    """
-
+    _: dataclasses.KW_ONLY
     use_running_average: bool | None = False
     stats_metadata: InitVar[Metadata] = NO_METADATA
 
@@ -183,7 +180,7 @@ class Keeping(RunningLayer, Host):
             setattr(self, name, stat)
 
     def set_view(self, use_running_average: bool | None = None, update_running_average: bool | None = None):
-        """Class method used by `nnx.view`.
+        """Called by `nnx.view`; `nnx.view_info` reads this docstring.
 
         Args:
           use_running_average: whether to normalize with the stored statistics.
@@ -207,11 +204,7 @@ class Keeping(RunningLayer, Host):
         return getattr(self, name)[...]
 
     def _store(self, name: str, value: jax.Array) -> None:
-        variable = getattr(self, name)
-        if value.dtype == variable.dtype:
-            variable[...] = value
-        else:  # the first complex mean replaces a real one
-            variable.set_value(value)
+        _replace(getattr(self, name), value)
 
     def _leave(self, seen: BatchRecord) -> None:
         if hasattr(self, "__captures__"):

@@ -6,184 +6,106 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
+from normjax import _layers as described
 from normjax._expect.arrays import require_real
-from normjax._layers import (
-    batch,
-    conditional,
-    evonorm,
-    film,
-    gdn,
-    kalman,
-    norm,
-    presets,
-    response,
-    reversible,
-    selu,
-    spade,
-    switchable,
-    tokens,
-    units,
-    virtual,
-)
 from normjax._layers.describe import Shape, whole_shape
 from normjax.nnx.host import Bare, Host, Keeping
 
-__all__ = [
-    "GDN",
-    "GRN",
-    "SPADE",
-    "TLU",
-    "AdaIN",
-    "AdaLN",
-    "AdaLNZero",
-    "AlphaDropout",
-    "BatchRenorm",
-    "ConditionalNorm",
-    "Derf",
-    "DivisiveNorm",
-    "DyT",
-    "EvoNormB0",
-    "EvoNormS0",
-    "ExtendedBatchNorm",
-    "FiLM",
-    "FilterResponseNorm",
-    "GhostBatchNorm",
-    "GhostTopKBatchNorm",
-    "KalmanNorm",
-    "L1BatchNorm",
-    "LinfBatchNorm",
-    "LocalContextNorm",
-    "LocalContrastNorm",
-    "LocalResponseNorm",
-    "LpBatchNorm",
-    "Norm",
-    "PartialRMSNorm",
-    "PositionNorm",
-    "QKNorm",
-    "RangeBatchNorm",
-    "RevIN",
-    "ScaleNorm",
-    "SwitchableNorm",
-    "TopKBatchNorm",
-    "VarianceNorm",
-    "VirtualBatchNorm",
-]
+Keys = nnx.Rngs | nnx.RngStream
+
+__all__ = ["BatchRenorm", "DivisiveNorm", "ExtendedBatchNorm", "LocalContextNorm", "Norm", "VarianceNorm"]
+__all__ += ["GhostBatchNorm", "GhostTopKBatchNorm", "L1BatchNorm", "LinfBatchNorm", "LpBatchNorm"]
+__all__ += ["LocalContrastNorm", "LocalResponseNorm", "PositionNorm", "RangeBatchNorm", "TopKBatchNorm"]
+__all__ += ["GDN", "GRN", "TLU", "AlphaDropout", "Derf", "DyT", "EvoNormB0", "EvoNormS0", "FilterResponseNorm"]
+__all__ += ["KalmanNorm", "PartialRMSNorm", "QKNorm", "RevIN", "ScaleNorm", "SwitchableNorm", "VirtualBatchNorm"]
+__all__ += ["SPADE", "AdaIN", "AdaLN", "AdaLNZero", "ConditionalNorm", "FiLM"]
 
 
-@nnx.dataclass(eq=False)
-class Norm(norm.Norm, Keeping): ...
+class Norm(described.norm.Norm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class BatchRenorm(presets.BatchRenorm, Keeping): ...
+class BatchRenorm(described.presets.BatchRenorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class DivisiveNorm(presets.DivisiveNorm, Keeping): ...
+class DivisiveNorm(described.presets.DivisiveNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class L1BatchNorm(batch.L1BatchNorm, Keeping): ...
+class L1BatchNorm(described.batch.L1BatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class LpBatchNorm(batch.LpBatchNorm, Keeping): ...
+class LpBatchNorm(described.batch.LpBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class TopKBatchNorm(batch.TopKBatchNorm, Keeping): ...
+class TopKBatchNorm(described.batch.TopKBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class LinfBatchNorm(batch.LinfBatchNorm, Keeping): ...
+class LinfBatchNorm(described.batch.LinfBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class VarianceNorm(presets.VarianceNorm, Keeping): ...
+class VarianceNorm(described.presets.VarianceNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class ExtendedBatchNorm(presets.ExtendedBatchNorm, Keeping): ...
+class ExtendedBatchNorm(described.presets.ExtendedBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class PositionNorm(presets.PositionNorm, Keeping): ...
+class PositionNorm(described.presets.PositionNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class LocalContextNorm(presets.LocalContextNorm, Keeping): ...
+class LocalContextNorm(described.presets.LocalContextNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class GhostBatchNorm(batch.GhostBatchNorm, Keeping): ...
+class GhostBatchNorm(described.batch.GhostBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class RangeBatchNorm(batch.RangeBatchNorm, Keeping): ...
+class RangeBatchNorm(described.batch.RangeBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class GhostTopKBatchNorm(batch.GhostTopKBatchNorm, Keeping): ...
+class GhostTopKBatchNorm(described.batch.GhostTopKBatchNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class LocalResponseNorm(presets.LocalResponseNorm, Bare): ...
+class LocalResponseNorm(described.presets.LocalResponseNorm, Bare): ...
 
 
-@nnx.dataclass(eq=False)
-class LocalContrastNorm(presets.LocalContrastNorm, Bare): ...
+class LocalContrastNorm(described.presets.LocalContrastNorm, Bare): ...
 
 
-@nnx.dataclass(eq=False)
-class TLU(units.TLU, Host): ...
+class TLU(described.units.TLU, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class DyT(units.DyT, Host): ...
+class DyT(described.units.DyT, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class Derf(units.Derf, Host): ...
+class Derf(described.units.Derf, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class EvoNormB0(evonorm.EvoNormB0, Keeping): ...
+class EvoNormB0(described.evonorm.EvoNormB0, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class EvoNormS0(evonorm.EvoNormS0, Host): ...
+class EvoNormS0(described.evonorm.EvoNormS0, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class GRN(units.GRN, Host): ...
+class GRN(described.units.GRN, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class GDN(gdn.GDN, Host): ...
+class GDN(described.gdn.GDN, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class FilterResponseNorm(response.FilterResponseNorm, Host): ...
+class FilterResponseNorm(described.response.FilterResponseNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class ScaleNorm(tokens.ScaleNorm, Host): ...
+class ScaleNorm(described.tokens.ScaleNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class PartialRMSNorm(tokens.PartialRMSNorm, Host): ...
+class PartialRMSNorm(described.tokens.PartialRMSNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class QKNorm(tokens.QKNorm, Host): ...
+class QKNorm(described.tokens.QKNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class VirtualBatchNorm(virtual.VirtualBatchNorm, Host): ...
+class VirtualBatchNorm(described.virtual.VirtualBatchNorm, Host): ...
 
 
-@nnx.dataclass(eq=False)
-class RevIN(reversible.RevIN, Host): ...
+class RevIN(described.reversible.RevIN, Host): ...
 
 
 @nnx.dataclass(eq=False)
@@ -208,61 +130,38 @@ class Labelled(Keeping):
         return whole_shape(self.features, layout), whole_shape(self.label_features, layout)
 
 
-@nnx.dataclass(eq=False)
-class AdaIN(conditional.AdaIN, Bare): ...
+class AdaIN(described.conditional.AdaIN, Bare): ...
 
 
-@nnx.dataclass(eq=False)
-class ConditionalNorm(conditional.ConditionalNorm, Keeping): ...
+class ConditionalNorm(described.conditional.ConditionalNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class FiLM(film.FiLM, Conditioned): ...
+class FiLM(described.film.FiLM, Conditioned): ...
 
 
-@nnx.dataclass(eq=False)
-class AdaLN(film.AdaLN, Conditioned): ...
+class AdaLN(described.film.AdaLN, Conditioned): ...
 
 
-@nnx.dataclass(eq=False)
-class AdaLNZero(film.AdaLNZero, Conditioned): ...
+class AdaLNZero(described.film.AdaLNZero, Conditioned): ...
 
 
-@nnx.dataclass(eq=False)
-class SPADE(spade.SPADE, Labelled): ...
+class SPADE(described.spade.SPADE, Labelled): ...
 
 
-@nnx.dataclass(eq=False)
-class AlphaDropout(selu.AlphaDropout, Bare):
+class AlphaDropout(described.selu.AlphaDropout, Bare):
     # `.train()`, `.eval()` and `nnx.view` set `deterministic`; `rngs` are random keys or a stream, here or at the call.
     deterministic: bool | None = False
-    rngs: InitVar[nnx.Rngs | nnx.RngStream | None] = None
+    rngs: InitVar[Keys | None] = None
 
-    def __post_init__(self, rngs: nnx.Rngs | nnx.RngStream | None):
+    def __post_init__(self, rngs: Keys | None):
         super().__post_init__()
         stream = rngs[self.rng_collection] if isinstance(rngs, nnx.Rngs) else rngs
         self.rngs = nnx.data(None) if stream is None else stream.fork()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+        self, x: ArrayLike, *, deterministic: bool | None = None, rngs: Keys | jax.Array | None = None
     ) -> jax.Array:
-        """Drops elements of x.
-
-        Args:
-          x: floating-point array of any shape.
-          deterministic: whether the input passes as it is; here or to the constructor.
-          rngs: random keys, a stream of them or one key, that replace those of the constructor.
-
-        Returns:
-          An array of the shape of x.
-
-        Raises:
-          ValueError: `deterministic` or the random keys were given neither here nor to the constructor.
-        """
+        """Drops elements of x, unless `deterministic`, by `rngs`: random keys, a stream of them or one key."""
         x = require_real(x, "AlphaDropout")
         flag = self.deterministic if deterministic is None else deterministic
         if flag is None:
@@ -282,7 +181,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
         return self._dropped(x, keys if isinstance(keys, jax.Array) else keys())
 
     def set_view(self, deterministic: bool | None = None):
-        """Class method used by `nnx.view`.
+        """Called by `nnx.view`; `nnx.view_info` reads this docstring.
 
         Args:
           deterministic: whether the input passes as it is.
@@ -291,9 +190,7 @@ class AlphaDropout(selu.AlphaDropout, Bare):
             self.deterministic = deterministic
 
 
-@nnx.dataclass(eq=False)
-class SwitchableNorm(switchable.SwitchableNorm, Keeping): ...
+class SwitchableNorm(described.switchable.SwitchableNorm, Keeping): ...
 
 
-@nnx.dataclass(eq=False)
-class KalmanNorm(kalman.KalmanNorm, Keeping): ...
+class KalmanNorm(described.kalman.KalmanNorm, Keeping): ...
