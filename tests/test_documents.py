@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from normjax import TABLE, Field
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -59,6 +61,14 @@ def test_readme_import_lines_are_flax_s_names():
     assert len(lines) == 2
     for name in ("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"):
         assert all(name in line for line in lines)
+
+
+def test_the_rows_that_the_readme_shows_are_those_of_the_table():
+    shown = re.findall(r"^\| `(\w+)` \| (`[^`]*`|none) \| (`[^`]*`|none) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(shown) >= 15
+    for name, *fields in shown:
+        read = [None if field == "none" else Field.parse(field.strip("`")) for field in fields]
+        assert [TABLE[name].mean, TABLE[name].var] == read, name
 
 
 def test_tables_of_the_experiments_stand_in_the_reports_that_they_name():
