@@ -12,8 +12,8 @@ A `Normalizer` is the two fields and the few numbers. A field is a string over t
 in `"n ... c"`, n is the axis of examples, c the channels, `...` every axis between them. So batch norm averages over
 `"n ..."`, layer norm over `"... c"`, and divisive norm over `"...:5 c"`: a sliding 5 x 5 window of space, all channels.
 
-The lines are functions, `statistics` and `output`, which are handed E. How E is evaluated is the business of `_expect/`;
-who evaluates the equation (as it stands, by a derivative rule, by a kernel) that of `_normalize/`.
+The lines are functions: `statistics` and `output`, which are handed E, and `scale_and_shift`. How E is evaluated is the
+business of `_expect/`; who evaluates the equation (as it stands, by a derivative rule, by a kernel) that of `_normalize/`.
 """
 
 import difflib
@@ -165,7 +165,7 @@ class Stats(NamedTuple):
 
     Attributes:
       mean: E_A[x]. [u]
-      var: the moment m = E_B[|v| ** order], before eps, gain and power. [u ** order]
+      var: the moment m = E_B[|v| ** order], before eps, gain and power. [u ** order; u for inf and top(k)]
       mean_weight: number of elements (sum of weights) behind each mean; where the mean was given, what came with it.
       var_weight: number of elements (sum of weights) behind each var; where var was given, what came with it.
     """

@@ -277,6 +277,57 @@ def test_nnx_takes_features_first_and_says_so():
     assert nnx.Norm(np.int64(3), "batch", rngs=fx.Rngs(0)).scale.shape == (3,)  # pyright: ignore[reportArgumentType]
 
 
+def test_subclasses_with_another_base_first_keep_their_own_constructor():
+    class Tagged:
+        def __init__(self, *args, tag="", **options):
+            super().__init__(*args, **options)
+            self.tag = tag
+
+    class Mine(Tagged, nnx.DyT):
+        pass
+
+    assert Mine(3, rngs=fx.Rngs(0), tag="a").tag == "a"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nnx.SwitchableNorm(3, normalizers=["layer", "batch"], rngs=fx.Rngs(0)),  # pyright: ignore
+        lambda: nnx.FiLM(3, 5, order=["scale", "bias"], rngs=fx.Rngs(0)),  # pyright: ignore
+        lambda: nnx.AlphaDropout(0.5, broadcast_dims=[1], rngs=fx.Rngs(0)),
+    ],
+)
+def test_options_given_as_lists_leave_a_layer_hashable_for_jit(make):
+    assert hash(fx.graphdef(make())) == hash(fx.graphdef(make()))
+
+
+def test_what_is_assigned_to_an_nnx_layer_afterwards_counts():
+    layer = nnx.DyT(C, use_bias=False, rngs=fx.Rngs(0))
+    layer.bias = fx.Param(jnp.full(C, 7.0))
+    assert (layer(0 * X) == 7).all()
+    layer = nnx.BatchRenorm(C, rngs=fx.Rngs(0))
+    layer.mean[...] += 5.0
+    layer.renorm = (1.0, 0.0)
+    close(layer(X).mean(0), jnp.zeros(C))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: nnx.GRN(3, space="%", rngs=fx.Rngs(0)), "cannot read this as axis"),
+        (lambda: nnx.EvoNormS0(3, field="%", rngs=fx.Rngs(0)), "cannot read this as axis"),
+        (lambda: linen.Norm("l1_batch", unbiased=True), "unbiased=True needs a variance"),
+        (lambda: linen.FiLM(l1=0.5), "l1 has no meaning without a normalizer; found l1=0.5"),
+        (lambda: linen.FiLM(renorm=(2.0, 1.0)), "renorm has no meaning without a normalizer"),
+        (lambda: linen.BatchRenorm("ghost"), "r_max of BatchRenorm is a number; found 'ghost'"),  # pyright: ignore
+        (lambda: nnx.SimpleCell(4, 8, place="insde", rngs=fx.Rngs(0)), "place is one of"),
+    ],
+)
+def test_a_constructor_refuses_what_could_not_be_called(make, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        make()
+
+
 # --- the options of every layer with running statistics -------------------------------------------
 
 STORES_NOTHING = ("DivisiveNorm", "PositionNorm", "LocalContextNorm")

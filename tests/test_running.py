@@ -19,6 +19,7 @@ from normjax.running import (
     initial,
     limits_at,
     merge,
+    merge_stacked,
     observe,
     slots,
     stores,
@@ -352,3 +353,9 @@ def test_stored_statistics_of_blocks_normalize_any_number_of_examples():
     parts = np.asarray(x, np.float64).reshape(8, 2, 4)
     expected = (x[:3] - parts.mean((0, 1))) / np.sqrt(parts.var(1).mean(0) + 1e-5)
     np.testing.assert_allclose(np.asarray(y), expected, atol=1e-5)
+
+
+def test_moments_without_a_mean_merge_in_their_own_dtype_under_x64():
+    with jax.enable_x64(True):
+        parts = Stats(None, jnp.ones(2, jnp.float32), None, jnp.ones(2, jnp.float32))
+        assert merge_stacked(parts).var.dtype == jnp.float32

@@ -68,6 +68,11 @@ class Modulated(RunningLayer):
 
     normalizer: Normalizer | str | None  # no options here: each layer has them in an order of its own
 
+    def _check(self) -> None:
+        for name in ("l1", "renorm"):
+            if self.normalizer is None and getattr(self, name):
+                raise ValueError(f"{name} has no meaning without a normalizer; found {name}={getattr(self, name)!r}")
+
     def _row(self) -> None:
         return None  # what is stored is the inner layer's
 

@@ -136,6 +136,9 @@ class EvoNormS0(Layer):
     scale_init: Initializer = ones
     bias_init: Initializer = zeros
 
+    def _check(self) -> None:
+        Field.parse(self.field)
+
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
         return _learned(self, shape)
 

@@ -12,6 +12,7 @@ from normjax._layers import describe
 from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
 from normjax._normalize.evaluate import Normalized, affine, equation, normalize
+from normjax.running import require_unbiased, stores
 from normjax.theory import Normalizer, Stats, row, top
 
 
@@ -30,6 +31,11 @@ class Rowed(RunningLayer):
 
     def _row(self) -> Normalizer:
         raise NotImplementedError
+
+    def _check(self) -> None:
+        n = self._row()
+        if self.unbiased and any(stores(n)):
+            require_unbiased(n)
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
         sigma = Parameter((), self._first_sigma()) if self.learn_sigma else None

@@ -11,6 +11,7 @@ from normjax._layers.describe import Layer, description
 from normjax._layers.norm import Rowed, evaluated
 from normjax._layers.statistics import Limits
 from normjax.field import Field, Span
+from normjax.running import require_renormalizable
 from normjax.theory import TABLE, Normalizer, row
 
 
@@ -22,9 +23,6 @@ class Preset(Rowed):
     def normalizer(self) -> Normalizer:
         """The row."""
         return self._row()
-
-    def _check(self) -> None:
-        self._row()
 
 
 @description
@@ -60,13 +58,17 @@ class BatchRenorm(Rowed):
     def _check(self) -> None:
         if self.renorm is not None:
             raise ValueError(f"the limits of BatchRenorm are r_max and d_max; found renorm={self.renorm!r}")
-        self._row()
+        for name, limit in (("r_max", self.r_max), ("d_max", self.d_max)):
+            if isinstance(limit, str | Normalizer):
+                raise TypeError(f"{name} of BatchRenorm is a number; found {limit!r}")
+        require_renormalizable(self._row(), self._limits())
+        super()._check()
 
     def _row(self) -> Normalizer:
         return dataclasses.replace(row(self.normalizer), eps=self.epsilon)
 
     def _limits(self) -> Limits:
-        return self.r_max, self.d_max
+        return (self.r_max, self.d_max) if self.renorm is None else self.renorm
 
 
 @description

@@ -182,8 +182,9 @@ class Cell(_Asked):
 class LSTMCell(Cell):
     """An LSTM cell with the arguments, parameters and carry (c, h) of Flax's, normalized.
 
-    `normalizer` says what is averaged and `place` where, both by name; `recurrent.ren2017`, `ba2016` and `cooijmans2017`
-    give the published cells as arguments. The other options are those of `Cell`. The linear maps are two matrix products.
+    `normalizer` says what is averaged and `place` where, both by name; `recurrent.ren2017`, `ba2016` and
+    `cooijmans2017` give the published cells as arguments. The other options are those of
+    `normjax._layers.recurrent.Cell`. The linear maps are two matrix products.
 
     Attributes:
       forget_bias: added to the forget gate after any norm; Flax and Ren et al. 2017 have 0.
@@ -214,8 +215,8 @@ class GRUCell(Cell):
     """A GRU cell with the arguments, parameters and carry of Flax's, normalized.
 
     `normalizer` says what is averaged and `place` where, both by name; `recurrent.ba2016` gives the published cell as
-    arguments. The other options are those of `Cell`. Flax's nnx cell lacks the candidate's bias of U h, which its linen cell
-    has; so do ours.
+    arguments. The other options are those of `normjax._layers.recurrent.Cell`. Flax's nnx cell lacks the candidate's
+    bias of U h, which its linen cell has; so do ours.
 
     Source: Ba et al. 2016, supplementary material.
 
@@ -237,7 +238,7 @@ class SimpleCell(Cell):
     """A plain RNN cell with the arguments, parameters and carry of Flax's, normalized.
 
     `normalizer` says what is averaged and `place` where, both by name; `recurrent.ren2017` gives the published cells as
-    arguments. The other options are those of `Cell`.
+    arguments. The other options are those of `normjax._layers.recurrent.Cell`.
 
     Source: Ren et al. 2017, section 5.2.
 

@@ -143,6 +143,10 @@ class GRN(Layer):
     scale_init: Initializer = zeros
     bias_init: Initializer = zeros
 
+    def _check(self) -> None:
+        Field.parse(self.space)
+        Field.parse(self.channels)
+
     def _learns(self, shape: Shape) -> dict[str, Parameter]:
         size = describe.channel_shape(self.layout, shape)
         return {"scale": Parameter(size, self.scale_init), "bias": Parameter(size, self.bias_init)}

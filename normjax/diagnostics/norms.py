@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax._expect.arrays import as_weights, statistics_dtype, zero_masked
+from normjax._expect.arrays import as_weights, zero_masked
 from normjax._leaves import safe_root
 from normjax._paths import arrays_by_path
 from normjax.diagnostics._shared import Axes, Mask, largest_magnitude, mapped_axes, require_real, sum_over_devices
@@ -68,7 +68,7 @@ def effective_learning_rate(
     (Array([0.1  , 0.025], dtype=float32), Array(0.05, dtype=float32))
     """
     numbers = (eta, norm, reference)
-    eta, norm, reference = (jnp.asarray(a, statistics_dtype(jnp.result_type(a, jnp.float32))) for a in numbers)
+    eta, norm, reference = (jnp.asarray(a, jnp.promote_types(jnp.result_type(a), jnp.float32)) for a in numbers)
     dtype = jnp.promote_types(jnp.promote_types(eta.dtype, norm.dtype), reference.dtype)
     shape = jnp.broadcast_shapes(eta.shape, norm.shape, reference.shape)
     eta, norm, reference = (jnp.broadcast_to(a.astype(dtype), shape) for a in (eta, norm, reference))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax._expect.arrays import align_parameter, require_float, statistics_dtype
+from normjax._expect.arrays import align_parameter, require_float, require_real, statistics_dtype
 from normjax._leaves import one_of
 from normjax._normalize.evaluate import equation, normalize
 from normjax.kalman._blocks import believed_output, blocks_of, pooled_prior
@@ -25,7 +25,8 @@ class Kalman(NamedTuple):
     Attributes:
       y: the normalized array, in the dtype of x.
       filtered: what is believed of x and of y.
-      stats: the batch's own statistics, each broadcasting against x, with their weights.
+      stats: the batch's own statistics, each broadcasting against x, with their weights; in `normalize_by_belief` those that
+        normalized, without weights.
       centered: v = x - mean, float32 or wider, 0 where masked; the L1 penalty is on it.
 
     >>> out = kalman_normalize(jnp.array([[0.0], [2.0]]))
@@ -88,7 +89,8 @@ def normalize_by_belief(
     >>> out.y.round(2).item(), out.filtered.output.mean.item(), out.filtered.output.var.round(2).item()
     (3.0, 1.0, 4.0)
     """
-    x, n = require_float(x, "normalize_by_belief"), row(normalizer)
+    x, n = require_real(x, "normalize_by_belief"), row(normalizer)
+    require_kalman_row(n)
     blocks = blocks_of(n, layout, x.shape)
     belief = Belief(*(jnp.asarray(s).astype(statistics_dtype(x.dtype)) for s in belief))
     used = Stats(*(blocks.for_each_example(s) for s in belief)) if stats is None else stats

@@ -6,7 +6,8 @@ A face is a description and a host, in that order:
     class Norm(norm.Norm, Keeping): ...             # and running statistics
     class RevIN(reversible.RevIN, Early): ...       # parameters that several methods share
 
-The face has the docstring of the description and its methods, of which `__call__` is compact.
+The face has the docstring of the description and its methods, of which `__call__` is compact (with `Early`, `setup` makes
+the parameters).
 Parameters are in `params`, running statistics in `batch_stats`; where they are mutable, `moments` takes what a training
 batch showed, and `losses` the penalties.
 """
@@ -35,7 +36,7 @@ class Host(Layer, nn.Module, kw_only=True):
 
     def __init_subclass__(cls, kw_only: bool = False, **kwargs: Any):
         described = cls.__bases__[0]
-        if not issubclass(described, nn.Module):  # a face
+        if issubclass(described, Layer) and not issubclass(described, nn.Module):  # a face
             cls.__doc__ = cls.__doc__ or described.__doc__
             for name in dir(described):
                 if (name == "__call__" or name[0] != "_") and inspect.isfunction(method := getattr(described, name)):

@@ -51,14 +51,21 @@ class Bare(Layer, nnx.Module):
 
     def __init_subclass__(cls, **kwargs: Any):
         described = cls.__bases__[0]
-        if not issubclass(described, nnx.Module):  # a face
+        if issubclass(described, Layer) and not issubclass(described, nnx.Module):  # a face
             cls.__doc__ = cls.__doc__ or described.__doc__
             Bare._faces.setdefault(described, cls)
             dataclasses.dataclass(eq=False, repr=False)(cls)
         super().__init_subclass__(**kwargs)
 
     def __post_init__(self):
+        self._freeze()
         self._check()
+
+    def _freeze(self) -> None:
+        """Makes tuples of options that are lists, so that jit takes the layer for the same each time."""
+        for field in dataclasses.fields(self):
+            if isinstance(value := vars(self).get(field.name), list):
+                setattr(self, field.name, tuple(value))
 
     if TYPE_CHECKING:  # variables are attributes, which no annotation knows
 
@@ -106,6 +113,7 @@ class Host(Bare):
             )
         features: Any = self.features
         self.features = operator.index(features) if hasattr(features, "__index__") else tuple(features)
+        self._freeze()
         self._check()
         learns = self._learns(*self._shapes())
         if unknown := [name for name, given in metadata.items() if given and name not in learns]:
@@ -116,7 +124,7 @@ class Host(Bare):
                 setattr(self, name, nnx.data(made))  # said to be data: an option may have had the name
             elif name not in vars(self):
                 setattr(self, name, nnx.data(None))
-        self._names = tuple(name for name, parameter in learns.items() if parameter is not None)
+        self._names = tuple(learns)
         for name, inside in self._parts().items():
             setattr(self, name, nnx.data(None) if inside is None else self._inside(inside, rngs=rngs, **others))
         for field in dataclasses.fields(self):
@@ -144,7 +152,7 @@ class Host(Bare):
 
     def _learned(self, *shapes: tuple[int, ...], **given: ArrayLike | None) -> dict[str, Any]:
         mine = {name: getattr(self, name) for name in self._names}
-        found = {name: variable[...] for name, variable in mine.items() if variable is not None}
+        found = {name: variable[...] for name, variable in mine.items() if isinstance(variable, nnx.Variable)}
         return {**found, **super()._learned(**given)}
 
     def _part(self, name: str) -> Any:

@@ -119,6 +119,7 @@ class Host(cells.Cell, nnx.RNNCellBase):
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.use_running_average = use_running_average
         self.normalizer = self._row()
+        self._places()  # refuses a place that the cell has not
         for name in () if self.normalizer is None else self._sites():
             setattr(self, f"norm_{name}", _Site(self._site(name), self.param_dtype, rngs))
         del self.scale_init, self.norm_bias_init  # they have done their work
@@ -128,7 +129,7 @@ class Host(cells.Cell, nnx.RNNCellBase):
             setattr(self, name, nnx.Param(value))
 
     def set_view(self, use_running_average: bool | None = None):
-        """Class method used by `nnx.view`.
+        """Called by `nnx.view`.
 
         Args:
           use_running_average: whether to normalize with the stored statistics.

@@ -49,10 +49,11 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
         return jnp.where(total > 0, first + jnp.sum(share * shifted, 0, keepdims=True), 0), total
 
     mean = mean_weight = var = var_weight = None
-    apart = jnp.zeros(())  # squared distance of each mean from the merged one
+    moments = stats.var
     if stats.mean is not None:
         mean, mean_weight = mean_of(stats.mean, stats.mean_weight)
-        apart = jnp.abs(stats.mean - mean) ** 2 if mergeable else apart
-    if stats.var is not None:
-        var, var_weight = mean_of(stats.var + apart, stats.var_weight)
+        if mergeable and moments is not None:
+            moments = moments + jnp.abs(stats.mean - mean) ** 2  # around the merged mean
+    if moments is not None:
+        var, var_weight = mean_of(moments, stats.var_weight)
     return Stats(*(None if s is None else s[0] for s in (mean, var, mean_weight, var_weight)))
