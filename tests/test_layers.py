@@ -286,7 +286,7 @@ def test_subclasses_with_another_base_first_keep_their_own_constructor():
     class Mine(Tagged, nnx.DyT):
         pass
 
-    assert Mine(3, rngs=fx.Rngs(0), tag="a").tag == "a"
+    assert Mine(3, rngs=fx.Rngs(0), tag="a").tag == "a"  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize(
@@ -302,10 +302,10 @@ def test_options_given_as_lists_leave_a_layer_hashable_for_jit(make):
 
 
 def test_what_is_assigned_to_an_nnx_layer_afterwards_counts():
-    layer = nnx.DyT(C, use_bias=False, rngs=fx.Rngs(0))
+    layer: Any = nnx.DyT(C, use_bias=False, rngs=fx.Rngs(0))
     layer.bias = fx.Param(jnp.full(C, 7.0))
     assert (layer(0 * X) == 7).all()
-    layer = nnx.BatchRenorm(C, rngs=fx.Rngs(0))
+    layer: Any = nnx.BatchRenorm(C, rngs=fx.Rngs(0))
     layer.mean[...] += 5.0
     layer.renorm = (1.0, 0.0)
     close(layer(X).mean(0), jnp.zeros(C))
