@@ -170,16 +170,20 @@ def test_file_and_functions_fit_the_head(path):
 
 
 def public_things():
-    """Functions and classes whose name, module and folders start with no underscore, once each."""
-    for room in ROOMS:
+    """Functions and classes that a user can name, once each: of public files, and what these offer of private ones."""
+    seen = set()
+    for room in ("__init__", *ROOMS):
         for path in files(room):
             parts = path.relative_to(ROOT).with_suffix("").parts
             if any(part.startswith("_") and part != "__init__" for part in parts):
                 continue
             module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
             for name, thing in vars(module).items():
-                mine = getattr(thing, "__module__", None) == module.__name__
-                if not name.startswith("_") and mine and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                home = getattr(thing, "__module__", None) or ""
+                mine = home == module.__name__ or (name in getattr(module, "__all__", ()) and "._" in home)
+                known = name.startswith("_") or not mine or not (inspect.isfunction(thing) or inspect.isclass(thing))
+                if not known and thing not in seen:
+                    seen.add(thing)
                     yield pytest.param(name, thing, id=f"{module.__name__}.{name}")
 
 
