@@ -68,6 +68,10 @@ def lp_batch(p: float, field: Field | str = BATCH, *, eps: float = 1e-5, calibra
 def ghost_batch(parts: int, *, eps: float = 1e-5) -> Normalizer:
     """Ghost batch norm: statistics of each of so many equal parts of the batch, which divide it; 1 is batch norm.
 
+    Args:
+      parts: number of equal parts, which divides the batch.
+      eps: added to the variance. [units of x squared]
+
     Source: Hoffer et al. 2017, algorithm 1.
 
     >>> from normjax import TABLE
@@ -109,6 +113,9 @@ def ghost_row(
 
 def extended_batch(*, eps: float = 1e-5) -> Normalizer:
     """Extended batch norm: the mean of each channel over the batch, one variance around these over all channels.
+
+    Args:
+      eps: added to the variance. [units of x squared]
 
     Source: Luo et al. 2020.
 

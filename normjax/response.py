@@ -86,6 +86,11 @@ def local_contrast(window: int = 9, shape: str = "gaussian", *, floor: bool = Tr
 def local_context(window: int = 9, groups: int = 8, *, eps: float = 1e-5) -> Normalizer:
     """Local context norm: windows of this width in space by one of so many groups of channels, truncated at the border.
 
+    Args:
+      window: width of the window on every axis of space.
+      groups: number of blocks of channels, which divides them.
+      eps: added to the variance. [units of x squared]
+
     Source: Ortiz et al. 2020.
 
     >>> from normjax import TABLE

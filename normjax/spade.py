@@ -99,6 +99,11 @@ def nearest(x: ArrayLike, size: Sequence[int], layout: str = "n ... c") -> jax.A
 
     `jax.image.resize` counts from the centres of the elements, and would take others.
 
+    Args:
+      x: array of any dtype.
+      size: the new lengths, one for each unnamed axis.
+      layout: name of each axis of x; `...` is space.
+
     Source: PyTorch's `interpolate`, which SPADE's code calls.
 
     >>> nearest(jnp.arange(4.0), (2,), "...").tolist(), jax.image.resize(jnp.arange(4.0), (2,), "nearest").tolist()

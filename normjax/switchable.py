@@ -221,6 +221,11 @@ def pool(stats: Stats, normalizer: Normalizer | str, layout: str = "n ... c") ->
 
     The given ones are means, variances and the weights behind them, of a row of whole axes; the row has A = B, no windows.
 
+    Args:
+      stats: means and variances of the other row, with their weights, each broadcasting against the array.
+      normalizer: the row whose statistics are wanted, or its name in TABLE.
+      layout: name of each axis of the array.
+
     Source: the law of total variance; Luo et al. 2019, equation 4, has it as a difference of squares.
 
     >>> x = jnp.array([[[1.0, 2.0], [3.0, 6.0]]])

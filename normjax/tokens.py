@@ -121,6 +121,9 @@ def qk(
 def qk_scale(length: int | None) -> float:
     """Where the learned factor of "l2" attention starts: log2(L ** 2 - L), L the 97.5th percentile of training lengths.
 
+    Args:
+      length: L, the 97.5th percentile of the lengths of training sequences.
+
     Source: Henry et al. 2020, section 3.2.
 
     >>> round(qk_scale(64), 4)

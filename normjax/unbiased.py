@@ -29,6 +29,11 @@ def unbiased_group(groups: int, size: int, *, eps: float = 1e-5) -> Normalizer:
 
     With one group it is not layer norm, and with a group for each channel not instance norm, by sqrt((size - 1) / size).
 
+    Args:
+      groups: number of groups of channels.
+      size: elements of a group, positions * channels.
+      eps: added to the variance. [units of x squared]
+
     Source: the code of Lubana et al. 2021.
 
     >>> unbiased_group(2, 5)

@@ -123,7 +123,7 @@ def by_class(labels: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> Modulation
 
 
 def split_modulation(flat: ArrayLike, order: Sequence[str] = ("scale", "bias"), around: float = 1.0) -> Modulation:
-    """Cuts the last axis, `[n, parts * c]`, into the parts of a modulation, and adds `around` to the scale.
+    """Cuts the last axis of `flat`, `[n, parts * c]`, into the parts of a modulation, and adds `around` to the scale.
 
     The parts have float32 or wider; checkpoints differ in their order: FiLM has ("scale", "bias"), DiT ("bias", "scale",
     "gate"). Those that it does not name are None.

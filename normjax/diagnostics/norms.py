@@ -38,6 +38,9 @@ def weight_norms(params: object) -> dict[str, jax.Array]:
 
     `normjax.projection.norms` chooses kernels and what one norm is taken over; here every array has one norm.
 
+    Args:
+      params: a tree of parameters.
+
     Source: Lyle et al. 2024, whose curves show them growing.
 
     >>> weight_norms({"dense": {"kernel": jnp.array([[3.0, 4.0]])}})

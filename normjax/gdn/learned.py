@@ -53,6 +53,10 @@ def nonnegative(raw: ArrayLike, minimum: float = 0.0, *, offset: float = OFFSET,
 def to_raw(value: ArrayLike, offset: float = OFFSET) -> jax.Array:
     """The number to learn that stands for a non-negative parameter of any shape: the inverse of `nonnegative`.
 
+    Args:
+      value: the parameter, of any shape.
+      offset: keeps the slope at value 0 from being 0, as in `nonnegative`.
+
     Source: Balle 2018 (efficient nonlinear transforms), section 2.
 
     >>> nonnegative(to_raw(jnp.array([0.0, 0.1]))).round(6).tolist()

@@ -88,6 +88,9 @@ def _sharded_like(new: jax.Array, old: jax.Array) -> jax.Array:
 def require_unbiased(normalizer: Normalizer) -> None:
     """Raises ValueError unless the row's moment is a variance: order 2 and A = B, without windows.
 
+    Args:
+      normalizer: the row whose moment is to be corrected.
+
     >>> require_unbiased(Normalizer(None, "c"))
     Traceback (most recent call last):
     ...
@@ -103,6 +106,9 @@ def unbiased(stats: Stats) -> Stats:
 
     Weights count elements here: w is their sum. Where it is one or less, no unbiased variance exists: the variance stays,
     and the weight becomes 0, so that nothing is stored. Whether the moment is a variance, `require_unbiased` asks.
+
+    Args:
+      stats: moments with their weights, of any one shape.
 
     Source: the running variance of PyTorch's batch norm.
 

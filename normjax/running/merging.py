@@ -11,6 +11,11 @@ def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
 
     Right for rows whose A and B are the same field, and for moments around zero (A = None); other orders than 2 are refused.
 
+    Args:
+      a: the statistics of one batch, with their weights.
+      b: those of another, in the same shapes.
+      order: of the row; others than 2 are refused.
+
     Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
     >>> low, high = jnp.array([0.0, 2.0]), jnp.array([10.0, 14.0])

@@ -53,6 +53,12 @@ def published_start(normalizer: Normalizer, layout: str, shape: tuple[int, ...],
     `dialect` is a name in PUBLISHED_AVERAGING. A layer starts so with `mean_init` and `var_init`; but not with "hoffer_lp",
     whose updates are `published_update`'s.
 
+    Args:
+      normalizer: the row that stores them.
+      layout: name of each axis of the array.
+      shape: of the array, axes as named by `layout`.
+      dialect: a name in PUBLISHED_AVERAGING.
+
     Source: the published code of Lubana et al. 2021 and of Hoffer et al. 2018.
 
     >>> from normjax import TABLE
@@ -71,6 +77,12 @@ def published_update(running: Running, batch: Stats, normalizer: Normalizer, dia
 
     `dialect` is a name in PUBLISHED_AVERAGING. Averages of 1 / d favour the batches of small spread, and are wrong by
     Jensen's inequality; they are here to read what such code has trained.
+
+    Args:
+      running: what is stored.
+      batch: the statistics of a batch, from `observe`.
+      normalizer: the row that stores them.
+      dialect: a name in PUBLISHED_AVERAGING.
 
     Source: the published code of Lubana et al. 2021 and of Hoffer et al. 2018.
 

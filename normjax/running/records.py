@@ -168,9 +168,16 @@ def record(
 ) -> tuple[Running, BatchRecord]:
     """What a training batch leaves: the statistics to store from now on, and what the layer saw of the batch.
 
-    The given ones are `running`, which is stored, and `stats` of a batch of this shape, with their weights, which broadcast
-    against it. `unbiased` stores the unbiased variance; `exact` says that statistics of batches merge, see `mergeable`;
-    momentum and averaging are those of `update`.
+    Args:
+      running: what is stored.
+      stats: moments with their weights, each broadcasting against the array.
+      normalizer: the row that stores them.
+      layout: name of each axis of the array.
+      shape: of the array, axes as named by `layout`.
+      momentum: weight of the old value.
+      averaging: of the running statistics, "exponential", "debiased" or "cumulative".
+      unbiased: whether the unbiased variance is stored.
+      exact: whether the statistics of two batches give those of both, see `mergeable`.
 
     >>> from normjax import TABLE, normalize
     >>> x, running = jnp.array([[1.0], [3.0]]), Running(jnp.zeros(1), jnp.ones(1))

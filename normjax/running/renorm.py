@@ -88,6 +88,9 @@ def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, Arra
 def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """The paper's limits r_max and d_max after so many updates: batch norm for 5000, then 3 from 40,000, 5 from 25,000.
 
+    Args:
+      step: number of updates made, a number or an array, of whose shape both limits are.
+
     Source: Ioffe 2017, section 4.1.
 
     >>> [float(limit) for limit in limits_at(15_000)]
@@ -103,6 +106,13 @@ def renormalized(
     """The statistics with which a layer gives r * y + d: sigma / r in place of sigma, and mean - d * sigma / r of the mean.
 
     For layers that do more with the statistics of a batch than to centre and divide; r and d are those of `corrections`.
+
+    Args:
+      stats: moments with their weights, each broadcasting against the array.
+      r: factor from `corrections`.
+      d: shift from `corrections`.
+      normalizer: the row whose statistics they are.
+      eps: replaces the row's number. [units of x ** order]
 
     Source: Ioffe 2017, algorithm 1, solved for the statistics.
 

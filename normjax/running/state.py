@@ -45,6 +45,9 @@ NOTHING = Running()  # no stored statistics
 def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     """Whether the mean is stored, and whether the moment is: each where its own field mixes examples.
 
+    Args:
+      normalizer: the row.
+
     >>> from normjax import Normalizer, TABLE
     >>> stores(TABLE["batch"]), stores(TABLE["layer"])
     ((True, True), (False, False))
@@ -90,6 +93,12 @@ def slots(
 
     Lengths of the shape may be None where they are not known yet; averages other than "exponential" store counts too.
 
+    Args:
+      normalizer: the row that stores them.
+      layout: name of each axis of the array.
+      shape: of the array, axes as named by `layout`.
+      averaging: of the running statistics, "exponential", "debiased" or "cumulative".
+
     >>> from normjax import TABLE, Normalizer
     >>> [(name, slot.shape) for name, slot in slots(TABLE["batch"], "n ... c", (8, 32, 32, 64)).items()]
     [('mean', (64,)), ('var', (64,))]
@@ -112,6 +121,12 @@ def slots(
 def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averaging: str = "exponential") -> Running:
     """The statistics before the first batch, of this shape: means of zero and moments of one, float32, as `slots` has them.
 
+    Args:
+      normalizer: the row that stores them.
+      layout: name of each axis of the array.
+      shape: of the array, axes as named by `layout`.
+      averaging: of the running statistics, "exponential", "debiased" or "cumulative".
+
     >>> from normjax import TABLE
     >>> initial(TABLE["mean_only"], "n c", (8, 2)).mean
     Array([0., 0.], dtype=float32)
@@ -121,6 +136,12 @@ def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averagi
 
 def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
     """Stored statistics laid out beside an array of this shape, against which they broadcast, as `normalize` takes them.
+
+    Args:
+      running: what is stored.
+      normalizer: the row that stores them.
+      layout: name of each axis of the array.
+      shape: of the array, axes as named by `layout`.
 
     >>> from normjax import TABLE
     >>> as_stats(Running(jnp.zeros(3), jnp.ones(3)), TABLE["batch"], "n c ...", (8, 3, 4, 4)).mean.shape
@@ -147,6 +168,12 @@ def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int,
     """The statistics of a batch of this shape in the shapes of `slots`, with the weight behind each; blocks of n merged.
 
     They are those that `normalize` returned for the row, with their weights, each broadcasting against the batch.
+
+    Args:
+      stats: moments with their weights, each broadcasting against the array.
+      normalizer: the row that stores them.
+      layout: name of each axis of the array.
+      shape: of the array, axes as named by `layout`.
 
     Source: Ioffe & Szegedy 2015, algorithm 2; Chan, Golub & LeVeque 1983 for the weights.
 

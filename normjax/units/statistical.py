@@ -40,6 +40,10 @@ class EvoNormed(NamedTuple):
 def evonorm_row(field: Field | str, eps: float = 1e-5) -> Normalizer:
     """The row whose variance EvoNorm takes over a field: centred for the statistic, not for the output.
 
+    Args:
+      field: of the variance.
+      eps: added to the variance. [units of x squared]
+
     Source: Liu et al. 2020, "Evolving normalization-activation layers"; pseudocode in its appendix.
 
     >>> from normjax import TABLE
