@@ -30,7 +30,9 @@ ROOMS = (
 FLAX = {"linen", "nnx", "train", "capture"}
 OPTAX = {"train", "projection"}
 STRANGERS = ({"linen", "nnx"},)  # rooms that never import each other
-LINES = {"normjax/theory.py": 250}  # the budget of a file, where it is another than its folder's
+LINES = {
+    "normjax/theory.py": 218
+}  # the budget of a file, where it is another than its folder's; without TABLE, which grows
 FOLDERS = {"normjax": 300, "experiments": 350}
 FUNCTION = 50  # lines of a function without its docstring
 PUBLIC = {
@@ -157,7 +159,8 @@ def _length(node: ast.stmt) -> int:
 def test_file_and_functions_fit_the_head(path):
     name = str(path.relative_to(ROOT))
     text = path.read_text()
-    assert len(text.splitlines()) <= LINES.get(name, FOLDERS[name.split("/")[0]])
+    table = sum(_length(node) for node in ast.parse(text).body if ast.unparse(node).startswith("TABLE"))
+    assert len(text.splitlines()) - table <= LINES.get(name, FOLDERS[name.split("/")[0]])
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             first = node.body[0]
