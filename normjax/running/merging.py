@@ -62,3 +62,29 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     if moments is not None:
         var, var_weight = mean_of(moments, stats.var_weight)
     return Stats(*(None if s is None else s[0] for s in (mean, var, mean_weight, var_weight)))
+
+
+def merge_averages(mean: jax.Array, var: jax.Array, momentum: float) -> tuple[jax.Array, jax.Array]:
+    """The running mean and variance after one update with several batches of one size, of those after each alone.
+
+    Each batch has moved the stored values by itself, all from the same start, to `momentum * old + (1 - momentum) * new`.
+    Their average lacks the spread of the means of the batches, which is read off the running means.
+
+    Args:
+      mean: running means, batches along a first axis.
+      var: running variances, batches along a first axis.
+      momentum: weight of the old value; of 1 nothing moves.
+
+    Source: Chan, Golub & LeVeque 1983, equation 2.1.
+
+    >>> half = 0.5                                                  # old mean 0, var 1; batches of [0, 2] and [10, 14]
+    >>> mean, var = merge_averages(jnp.array([0.5, 6.0]), jnp.array([1.0, 2.5]), half)
+    >>> mean == half * 6.5, var == half * 1 + half * jnp.var(jnp.array([0.0, 2.0, 10.0, 14.0]))
+    (Array(True, dtype=bool), Array(True, dtype=bool))
+    """
+    wide = mean.astype(jnp.promote_types(mean.dtype, jnp.float32))
+    first = wide[:1]  # around it, a mean large beside its spread keeps its digits
+    middle = jnp.mean(wide - first, 0, keepdims=True)
+    spread = jnp.mean(jnp.abs(wide - first - middle) ** 2, 0)
+    both = jnp.mean(var, 0, spread.dtype) + (spread / (1 - momentum) if momentum < 1 else 0)
+    return (first + middle)[0].astype(mean.dtype), both.astype(var.dtype)

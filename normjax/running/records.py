@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from normjax.field import EXAMPLES
 from normjax.running import averaging as averages
 from normjax.running.averaging import require_unbiased, update
-from normjax.running.merging import merge_stacked
+from normjax.running.merging import merge_averages, merge_stacked
 from normjax.running.state import Running, observe
 from normjax.theory import Normalizer, Stats
 
@@ -43,11 +43,28 @@ class BatchRecord:
     mergeable: bool = dataclasses.field(metadata={"static": True}, default=True)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OwnAverage:
+    """What is known of a layer of another library that averages by itself, in the place of a `BatchRecord`.
+
+    Attributes:
+      momentum: weight of the old mean and variance in its exponential average.
+
+    Source: Ioffe & Szegedy 2015, section 3.1 (moving averages).
+
+    >>> jax.tree.leaves(OwnAverage(0.9))
+    []
+    """
+
+    momentum: float = dataclasses.field(metadata={"static": True})
+
+
 def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     """Running statistics, a tree like `before`, after several micro-batches, each of which started from those before.
 
-    A layer that left what it saw of each micro-batch gets that merged, as if it had seen all at once. Anything else is
-    averaged where it is a float; counters and random states are those of the last micro-batch.
+    A layer that left what it saw of each micro-batch gets that merged, as if it had seen all at once; so do the mean and
+    the variance under an `OwnAverage`. Anything else is averaged where it is a float; counters are those of the last.
 
     Args:
       before: nested dictionaries of running statistics, a layer's by their names in `Running`.
@@ -67,6 +84,9 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
         after = jnp.asarray(after)
         return jnp.mean(after, 0).astype(after.dtype) if jnp.issubdtype(after.dtype, jnp.inexact) else after[-1]
     left = seen.get("batch") if isinstance(seen, Mapping) else None
+    if isinstance(left, OwnAverage):
+        mean, var = merge_averages(after["mean"], after["var"], left.momentum)
+        return {**{k: merge_trees(before[k], after[k], {}) for k in before}, "mean": mean, "var": var}
     if isinstance(left, tuple) and len(left) == 1:  # a layer may be called "batch" too
         mine = {name: value for name, value in before.items() if name in Running._fields}
         new = merge_into(Running(**mine), left[0])._asdict()

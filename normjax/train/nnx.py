@@ -6,16 +6,19 @@ from typing import Generic, TypeVar
 
 import jax
 import optax
+from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from normjax._paths import PyTree
 from normjax.nnx import Moments, Penalty
-from normjax.penalty import total_penalty
 from normjax.running import merge_trees, recalibrated
 from normjax.train import _step
-from normjax.train._step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
+from normjax.train._batch import Batch
+from normjax.train._objective import Pass, weighted_penalty, with_averages
+from normjax.train._report import Loss, Metrics, Value, ask, require_loss
+from normjax.train._step import Evaluation, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
 
 M = TypeVar("M", bound=nnx.Module)
@@ -28,6 +31,10 @@ def nnx_init(model: M, tx: optax.GradientTransformation) -> tuple[nnx.GraphDef[M
     >>> state.params["kernel"].shape
     (3, 2)
     """
+    if not isinstance(model, nnx.Module):
+        hint = ": of linen, take `linen_init`" if isinstance(model, nn.Module) else ""
+        raise TypeError(f"nnx_init takes an nnx module first; found {type(model).__name__}{hint}")
+    _step.require_transformation(tx)
     structure, params, stats = nnx.split(model, nnx.Param, ...)
     return structure, _step.start_state(params, stats, tx)
 
@@ -46,19 +53,27 @@ def nnx_step(
 ) -> Step:
     """Makes the training step of an nnx model, `step(state, batch, key=None) -> (state, metrics)`.
 
-    The metrics are "loss" (of the task), "penalty", and the user's. Random states live in the model: no key is needed.
+    The metrics are "loss" (of the task), "penalty", and the user's. Random states live in the model: a key is for a loss
+    that draws random numbers itself.
 
     Args:
       structure: the graph definition, from `nnx_init`.
       loss: `loss(model, batch, train)` gets the model, in training mode: `use_running_average` and `deterministic` are
-        set on every layer; one that is given `use_running_average` at its call follows that, and so cannot be "frozen".
-      tx: an optax transformation.
-      micro_batches: equal parts of the batch, whose gradients and metrics are averaged. Each is normalized by itself;
-        their statistics are stored merged, exactly where the row allows it (order 2, A = B or None, no windows), else
-        averaged.
+        set on every layer; one that is given `use_running_average` at its call follows that, and so cannot be "frozen". A
+        loss with an argument `key` is given one of the step's. Its value is a scalar, a `train.Mean` or a `train.Sum`.
+      tx: an optax transformation. Those that ask for the loss (`optax.lbfgs`, `contrib.reduce_on_plateau`, ...) are given
+        `value`, which is loss plus penalty, `grad`, and `value_fn`, which evaluates the same batch with the same random
+        numbers at other parameters.
+      micro_batches: equal parts of the batch, whose gradients and metrics are averaged in float32 or wider; scalars, and
+        what is marked `train.Shared`, go to every part. Parts weigh alike unless the loss is a `train.Mean`; metrics are
+        averaged unless they are a `train.Sum`. Each part is normalized by itself; running statistics (`nnx.BatchStat`)
+        start from those before the step and are stored merged, exactly where the row allows it (order 2, A = B or None, no
+        windows), else averaged; Flax's own BatchNorm merges if it has no mask. Every other variable, random states too,
+        goes from part to part, as in successive steps.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
-      penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`.
+      penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`; a
+        ValueError names one that matches nothing.
       mesh: the devices to spread each batch over, with the state placed there by `place`.
       axis: the axis of the mesh, or several, that the examples are spread over; all devices along the others see them.
       specs: those given to `place`, so that the state stays where it is.
@@ -71,33 +86,33 @@ def nnx_step(
     >>> sorted(metrics), int(state.step)
     (['loss', 'penalty'], 1)
     """
-    trained = _NnxModel(structure, loss, statistics == "frozen", penalty_weights=penalty_weights)
+    trained = _NnxModel(structure, loss, "nnx_step", statistics == "frozen", penalty_weights=penalty_weights)
     return _step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
 
 
 def nnx_eval(structure: nnx.GraphDef[M], loss: Loss[M], *, mesh: Mesh | None = None, axis: Axis = "data") -> Evaluation:
-    """Makes the evaluation `evaluate(state, batch) -> metrics` of an nnx model in evaluation mode, "loss" among them.
+    """Makes the evaluation `evaluate(state, batch, key=None) -> metrics` of an nnx model in evaluation mode.
 
-    `structure` is that of `nnx_init`; `loss(model, batch, train)` is called with train=False. The batch is spread over
-    `axis` of the mesh; one that does not divide is evaluated by each device.
+    "loss" is among the metrics; `structure` is that of `nnx_init`; `loss(model, batch, train)` is called with train=False.
+    The batch is spread over `axis` of the mesh; one that does not divide is evaluated by each device.
 
     >>> structure, state = nnx_init(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1))
     >>> evaluate = nnx_eval(structure, lambda model, batch, train: (jnp.sum(model(batch)), {}))
     >>> evaluate(state, jnp.zeros((2, 3)))
     {'loss': Array(0., dtype=float32)}
     """
-    evaluated = _NnxModel(structure, loss, use_running_average=True, train=False)
+    evaluated = _NnxModel(structure, loss, "nnx_eval", use_running_average=True, train=False)
 
-    def run(state: State, batch: Batch) -> tuple[ArrayLike, _step.Metrics]:
-        return loss(evaluated.view(state.params, state.stats), batch, False)
+    def run(state: State, batch: Batch, key: jax.Array | None) -> tuple[Value, Metrics]:
+        return ask(loss, evaluated.view(state.params, state.stats), batch, False, key)
 
-    return _step.make_evaluation(run, BatchSharding(mesh, axis))
+    return _step.make_evaluation(evaluated, run, BatchSharding(mesh, axis))
 
 
 def nnx_recalibrate(
     structure: nnx.GraphDef[M], loss: Loss[M], *, mesh: Mesh | None = None, axis: Axis = "data"
 ) -> Recalibration:
-    """Makes `recalibrate(state, data, order) -> state`: the running statistics of the parameters as they are now.
+    """Makes `recalibrate(state, data, order, key=None) -> state`: the running statistics of the parameters as they are now.
 
     The model of this `structure` (from `nnx_init`) is evaluated on every batch (`loss(model, batch, False)`: no dropout;
     only what the layers see matters), except that each layer normalizes with the batch's own statistics; those of all
@@ -113,7 +128,7 @@ def nnx_recalibrate(
     >>> nnx_recalibrate(structure, loss)(state, data, jnp.array([[0, 1], [2, 3]])).stats["var"][...]
     Array([5.], dtype=float32)
     """
-    model = _NnxModel(structure, loss, use_running_average=False, train=False)
+    model = _NnxModel(structure, loss, "nnx_recalibrate", use_running_average=False, train=False)
     return _step.make_recalibration(model, BatchSharding(mesh, axis))
 
 
@@ -121,14 +136,25 @@ def nnx_recalibrate(
 class _NnxModel(Generic[M]):
     """An nnx model as a step asks for it; `train` is what the loss is told, and whether there is dropout.
 
-    Random states are in `stats`, so that no key is used.
+    Random states are in `stats`; a key is for the loss.
     """
 
     structure: nnx.GraphDef[M]
     loss: Loss[M]
+    maker: str  # the function that made it, for errors
     use_running_average: bool
     train: bool = True
     penalty_weights: Mapping[str, ArrayLike] | None = None
+
+    def check(self, params: PyTree | None = None) -> None:
+        if not isinstance(self.structure, nnx.GraphDef):
+            hint = "linen_step".replace("step", self.maker.split("_")[1])
+            hint = f": of linen, take `{hint}`" if isinstance(self.structure, nn.Module) else ""
+            first = f"{self.maker} takes the graph definition of `nnx_init` first"
+            raise TypeError(f"{first}; found {type(self.structure).__name__}{hint}")
+        require_loss(self.loss, self.maker)
+        if params is not None and not isinstance(params, nnx.State):
+            raise TypeError(f"{self.maker} takes the state of `nnx_init`; its parameters are {type(params).__name__}")
 
     def view(self, params: nnx.State, stats: nnx.State) -> M:
         """The model in the mode of this pass, a copy."""
@@ -138,17 +164,25 @@ class _NnxModel(Generic[M]):
 
     def run(self, params: nnx.State, stats: nnx.State, batch: Batch, key: jax.Array | None) -> Pass:
         model = self.view(params, stats)
-        (value, metrics), *sown = nnx.capture(lambda m: self.loss(m, batch, self.train), Penalty, Moments)(model)
+        (value, metrics), *sown = nnx.capture(lambda m: ask(self.loss, m, batch, self.train, key), Penalty, Moments)(
+            model
+        )
         penalties, seen = map(nnx.to_pure_dict, sown)
+        momenta = {path: [m.momentum] for path, m in nnx.iter_graph(model) if isinstance(m, nnx.BatchNorm)}
+        seen = with_averages(seen, momenta) if self.train else seen
         after = nnx.split(model, nnx.Param, ...)[2]
-        return Pass(value, metrics, total_penalty(penalties, self.penalty_weights), after, seen)
+        return Pass(value, metrics, weighted_penalty(penalties, self.penalty_weights, params), after, seen)
 
     def keep(self, before: nnx.State, after: nnx.State) -> nnx.State:
         return nnx.merge_state(after, nnx.filter_state(before, nnx.BatchStat))
 
-    def merge(self, before: nnx.State, after: nnx.State, seen: PyTree) -> nnx.State:
-        nnx.replace_by_pure_dict(after, merge_trees(nnx.to_pure_dict(before), nnx.to_pure_dict(after), seen))
-        return after
+    def running(self, stats: nnx.State) -> nnx.State:
+        return nnx.filter_state(stats, nnx.BatchStat)
+
+    def merge(self, before: nnx.State, after: nnx.State, running: nnx.State, seen: PyTree) -> nnx.State:
+        old = nnx.to_pure_dict(self.running(before))
+        nnx.replace_by_pure_dict(running, merge_trees(old, nnx.to_pure_dict(running), seen))
+        return nnx.merge_state(after, running)
 
     def recalibrate(self, stats: nnx.State, seen: PyTree) -> nnx.State:
         after = jax.tree.map(lambda a: a, stats)  # a copy: the caller's variables stay as they are
