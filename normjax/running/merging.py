@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from normjax._expect.arrays import statistics_dtype
 from normjax.theory import Stats
 
 
@@ -82,9 +83,18 @@ def merge_averages(mean: jax.Array, var: jax.Array, momentum: float) -> tuple[ja
     >>> mean == half * 6.5, var == half * 1 + half * jnp.var(jnp.array([0.0, 2.0, 10.0, 14.0]))
     (Array(True, dtype=bool), Array(True, dtype=bool))
     """
-    wide = mean.astype(jnp.promote_types(mean.dtype, jnp.float32))
+    wide = mean.astype(statistics_dtype(mean.dtype))
     first = wide[:1]  # around it, a mean large beside its spread keeps its digits
     middle = jnp.mean(wide - first, 0, keepdims=True)
     spread = jnp.mean(jnp.abs(wide - first - middle) ** 2, 0)
-    both = jnp.mean(var, 0, spread.dtype) + (spread / (1 - momentum) if momentum < 1 else 0)
+    both = mean_of_parts(var).astype(spread.dtype) + (spread / (1 - momentum) if momentum < 1 else 0)
     return (first + middle)[0].astype(mean.dtype), both.astype(var.dtype)
+
+
+def mean_of_parts(values: jax.Array) -> jax.Array:
+    """The mean over the first axis; where all are equal, their value to the last bit.
+
+    >>> mean_of_parts(jnp.array([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1]])) - jnp.array([2.0, 0.1])
+    Array([0., 0.], dtype=float32)
+    """
+    return jnp.where(jnp.all(values == values[:1], 0), values[0], jnp.mean(values, 0).astype(values.dtype))

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from normjax.field import EXAMPLES
 from normjax.running import averaging as averages
 from normjax.running.averaging import require_unbiased, update
-from normjax.running.merging import merge_averages, merge_stacked
+from normjax.running.merging import mean_of_parts, merge_averages, merge_stacked
 from normjax.running.state import Running, observe
 from normjax.theory import Normalizer, Stats
 
@@ -82,7 +82,7 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     """
     if not isinstance(before, Mapping):
         after = jnp.asarray(after)
-        return jnp.mean(after, 0).astype(after.dtype) if jnp.issubdtype(after.dtype, jnp.inexact) else after[-1]
+        return mean_of_parts(after) if jnp.issubdtype(after.dtype, jnp.inexact) else after[-1]
     left = seen.get("batch") if isinstance(seen, Mapping) else None
     if isinstance(left, OwnAverage):
         mean, var = merge_averages(after["mean"], after["var"], left.momentum)

@@ -12,6 +12,9 @@ is asked and what is learned from its answer is the user's `loss`:
     state, metrics = run(state, data, order, key)       # order: [steps, batch] indices; metrics: [steps] arrays
     jax.vmap(run, in_axes=(0, None, 0, 0))              # several seeds side by side
 
+A loss with an argument `key` is given a key of its own; it may return a `Mean` (sum and weight) or a `Sum` where a number
+stands, and a batch may hold `Shared` parts, so that micro-batches are exactly the whole batch.
+
 Many devices: the batch is spread over an axis of a mesh, and everything is still that of the whole batch, running
 statistics too, because XLA sums over the devices what one device sums over the examples.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from normjax._paths import PyTree, path_name
@@ -39,12 +40,7 @@ class Shared(NamedTuple):
 
 def is_shared(leaf: object) -> bool:
     """Whether a leaf of a batch has no examples: what is marked, and scalars."""
-    return isinstance(leaf, Shared) or jnp.ndim(_array(leaf)) == 0
-
-
-def _array(leaf: PyTree) -> PyTree:
-    """What has a shape, of a leaf; text and other objects, which no transformation of JAX takes, count as scalars."""
-    return leaf if hasattr(leaf, "shape") or isinstance(leaf, list | tuple) else 0
+    return isinstance(leaf, Shared) or not getattr(leaf, "shape", ())
 
 
 def _marked(leaf: object) -> bool:
@@ -97,6 +93,11 @@ def split(batch: Batch, parts: int) -> tuple[list[jax.Array], Callable[[list[jax
     return [one(a) for a in found.values()], join
 
 
+def is_known(a: ArrayLike) -> bool:
+    """Whether the values of an array can be looked at: outside of jit and its kin."""
+    return not isinstance(a, Tracer)
+
+
 def shortest(data: Batch) -> int | None:
     """The number of examples of a data set, those that all its leaves have; None where no leaf has examples."""
     return min((a.shape[0] for a in examples(data).values()), default=None)
@@ -108,7 +109,7 @@ def check_order(order: ArrayLike, data: Batch) -> None:
     if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"order holds integer indices of shape [steps, batch]; found {dtype} of shape {shape}")
     size = shortest(data)
-    if size is None or isinstance(order, jax.core.Tracer) or not math.prod(shape):
+    if size is None or not is_known(order) or not math.prod(shape):
         return
     low, high = int(jnp.min(jnp.asarray(order))), int(jnp.max(jnp.asarray(order)))
     if low < -size or high >= size:

@@ -97,17 +97,22 @@ def objective(
     return value, Found(report, weight, found.stats, found.seen)
 
 
+def require_alike(before: PyTree, after: PyTree, who: str) -> None:
+    """Raises ValueError where a step changed the structure of what is carried on, by micro-batches or by an epoch."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (before, after))
+        old, new = ({path_name(path) for path, _ in found} for found in leaves)
+        changed = ", ".join(sorted(old ^ new)) or "containers"
+        raise ValueError(
+            f"what is stored changes in a step ({changed}), so that {who} cannot carry it on: create every variable in "
+            "init, and leave collections that are sown out of `State.stats` (`call(..., mutable=[...])` returns them)"
+        )
+
+
 def carried(before: PyTree, after: PyTree) -> PyTree:
     """What one micro-batch stored, for the next: in the dtypes that it had before. ValueError where it cannot be."""
+    require_alike(before, after, "micro-batches")
     old, new = jax.tree_util.tree_leaves_with_path(before), jax.tree_util.tree_leaves_with_path(after)
-    if jax.tree.structure(before) != jax.tree.structure(after):
-        names = [{path_name(path) for path, _ in leaves} for leaves in (old, new)]
-        changed = ", ".join(sorted(names[0] ^ names[1])) or "containers"
-        raise ValueError(
-            f"what a model stores changes in a step ({changed}), so that micro-batches cannot take it in turn: create "
-            "every variable in init, and leave collections that are sown out of `State.stats` (`call(..., mutable=[...])` "
-            "returns them)"
-        )
     leaves = [_carried(path_name(path), b, a) for (path, b), (_, a) in zip(old, new, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(before), leaves)
 

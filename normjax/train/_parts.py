@@ -11,18 +11,18 @@ from jax import lax
 from normjax._paths import PyTree
 from normjax.train._batch import Batch
 from normjax.train._objective import Found, Model, carried, objective
-from normjax.train._report import Metrics, pooled, quotient, wide
+from normjax.train._report import Metrics, pooled, quotient, wide, wide_dtype
 
 
 class Split(NamedTuple):
-    """A batch in parts: the arrays `[count n/count ...]`, and what makes the batch of a part of each of them."""
+    """A batch in parts: the arrays `[parts n/parts ...]`, and what makes the batch of a part of each of them."""
 
     arrays: list[jax.Array]
     join: Callable[[list[jax.Array]], Batch]
 
     @property
-    def count(self) -> int:
-        """The number of parts."""
+    def number(self) -> int:
+        """How many there are."""
         return len(self.arrays[0])
 
 
@@ -33,7 +33,7 @@ def accumulate(
 
     Running statistics start every part from those before the step, and are merged; anything else goes from part to part.
     """
-    gradient = jax.value_and_grad(functools.partial(objective, model, parts.count), has_aux=True)
+    gradient = jax.value_and_grad(functools.partial(objective, model, parts.number), has_aux=True)
 
     def one(carry: PyTree, numbered: tuple[jax.Array, list[jax.Array]]) -> tuple[PyTree, PyTree]:
         (total, rest), (number, arrays) = carry, numbered
@@ -43,16 +43,16 @@ def accumulate(
         left = value, found.report, found.weight, model.running(found.stats), found.seen
         return (total, _next(model, stats, found)), left
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p.dtype)), params)
     (total, after), (values, report, weights, running, seen) = lax.scan(one, (zeros, stats), _numbered(parts))
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), _divided(total, weights, parts.count), params)
-    value = _divided(jnp.sum(values), weights, parts.count)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), _divided(total, weights, parts.number), params)
+    value = _divided(jnp.sum(values), weights, parts.number)
     return value, grads, pooled(report, weights), model.merge(stats, after, running, seen)
 
 
 def value_of(model: Model, stats: PyTree, parts: Split, key: jax.Array | None, params: PyTree) -> jax.Array:
     """The objective of all parts together at other parameters; nothing is stored."""
-    evaluate = functools.partial(objective, model, parts.count)
+    evaluate = functools.partial(objective, model, parts.number)
 
     @jax.checkpoint  # a search along a line differentiates this: one part is in memory at a time
     def one(rest: PyTree, numbered: tuple[jax.Array, list[jax.Array]]) -> tuple[PyTree, PyTree]:
@@ -61,7 +61,7 @@ def value_of(model: Model, stats: PyTree, parts: Split, key: jax.Array | None, p
         return _next(model, stats, found), (value, found.weight)
 
     _, (values, weights) = lax.scan(one, stats, _numbered(parts))
-    return _divided(jnp.sum(values), weights, parts.count)
+    return _divided(jnp.sum(values), weights, parts.number)
 
 
 def _own(key: jax.Array | None, number: jax.Array) -> jax.Array | None:
@@ -70,7 +70,7 @@ def _own(key: jax.Array | None, number: jax.Array) -> jax.Array | None:
 
 
 def _numbered(parts: Split) -> tuple[jax.Array, list[jax.Array]]:
-    return jnp.arange(parts.count), parts.arrays
+    return jnp.arange(parts.number), parts.arrays
 
 
 def _next(model: Model, before: PyTree, found: Found) -> PyTree:

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from normjax._leaves import one_of
 from normjax._paths import PyTree
 from normjax.train._batch import Batch, split
-from normjax.train._objective import Model, objective
+from normjax.train._objective import Model, objective, require_alike
 from normjax.train._parts import Split, accumulate, value_of
 from normjax.train._report import Metrics, Value, quotient, settled
 from normjax.train.mesh import Axis, BatchSharding
@@ -86,7 +86,7 @@ class Recalibration(Protocol):
     1.0
     """
 
-    def __call__(self, state: State, data: Batch, order: jax.Array, key: jax.Array | None = None) -> State:
+    def __call__(self, state: State, data: Batch, order: ArrayLike, key: jax.Array | None = None) -> State:
         """The state with the running statistics of the data; a loss or model that asks for a key is given one a batch."""
         ...
 
@@ -179,7 +179,7 @@ def make_recalibration(model: Model, sharding: BatchSharding) -> Recalibration:
     """The recalibration of a model of either library, which normalizes with the statistics of each batch meanwhile."""
     model.check()
 
-    def recalibrate(state: State, data: Batch, order: jax.Array, key: jax.Array | None = None) -> State:
+    def recalibrate(state: State, data: Batch, order: ArrayLike, key: jax.Array | None = None) -> State:
         require_state(state, "recalibrate(state, data, order, key=None)")
         model.check(state.params)
         data = sharding.held("recalibrate", data, order)
@@ -198,7 +198,8 @@ def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
     """Makes `run(state, data, order, key=None)` of a step: many steps under one `lax.scan`, the data on the device.
 
     It returns the last state and the metrics of every step, each `[steps, ...]`; data is a pytree of arrays, examples
-    along the first axis; order int32 indices `[steps, batch]`; step k gets the key `fold_in(key, state.step)`. The mesh
+    along the first axis; order int32 indices `[steps, batch]`, which are refused beyond the
+    data where they are known, outside of jit; step k gets the key `fold_in(key, state.step)`. The mesh
     and its axis, or axes, that the examples are spread over are the step's own. Scalars, and what is marked
     `train.Shared`, are given to every step whole.
 
@@ -217,7 +218,9 @@ def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
 
         def one(state: State, rows: jax.Array) -> tuple[State, Metrics]:
             own_key = None if key is None else jax.random.fold_in(key, state.step)
-            return step(state, sharding.batch_at(data, rows), own_key)
+            after, metrics = step(state, sharding.batch_at(data, rows), own_key)
+            require_alike(state, after, "an epoch")
+            return after, metrics
 
         return lax.scan(one, state, jnp.asarray(order))
 

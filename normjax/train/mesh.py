@@ -14,7 +14,7 @@ from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from normjax._paths import PyTree, path_parts
-from normjax.train._batch import check_order, examples, map_examples
+from normjax.train._batch import check_order, examples, is_known, map_examples
 from normjax.train._metadata import annotated_spec, is_boxed, unboxed
 
 Axis = str | tuple[str, ...]
@@ -81,7 +81,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
 
     A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else
     it is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if
-    the shapes agree. Running statistics are small and replicated. A ValueError names an axis that the mesh lacks, an
+    the shapes agree, but for axes in front (a history of updates), which are whole. Running statistics are small and replicated. A ValueError names an axis that the mesh lacks, an
     array that does not divide, or specs without a parameter.
 
     Args:
@@ -101,12 +101,16 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
     _require_mesh(mesh)
     given = {path_parts(path): unboxed(spec) for path, spec in _leaves(specs)}
     known = _specified(given, tree.params) if given else {}
+    sizes = {path_parts(path): jnp.shape(unboxed(leaf)) for path, leaf in _leaves(getattr(tree, "params", None))}
 
     def one(path: KeyPath, leaf: PyTree) -> PyTree:
         names, shape = path_parts(path), jnp.shape(unboxed(leaf))
-        tails = (known.get(names[k:]) for k in range(1, len(names)) if names[0] in ("params", "opt_state"))
-        spec = next((spec for found, spec in filter(None, tails) if found == shape), None)
-        spec = annotated_spec(leaf) if spec is None else spec
+        tails = [names[k:] for k in range(1, len(names)) if names[0] in ("params", "opt_state")]
+        ahead = next(
+            (len(shape) - len(sizes[t]) for t in tails if t in sizes and shape[-len(sizes[t]) :] == sizes[t]), 0
+        )
+        spec = next((known[tail][1] for tail in tails if tail in known and known[tail][0] == shape[ahead:]), None)
+        spec = PartitionSpec(*[None] * ahead, *(annotated_spec(leaf) if spec is None else spec))
         _check_spec(spec, shape, mesh, ".".join(names))
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
@@ -226,14 +230,14 @@ def _require_mesh(mesh: object) -> None:
 def _check_placed(state: PyTree, others: PyTree) -> None:
     """Raises ValueError where what a step with Explicit axes is given lies on no mesh, as far as it is known."""
     for what, tree, how in (("state", state, "place(state, mesh)"), ("batch", others, "shard(batch, mesh)")):
-        arrays = [a for a in jax.tree.leaves(tree) if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)]
+        arrays = [a for a in jax.tree.leaves(tree) if isinstance(a, jax.Array) and is_known(a)]
         if any(not isinstance(a.sharding, NamedSharding) for a in arrays):
             raise ValueError(f"the {what} lies on one device, not on the mesh: `{how}` puts it there")
 
 
 def _check_traced(values: PyTree) -> None:
     """Raises ValueError where nothing that a compiled step is given lies on the mesh."""
-    traced = [a for a in jax.tree.leaves(values) if isinstance(a, jax.core.Tracer)]
+    traced = [a for a in jax.tree.leaves(values) if not is_known(a)]
     if traced and all(jax.typeof(a).sharding.mesh.empty for a in traced):
         raise ValueError("neither state nor batch lies on the mesh: `place(state, mesh)` puts the state there")
 
