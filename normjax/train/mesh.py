@@ -81,8 +81,8 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
 
     A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else
     it is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if
-    the shapes agree, but for axes in front (a history of updates), which are whole. Running statistics are small and replicated. A ValueError names an axis that the mesh lacks, an
-    array that does not divide, or specs without a parameter.
+    the shapes agree, but for axes in front (a history of updates), which are whole. Running statistics are small and
+    replicated. A ValueError names an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
 
     Args:
       tree: a State of arrays or `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
