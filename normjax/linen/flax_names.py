@@ -8,6 +8,7 @@ bias. Integers become floats; complex arrays have real variances.
 """
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     stats_names: tuple[str | None, ...] | None = None
+    _leaves_records: ClassVar[bool] = True
 
     @nn.compact
     def __call__(

@@ -115,6 +115,7 @@ class Keeping(RunningLayer, Host, kw_only=True):
 
     use_running_average: bool | None = None
     stats_names: tuple[str | None, ...] | None = None
+    _leaves_records: ClassVar[bool] = True
 
     @nn.nowrap
     def _uses_running(self, at_call: bool | None) -> bool:
@@ -146,5 +147,6 @@ def leave_record(layer: nn.Module, seen: BatchRecord) -> None:
     """Sows what a layer saw of a batch into `moments`, where that is asked for by name: Flax's layers leave no such thing."""
     assert layer.scope is not None
     asked = layer.scope.mutable
-    if isinstance(asked, str | Collection) and in_filter(asked, "moments"):  # not `True`, nor a DenyList
+    by_name = isinstance(asked, str | Collection) and in_filter(asked, "moments")  # not by `True`, nor by a DenyList
+    if by_name and getattr(layer, "_leaves_records", False):
         layer.sow("moments", "batch", seen)

@@ -121,8 +121,9 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
         calls = seen.get("batch")
         if not isinstance(calls, tuple):
             raise ValueError(
-                f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's, or it was not "
-                "called"
+                f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's; or it was not "
+                "called, or only in a branch or a loop such as `cond`; or it is lifted by `nn.scan` or `nn.vmap` of linen "
+                'without variable_axes={"moments": 0}'
             )
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *calls)
         whole = dataclasses.replace(whole, momentum=jnp.zeros_like(whole.momentum), averaging="exponential")

@@ -1,25 +1,32 @@
 """Training, evaluation and recalibration of linen models."""
 
-import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from normjax._paths import PyTree
+from normjax.linen import BatchNorm
+from normjax.linen import recurrent as cells
+from normjax.linen.host import Keeping
 from normjax.penalty import total_penalty
 from normjax.running import merge_trees, recalibrated
 from normjax.train import _step
+from normjax.train._forward import PENALTY, RECORD, Leaving, Left, in_their_dtypes, run_through_branches
 from normjax.train._metadata import bare
 from normjax.train._step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
 
+LEAVING = (Keeping, BatchNorm, cells.Host)  # the layers that leave penalties or records
 Call: TypeAlias = Callable[..., PyTree]  # the model as a function, with its variables looked after
 
 
@@ -63,7 +70,8 @@ def linen_step(
       micro_batches: equal parts of the batch, whose gradients and metrics are averaged: part k of p takes the examples k,
         k + p, k + 2 p, ..., so that every device has its share. Each is normalized by itself; their statistics are stored
         merged, exactly where the row allows it (order 2, A = B or None, no windows), else averaged. Lifted layers
-        (`nn.scan`, `nn.vmap`) merge if `moments` is lifted with them; statistics of recurrent cells are averaged.
+        (`nn.scan`, `nn.vmap`) merge if `moments` is lifted with them; statistics of recurrent cells, and of layers in a
+        branch or a loop such as `nn.cond`, are averaged.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`.
@@ -82,7 +90,8 @@ def linen_step(
     >>> state.params["kernel"].item(), metrics["loss"].item()
     (2.0, 4.0)
     """
-    trained = _LinenModel(model, loss, True if statistics == "frozen" else None, True, penalty_weights)
+    merged = micro_batches > 1 and statistics == "update"
+    trained = _LinenModel(model, loss, True if statistics == "frozen" else None, True, penalty_weights, records=merged)
     return _step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
 
 
@@ -125,7 +134,7 @@ def linen_recalibrate(
     >>> state.stats["batch_stats"]["mean"], state.stats["batch_stats"]["var"]
     (Array([4.], dtype=float32), Array([5.], dtype=float32))
     """
-    return _step.make_recalibration(_LinenModel(model, loss, stored=False, train=False), BatchSharding(mesh, axis))
+    return _step.make_recalibration(_LinenModel(model, loss, stored=False, train=False, records=True), BatchSharding(mesh, axis))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,25 +146,37 @@ class _LinenModel:
     stored: bool | None  # whether layers normalize with stored statistics or the batch's; None: as the model asks
     train: bool = True
     penalty_weights: Mapping[str, ArrayLike] | None = None
+    records: bool = False  # whether layers are asked for what they saw of the batch
 
     def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
-        variables = {"params": params, **stats, "losses": {}, "moments": {}}  # the last two as the last call left them
+        met: set[Left] = set()  # what the layers that are called may leave
+        run = functools.partial(self._run, params, stats, batch, key, met)
+        return run_through_branches(run, lambda: frozenset(met))
+
+    def _run(
+        self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None, met: set[Left], leaving: Leaving
+    ) -> Pass:
+        """One forward pass, in which layers leave what they are to leave."""
+        sown = {"losses": {}, **({"moments": {}} if self.records else {})}  # as the last call left them
+        started = unflatten_dict({(*path, "l1"): jnp.zeros((), jnp.float32) for path in leaving.started})
+        variables = {"params": params, **stats, **sown, "losses": started}
+        watch = functools.partial(_watch, self.stored, leaving, met)
 
         def call(*args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
             """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""
             if key is not None:
                 kwargs.setdefault("rngs", {"dropout": key})
-            asked = [mutable] if isinstance(mutable, str) else mutable
-            how, names = self.stored, (*stats, "losses", "moments")
-            with contextlib.nullcontext() if how is None else nn.intercept_methods(functools.partial(_override, how)):
+            asked, names = [mutable] if isinstance(mutable, str) else mutable, (*stats, *sown)
+            with nn.intercept_methods(watch):
                 output, changed = self.model.apply(variables, *args, mutable=[*names, *asked], **kwargs)
-            changed = {"losses": {}, "moments": {}, **changed}
+            changed = {**sown, **changed}
             variables.update({name: changed.pop(name) for name in names if name in changed})
             return (output, changed) if asked else output
 
         value, metrics = self.loss(call, batch, self.train)
         penalty = total_penalty(variables["losses"], self.penalty_weights)
-        return Pass(value, metrics, penalty, {name: variables[name] for name in stats}, variables["moments"])
+        after = in_their_dtypes(stats, {name: variables[name] for name in stats})
+        return Pass(value, metrics, penalty, after, variables.get("moments", {}))
 
     def keep(self, before: PyTree, after: PyTree) -> PyTree:
         return {**after, "batch_stats": before["batch_stats"]} if "batch_stats" in before else after
@@ -172,12 +193,39 @@ class _LinenModel:
         return {**stats, "batch_stats": nn.meta.replace_boxed(stored, pure)} if stored else stats
 
 
-def _override(stored: bool, call: Call, args: PyTree, kwargs: PyTree, context: nn.module.InterceptorContext) -> PyTree:
-    """Makes a layer that can normalize with stored statistics do so, or not, whatever the model asks of it."""
+def _watch(
+    stored: bool | None,
+    leaving: Leaving,
+    met: set[Left],
+    call: Call,
+    args: PyTree,
+    kwargs: PyTree,
+    context: nn.module.InterceptorContext,
+) -> PyTree:
+    """Every call of a method of a module: which layers leave something, and which statistics they normalize with."""
     module = context.module
-    if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
-        return call(*args, **kwargs)
-    if module.use_running_average is None:
-        return call(*args[:1], **{**kwargs, "use_running_average": stored})
-    object.__setattr__(module, "use_running_average", stored)  # the layer is bound afresh at every apply
+    if context.method_name == "__call__" and module.scope is not None:
+        for what, option, nothing in ((PENALTY, "l1", 0.0), (RECORD, "_leaves_records", False)):
+            if getattr(module, option, nothing) and isinstance(module, LEAVING):
+                met.add((module.path, what))
+                if (module.path, what) in leaving.silent:
+                    object.__setattr__(module, option, nothing)  # the layer is bound afresh at every apply
+        if stored is not None and hasattr(module, "use_running_average"):
+            args, kwargs = _told(module, stored, args, kwargs)
     return call(*args, **kwargs)
+
+
+def _told(module: PyTree, stored: bool, args: PyTree, kwargs: PyTree) -> tuple[PyTree, PyTree]:
+    """The arguments of a call that makes a module normalize with stored statistics, or not, whatever the model asks of it."""
+    name, signature = "use_running_average", inspect.signature(type(module).__call__)
+    takes, built = name in signature.parameters, module.use_running_average is not None
+    bound = signature.bind(module, *args, **kwargs) if takes else None
+    given = kwargs.get(name) if bound is None else bound.arguments.get(name)
+    if built or (given is None and not takes):
+        object.__setattr__(module, name, stored)  # the layer is bound afresh at every apply
+    if given is None and (built or not takes):
+        return args, kwargs
+    if bound is None:
+        return args, {**kwargs, name: stored}
+    bound.arguments[name] = stored
+    return bound.args[1:], bound.kwargs
