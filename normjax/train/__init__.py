@@ -36,9 +36,9 @@ from normjax.train._report import KeyedLoss, Mean, Sum
 from normjax.train._step import STATISTICS, Evaluation, Recalibration, State, Step, epoch
 from normjax.train.linen import linen_eval, linen_init, linen_recalibrate, linen_step
 from normjax.train.mesh import place, shard, shardings
-from normjax.train.nnx import nnx_eval, nnx_init, nnx_recalibrate, nnx_step
+from normjax.train.nnx import nnx_eval, nnx_init, nnx_recalibrate, nnx_step, nnx_update
 
 __all__ = ["STATISTICS", "State", "Step", "epoch", "place", "shard", "shardings"]
 __all__ += ["Evaluation", "KeyedLoss", "Mean", "Recalibration", "Shared", "Sum"]
 __all__ += ["linen_eval", "linen_init", "linen_recalibrate", "linen_step"]
-__all__ += ["nnx_eval", "nnx_init", "nnx_recalibrate", "nnx_step"]
+__all__ += ["nnx_eval", "nnx_init", "nnx_recalibrate", "nnx_step", "nnx_update"]

@@ -110,25 +110,13 @@ def require_alike(before: PyTree, after: PyTree, who: str) -> None:
 
 
 def carried(before: PyTree, after: PyTree) -> PyTree:
-    """What one micro-batch stored, for the next: in the dtypes that it had before. ValueError where it cannot be."""
+    """What one micro-batch stored, for the next; ValueError where the next one cannot take it."""
     require_alike(before, after, "micro-batches")
-    old, new = jax.tree_util.tree_leaves_with_path(before), jax.tree_util.tree_leaves_with_path(after)
-    leaves = [_carried(path_name(path), b, a) for (path, b), (_, a) in zip(old, new, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(before), leaves)
-
-
-def _carried(name: str, before: jax.Array, after: jax.Array) -> jax.Array:
-    """One array, in the dtype from before."""
-    if jnp.shape(before) != jnp.shape(after):
-        raise ValueError(
-            f"{name} has the shape {jnp.shape(before)} before a micro-batch and {jnp.shape(after)} after it, so that they "
-            "cannot take it in turn: let its shape be independent of the number of examples, or take micro_batches=1"
-        )
-    kind, other = jnp.result_type(before), jnp.result_type(after)
-    if kind == other:
-        return after
-    if not any(jnp.issubdtype(kind, k) and jnp.issubdtype(other, k) for k in (jnp.floating, jnp.integer, jnp.inexact)):
-        raise ValueError(f"{name} is {kind} before a micro-batch and {other} after it: let the model keep its dtype")
-    if jnp.issubdtype(other, jnp.complexfloating) and not jnp.issubdtype(kind, jnp.complexfloating):
-        raise ValueError(f"{name} is {kind} before a micro-batch and {other} after it: start it as {other}")
-    return jnp.asarray(after).astype(kind)
+    old, new = jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after)
+    for (path, b), a in zip(old, new, strict=True):
+        if jnp.shape(b) != jnp.shape(a):
+            raise ValueError(
+                f"{path_name(path)} has the shape {jnp.shape(b)} before a micro-batch and {jnp.shape(a)} after it, so that "
+                "the next cannot take it: let its shape be independent of the number of examples, or take micro_batches=1"
+            )
+    return jax.tree.unflatten(jax.tree.structure(before), new)

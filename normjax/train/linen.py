@@ -1,16 +1,16 @@
 """Training, evaluation and recalibration of linen models."""
 
-import contextlib
 import functools
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
-from flax import errors, nnx
 from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -18,9 +18,11 @@ from normjax._paths import PyTree
 from normjax.running import merge_trees, recalibrated
 from normjax.train import _step
 from normjax.train._batch import Batch
+from normjax.train._calls import made_by_init, note_momentum, require_linen, streams, watch
+from normjax.train._forward import Leaving, Left, in_their_dtypes, run_through_branches
 from normjax.train._metadata import bare
 from normjax.train._objective import Pass, weighted_penalty, with_averages
-from normjax.train._report import Loss, Metrics, Value, ask, named_key, require_loss
+from normjax.train._report import Loss, Metrics, Value, ask, require_loss
 from normjax.train._step import Evaluation, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
 
@@ -43,10 +45,10 @@ def linen_init(
     >>> linen_init(nn.Dense(2), optax.sgd(0.1), jax.random.key(0), jnp.ones((1, 3))).params["kernel"].shape
     (3, 2)
     """
-    _require_linen(model, "linen_init")
+    require_linen(model, "linen_init")
     _step.require_transformation(tx)
     dropout = {"dropout": jax.random.fold_in(key, 1)}
-    variables = model.init({**_streams(key, rngs), **dropout, "params": key}, *inputs, **kwargs)
+    variables = model.init({**streams(key, rngs), **dropout, "params": key}, *inputs, **kwargs)
     sown = ("losses", "moments", "intermediates")
     stats = {name: value for name, value in variables.items() if name not in ("params", *sown)}
     return _step.start_state(variables.get("params", {}), stats, tx)
@@ -72,8 +74,6 @@ def linen_step(
     Args:
       model: a linen module.
       loss: `loss(call, batch, train)`; `call` is `model.apply` with the variables bound, running statistics and sown
-        penalties looked after, and the step's key for its random numbers, unless the caller gives other `rngs`. A loss with
-        an argument `key` is given a key of its own. Its value is a scalar, a `train.Mean` or a `train.Sum`.
       tx: an optax transformation. Those that ask for the loss (`optax.lbfgs`, `contrib.reduce_on_plateau`, ...) are given
         `value`, which is loss plus penalty, `grad`, and `value_fn`, which evaluates the same batch with the same key at
         other parameters.
@@ -84,7 +84,7 @@ def linen_step(
         before the step and are stored merged, exactly where the row allows it (order 2, A = B or None, no windows), else
         averaged; Flax's own BatchNorm merges if it has no mask. Every other collection goes from part to part, as in
         successive steps. Lifted layers (`nn.scan`, `nn.vmap`) merge if `moments` is lifted with them; statistics of
-        recurrent cells are averaged.
+        recurrent cells, and of layers in a branch or a loop such as `nn.cond`, are averaged.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`; a
@@ -106,8 +106,8 @@ def linen_step(
     >>> state.params["kernel"].item(), metrics["loss"].item()
     (2.0, 4.0)
     """
-    stored = True if statistics == "frozen" else None
-    trained = _LinenModel(model, loss, "linen_step", stored, True, penalty_weights, rngs)
+    merged, stored = micro_batches > 1 and statistics == "update", True if statistics == "frozen" else None
+    trained = _LinenModel(model, loss, "linen_step", stored, True, penalty_weights, merged, rngs)
     return _step.make_step(trained, tx, micro_batches, statistics, BatchSharding(mesh, axis, specs))
 
 
@@ -124,8 +124,8 @@ def linen_eval(model: nn.Module, loss: Loss[Call], *, mesh: Mesh | None = None, 
     """
 
     def run(state: State, batch: Batch, key: jax.Array | None) -> tuple[Value, Metrics]:
-        streams = {} if key is None else {"rngs": _streams(key, ("dropout",))}
-        call = functools.partial(model.apply, {"params": state.params, **state.stats}, **streams)
+        keys = {} if key is None else {"rngs": streams(key, ("dropout",))}
+        call = functools.partial(model.apply, {"params": state.params, **state.stats}, **keys)
         return ask(loss, call, batch, False, key)
 
     return _step.make_evaluation(_LinenModel(model, loss, "linen_eval"), run, BatchSharding(mesh, axis))
@@ -153,7 +153,7 @@ def linen_recalibrate(
     >>> state.stats["batch_stats"]["mean"], state.stats["batch_stats"]["var"]
     (Array([4.], dtype=float32), Array([5.], dtype=float32))
     """
-    evaluated = _LinenModel(model, loss, "linen_recalibrate", stored=False, train=False)
+    evaluated = _LinenModel(model, loss, "linen_recalibrate", stored=False, train=False, records=True)
     return _step.make_recalibration(evaluated, BatchSharding(mesh, axis))
 
 
@@ -164,40 +164,50 @@ class _LinenModel:
     model: nn.Module
     loss: Loss[Call]
     maker: str  # the function that made it, for errors
-    stored: bool | None = (
-        None  # whether layers normalize with stored statistics or the batch's; None: as the model asks
-    )
+    stored: bool | None = None  # whether layers normalize with stored statistics; None: as the model asks
     train: bool = True
     penalty_weights: Mapping[str, ArrayLike] | None = None
+    records: bool = False  # whether layers are asked for what they saw of the batch
     rngs: str | Iterable[str] = ("dropout",)
 
     def check(self, params: PyTree | None = None) -> None:
-        _require_linen(self.model, self.maker)
+        require_linen(self.model, self.maker)
         require_loss(self.loss, self.maker)
         if isinstance(params, nnx.State):
             raise TypeError(f"{self.maker} takes the state of `linen_init`; found one of `nnx_init`")
 
     def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
-        variables = {"params": params, **stats, "losses": {}, "moments": {}}  # the last two as the last call left them
+        met: set[Left] = set()  # what the layers that are called may leave
+        run = functools.partial(self._run, params, stats, batch, key, met)
+        return run_through_branches(run, lambda: frozenset(met))
+
+    def _run(
+        self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None, met: set[Left], leaving: Leaving
+    ) -> Pass:
+        """One forward pass, in which layers leave what they are to leave."""
+        sown = {"losses": {}, **({"moments": {}} if self.records else {})}  # as the last call left them
+        started = unflatten_dict({(*path, "l1"): jnp.zeros((), jnp.float32) for path in leaving.started})
+        variables = {"params": params, **stats, **sown, "losses": started}
+        watched = functools.partial(watch, self.stored, leaving, met)
+        momenta: dict[tuple[str, ...], list[float]] = {}
 
         def call(*args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
             """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""
             if key is not None:
-                kwargs.setdefault("rngs", _streams(key, self.rngs))
-            asked = [mutable] if isinstance(mutable, str) else mutable
-            how, names = self.stored, (*stats, "losses", "moments")
-            with contextlib.nullcontext() if how is None else nn.intercept_methods(functools.partial(_override, how)):
+                kwargs.setdefault("rngs", streams(key, self.rngs))
+            asked, names = [mutable] if isinstance(mutable, str) else mutable, (*stats, *sown)
+            with nn.intercept_methods(watched), nn.intercept_methods(functools.partial(note_momentum, momenta)):
                 output, changed = self.model.apply(variables, *args, mutable=[*names, *asked], **kwargs)
-            changed = {"losses": {}, "moments": {}, **changed}
+            changed = {**sown, **changed}
             variables.update({name: changed.pop(name) for name in names if name in changed})
             return (output, changed) if asked else output
 
-        momenta: dict[tuple[str, ...], list[float]] = {}
-        with nn.intercept_methods(functools.partial(_note_momentum, momenta)), _made_by_init():
+        with made_by_init():
             value, metrics = ask(self.loss, call, batch, self.train, key)
         penalty = weighted_penalty(variables["losses"], self.penalty_weights, params)
-        seen = with_averages(variables["moments"], momenta) if self.train else variables["moments"]
-        return Pass(value, metrics, penalty, {name: variables[name] for name in stats}, seen)
+        after = in_their_dtypes(stats, {name: variables[name] for name in stats})
+        seen = with_averages(variables.get("moments", {}), momenta if self.records and self.train else {})
+        return Pass(value, metrics, penalty, after, seen)
 
     def keep(self, before: PyTree, after: PyTree) -> PyTree:
         return {**after, "batch_stats": before["batch_stats"]} if "batch_stats" in before else after
@@ -215,54 +225,3 @@ class _LinenModel:
         stored = stats.get("batch_stats", {})
         pure = recalibrated(bare(stored), seen)
         return {**stats, "batch_stats": nn.meta.replace_boxed(stored, pure)} if stored else stats
-
-
-def _note_momentum(
-    momenta: dict[tuple[str, ...], list[float]],
-    call: Call,
-    args: PyTree,
-    kwargs: PyTree,
-    context: nn.module.InterceptorContext,
-) -> PyTree:
-    """Notes how Flax's own batch norms average, which leave no record; under a mask their parts do not weigh alike."""
-    module = context.module
-    if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
-        momenta.setdefault(module.path, []).append(math.nan if kwargs.get("mask") is not None else module.momentum)
-    return call(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _made_by_init() -> Iterator[None]:
-    """Says what to do about variables that a model asks for in a step and that its init did not make."""
-    try:
-        yield
-    except (errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError, errors.ScopeParamNotFoundError) as error:
-        said = str(error).split(" (https:")[0]
-        raise ValueError(
-            f"{said} `linen_init` makes every variable: give it the arguments that training gives"
-        ) from error
-
-
-def _require_linen(model: nn.Module, maker: str) -> None:
-    """Raises TypeError unless this is a linen module."""
-    if not isinstance(model, nn.Module):
-        of_nnx = isinstance(model, nnx.Module | nnx.GraphDef)
-        hint = f": of nnx, take `{maker.replace('linen', 'nnx')}`" if of_nnx else ""
-        raise TypeError(f"{maker} takes a linen module first; found {type(model).__name__}{hint}")
-
-
-def _streams(key: jax.Array, names: str | Iterable[str]) -> dict[str, jax.Array]:
-    """A key for each stream of random numbers; Flax takes that of `params` for those that have none."""
-    names = (names,) if isinstance(names, str) else tuple(names)
-    return {name: key if name == "dropout" else named_key(key, name) for name in ("params", *names)}
-
-
-def _override(stored: bool, call: Call, args: PyTree, kwargs: PyTree, context: nn.module.InterceptorContext) -> PyTree:
-    """Makes a layer that can normalize with stored statistics do so, or not, whatever the model asks of it."""
-    module = context.module
-    if context.method_name != "__call__" or not hasattr(module, "use_running_average"):
-        return call(*args, **kwargs)
-    if module.use_running_average is None:
-        return call(*args[:1], **{**kwargs, "use_running_average": stored})
-    object.__setattr__(module, "use_running_average", stored)  # the layer is bound afresh at every apply
-    return call(*args, **kwargs)
