@@ -193,7 +193,18 @@ def public_things():
 THINGS = list(public_things())
 METHODS = {f"normjax.{room}" for room in ROOMS[ROOMS.index("running") : ROOMS.index("interop")]}
 NO_PAPER = {  # names of these rooms that no paper has: what is carried, checks, helpers for layers
-    *("BatchRecord", "Slot", "PublishedAveraging", "as_stats", "initial", "mergeable", "merge_into", "record", "slots"),
+    *(
+        "BatchRecord",
+        "Slot",
+        "PublishedAveraging",
+        "as_stats",
+        "initial",
+        "mean_of_parts",
+        "mergeable",
+        "merge_into",
+        "record",
+        "slots",
+    ),
     *("require_renormalizable", "require_unbiased", "stores"),
     *("Belief", "Filtered", "activate", "as_wide", "standard_deviation"),
     *("Kalman", "logit", "require_gain", "require_kalman_row", "Mixed", "require_mixable", "storing", "weights_of"),

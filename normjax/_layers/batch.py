@@ -1,7 +1,7 @@
 """Batch norms by other moments than the variance of the batch, or by parts of it: rows of `normjax.batch` as layers."""
 
 import jax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch, batch_extremes
 from normjax._layers.describe import Shape, description
@@ -209,15 +209,15 @@ class GhostTopKBatchNorm(TopKBatchNorm):
 
     beta: float = 0.75
 
-    def _keeps(self, shape: Shape) -> dict[str, Slot]:
-        found = super()._keeps(shape)
+    def _keeps(self, shape: Shape, dtype: DTypeLike | None = None) -> dict[str, Slot]:
+        found = super()._keeps(shape, dtype)
         return {**found, "top": found["var"]._replace(fill=0.0)}
 
     def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
         n = self._here(self._row())
         if self._starting():
             return n, None
-        top = self._stored("top", self._keeps(x.shape)["top"])
+        top = self._stored("top", self._keeps(x.shape, x.dtype)["top"])
         stats, kept = batch_extremes.stored_top(x, top, n, self.layout, beta=self.beta, mask=mask)
         if moves:
             self._store("top", kept)

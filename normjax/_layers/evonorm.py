@@ -65,8 +65,8 @@ class EvoNormB0(RunningLayer):
     def _row(self) -> Normalizer | None:
         return units.evonorm_row(self.batch, self.epsilon) if self.nonlinear else None
 
-    def _keeps(self, shape: Shape) -> dict[str, Slot]:
-        found = {name: slot for name, slot in super()._keeps(shape).items() if name.startswith("var")}
+    def _keeps(self, shape: Shape, dtype: DTypeLike | None = None) -> dict[str, Slot]:
+        found = {name: slot for name, slot in super()._keeps(shape, dtype).items() if name.startswith("var")}
         if any(None in slot.shape for slot in found.values()):
             raise FieldError(
                 f'EvoNormB0 stores one variance a channel, but field "{self.batch}" keeps other axes of '
@@ -97,7 +97,7 @@ class EvoNormB0(RunningLayer):
             return Taken(out.y, out.stats, row, v)
 
         return self._normalized(
-            x.shape, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask
+            x, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask
         )
 
 

@@ -164,7 +164,7 @@ class KalmanNorm(RunningLayer):
             moved, belief = renormalized(used, *correct(used, n), n), out.filtered.input
             return taken(kalman.normalize_by_belief(work, belief, n, self.layout, stats=moved, **given), shown)
 
-        call = functools.partial(self._normalized, x.shape, take, use_running_average, renormed=renormed)
+        call = functools.partial(self._normalized, x, take, use_running_average, renormed=renormed)
         return call(update_running_average=update_running_average, renorm=renorm, mask=mask)
 
     def _mixed(

@@ -98,7 +98,7 @@ class Rowed(RunningLayer):
             return Taken(y, out.stats, n, out.centered)
 
         return self._normalized(
-            x.shape,
+            x,
             take,
             use_running_average,
             update_running_average=update_running_average,

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
 from normjax._layers.describe import Initializer, Parameter, ones, zeros
+from normjax._layers.statistics import stored_dtype
 from normjax.recurrent import Activation, Carry, Clock, Norm, Places, Site, Weights
 from normjax.running import Running, Slot, stores
 from normjax.theory import Normalizer, row
@@ -114,8 +115,11 @@ class Cell(_Asked):
     def _sites(self) -> dict[str, int]:
         return recurrent.sites(self._kind, self._features(), self._places())
 
-    def _site(self, name: str, starting: bool = False) -> SiteOptions:
-        """The options of a site; `starting` while initializing, when mapped axes need not exist yet."""
+    def _site(self, name: str, starting: bool = False, dtype: DTypeLike | None = None) -> SiteOptions:
+        """The options of a site; `starting` while initializing, when mapped axes need not exist yet.
+
+        The dtype is that of the pre-activations, None where it is not known yet.
+        """
         n, sites = self._row(), self._sites()
         assert n is not None
         learns, size = {}, sites[name]
@@ -125,7 +129,7 @@ class Cell(_Asked):
                 learns[key] = Parameter((size,), init)
         sigma = recurrent.start_sigma(n, self.learn_sigma, self.sigma_init)
         learns |= {} if sigma is None else {"sigma": Parameter((), sigma)}
-        slots = recurrent.site_slots(n, size, self.max_steps)
+        slots = recurrent.site_slots(n, size, self.max_steps, stored_dtype(self, dtype))
         given = {"max_steps": self.max_steps, "momentum": self.momentum, "l1_axis_name": self.l1_axis_name}
         given |= {"refuse": False, "l1": 0.0} if starting else {"l1": self.l1}
         n = n.local() if starting else n

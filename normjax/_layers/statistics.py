@@ -7,12 +7,15 @@ the limits of batch renormalization), what is stored afterwards, and which recor
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax
-from jax.typing import ArrayLike
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from normjax import running as kept
+from normjax._expect.arrays import statistics_dtype
 from normjax._layers.describe import Layer, Shape, description
 from normjax.penalty import l1_penalty
 from normjax.running import BatchRecord, Running, Slot
@@ -53,10 +56,13 @@ class RunningLayer(Layer):
         """The row whose statistics are stored; None where the options store none."""
         raise NotImplementedError
 
-    def _keeps(self, shape: Shape) -> dict[str, Slot]:
-        """What is stored for inputs of this shape, by name: those of `Running`, and what else a layer has."""
-        row = self._row()
-        found = {} if row is None else kept.slots(row, self.layout, shape, self.averaging)
+    def _keeps(self, shape: Shape, dtype: DTypeLike | None = None) -> dict[str, Slot]:
+        """What is stored for inputs of this shape, by name: those of `Running`, and what else a layer has.
+
+        The dtype is that of the inputs, None where it is not known yet.
+        """
+        row, stored = self._row(), stored_dtype(self, dtype)
+        found = {} if row is None else kept.slots(row, self.layout, shape, self.averaging, stored)
         start = {"mean": self.mean_init, "var": self.var_init}
         return {name: slot._replace(fill=start.get(name, slot.fill)) for name, slot in found.items()}
 
@@ -98,7 +104,7 @@ class RunningLayer(Layer):
 
     def _normalized(
         self,
-        shape: tuple[int, ...],
+        x: jax.Array,
         take: Callable[[Stats | None], Taken[Output]],
         use_running_average: bool | None = None,
         *,
@@ -108,13 +114,13 @@ class RunningLayer(Layer):
         eps: ArrayLike | None = None,
         renormed: Callable[[Correct], Taken[Output]] | None = None,
     ) -> Output:
-        """One application of a layer to an input of this shape, by `take`, and the arguments of the call.
+        """One application of a layer to the input x, by `take`, and the arguments of the call.
 
         `take` makes the output with the statistics that it is given, or, of None, with the batch's own. `eps` is that of the
         row where it is learned. `renormed` makes the output of batch renormalization, from a function that gives r and d for
         statistics and their row; by default the batch's statistics are moved so far that `take` gives r * y + d.
         """
-        row, starting, keeps = self._row(), self._starting(), self._keeps(shape)
+        shape, row, starting, keeps = x.shape, self._row(), self._starting(), self._keeps(x.shape, x.dtype)
         found = {name: slot for name, slot in keeps.items() if name in Running._fields}
         used = bool(found) and self._uses_running(use_running_average)
         moves = not used and self._moves(update_running_average)
@@ -171,6 +177,32 @@ class RunningLayer(Layer):
         if names is None:
             names = tuple(dict.fromkeys(name for field in out.row.fields for name in field.mapped))
         self._penalize(lambda: l1_penalty(v, self.l1, mask=mask, axis_name=names))
+
+
+class Typed(Protocol):
+    """The dtypes of a layer: of its output, by default that of the input, and of its parameters."""
+
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+
+
+def stored_dtype(layer: Typed, dtype: DTypeLike | None) -> np.dtype:
+    """The dtype of what is stored beside inputs of this dtype (None is not known): float32, or wider where a layer is.
+
+    It is as wide as the widest of inputs, output and parameters; complex where the inputs or the output are, or, if the
+    inputs are not known, the parameters.
+    """
+    told = [layer.param_dtype if dtype is None else dtype, *([] if layer.dtype is None else [layer.dtype])]
+    wide = [statistics_dtype(jax.dtypes.canonicalize_dtype(each)) for each in (*told, layer.param_dtype)]
+    return np.result_type(*wide[:-1], jnp.finfo(wide[-1]).dtype)
+
+
+def as_held(value: jax.Array, held: DTypeLike) -> jax.Array:
+    """A value to store, in the dtype of what is held: it stays the same from batch to batch, so that a scan may carry it.
+
+    A complex value replaces a real one as it is, since it would not fit.
+    """
+    return value if jnp.iscomplexobj(value) and not jnp.issubdtype(held, jnp.complexfloating) else value.astype(held)
 
 
 def _divided_by(row: Normalizer, stores_mean: bool) -> Normalizer:

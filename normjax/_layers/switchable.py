@@ -116,5 +116,5 @@ class SwitchableNorm(RunningLayer):
             return Taken(out.y, out.parts[stored], self._batch_row(rows[stored]), out.centered, mergeable)
 
         return self._normalized(
-            x.shape, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask
+            x, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask
         )

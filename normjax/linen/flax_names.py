@@ -8,6 +8,7 @@ bias. Integers become floats; complex arrays have real variances.
 """
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from flax.linen import dtypes
 from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
+from normjax._layers.statistics import as_held, stored_dtype
+from normjax.linen.host import leave_record
 from normjax.running import NOTHING, Running
 
 
@@ -24,7 +27,8 @@ class BatchNorm(nn.BatchNorm):
     """Batch norm; all arguments and variables of `flax.linen.BatchNorm`, which this subclasses; row "batch" of TABLE.
 
     `axis` names the feature axes, one or several; all others, and `axis_name`, are averaged. The running statistics in
-    `batch_stats` have the shape of the feature axes; they are float32, biased, and not updated while initializing.
+    `batch_stats` have the shape of the feature axes; they are biased, float32 (float64 where the input or the parameters
+    are), and not updated while initializing.
 
     Beyond Flax's attributes:
       stats_names: names of the axes of the running statistics, as in `nn.with_partitioning`; None attaches no metadata.
@@ -40,6 +44,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     stats_names: tuple[str | None, ...] | None = None
+    _leaves_records: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -49,15 +54,17 @@ class BatchNorm(nn.BatchNorm):
         average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
         stored = []
-        for name, first in (("mean", jnp.zeros), ("var", jnp.ones)):
-            make = functools.partial(first, reading.sizes, jnp.float32)
+        wide = stored_dtype(self, flax_names.widened(x, self.dtype).dtype)
+        for name, first, kind in (("mean", jnp.zeros, wide), ("var", jnp.ones, jnp.finfo(wide).dtype)):
+            make = functools.partial(first, reading.sizes, kind)
             make = make if self.stats_names is None else nn.with_partitioning(make, tuple(self.stats_names))
             stored.append(self.variable("batch_stats", name, make))
         mean, var = stored
         out = _normalized(self, x, reading, mask, Running(mean.value, var.value), average, self.momentum)
         if out.record is not None and not self.is_initializing():
-            mean.value, var.value = out.running.mean, out.running.var
-            self.sow("moments", "batch", out.record)
+            for variable, value in ((mean, out.running.mean), (var, out.running.var)):
+                variable.value = as_held(value, variable.value.dtype)
+            leave_record(self, out.record)
         return out.y
 
 

@@ -8,23 +8,26 @@ A face is a description and a host, in that order:
 
 The face has the docstring of the description and its methods, of which `__call__` is compact (with `Early`, `setup` makes
 the parameters).
-Parameters are in `params`, running statistics in `batch_stats`; where they are mutable, `moments` takes what a training
-batch showed, and `losses` the penalties.
+Parameters are in `params`, running statistics in `batch_stats`. `moments` takes what a training batch showed, only where
+it is asked for by name (`mutable=["batch_stats", "moments"]`, or in the `variable_axes` of a lifted layer), so that
+`mutable=True` returns the collections that Flax's layers have; `losses` takes the penalties of layers with `l1`, where it
+is mutable.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.scope import in_filter
 from flax.linen import initializers
 from jax.typing import ArrayLike
 
 from normjax._layers.describe import Layer, Parameter, same_channels, whole_shape
-from normjax._layers.statistics import RunningLayer
+from normjax._layers.statistics import RunningLayer, as_held
 from normjax.running import BatchRecord, Slot
 
 
@@ -112,6 +115,7 @@ class Keeping(RunningLayer, Host, kw_only=True):
 
     use_running_average: bool | None = None
     stats_names: tuple[str | None, ...] | None = None
+    _leaves_records: ClassVar[bool] = True
 
     @nn.nowrap
     def _uses_running(self, at_call: bool | None) -> bool:
@@ -126,13 +130,23 @@ class Keeping(RunningLayer, Host, kw_only=True):
     @nn.nowrap
     def _store(self, name: str, value: jax.Array) -> None:
         assert self.scope is not None
-        nn.Variable(self.scope, "batch_stats", name, unbox=True).value = value
+        variable = nn.Variable(self.scope, "batch_stats", name, unbox=True)
+        variable.value = as_held(value, variable.value.dtype)
 
     @nn.nowrap
     def _leave(self, seen: BatchRecord) -> None:
-        self.sow("moments", "batch", seen)
+        leave_record(self, seen)
 
     @nn.nowrap
     def _penalize(self, value: Callable[[], jax.Array]) -> None:
         term = value()
-        self.sow("losses", "l1", term, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros((), term.dtype))
+        self.sow("losses", "l1", term, lambda old, new: old + new.astype(old.dtype), lambda: jnp.zeros((), term.dtype))
+
+
+def leave_record(layer: nn.Module, seen: BatchRecord) -> None:
+    """Sows what a layer saw of a batch into `moments`, where that is asked for by name: Flax's layers leave nothing."""
+    assert layer.scope is not None
+    asked = layer.scope.mutable
+    by_name = isinstance(asked, str | Collection) and in_filter(asked, "moments")  # not by `True`, nor by a DenyList
+    if by_name and getattr(layer, "_leaves_records", False):
+        layer.sow("moments", "batch", seen)

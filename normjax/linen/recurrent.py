@@ -25,6 +25,7 @@ from normjax import recurrent
 from normjax._layers import recurrent as cells
 from normjax._layers.describe import Initializer
 from normjax._layers.recurrent import SiteOptions
+from normjax._layers.statistics import as_held
 from normjax.linen.host import Keeping
 from normjax.recurrent import Carry, Clock, Site, Weights
 
@@ -45,7 +46,7 @@ class _Site(nn.Module):
         out = self.options(z, learned, {name: v.value for name, v in stored.items()}, clock, use_running)
         if stored and not self.is_initializing() and not use_running:
             for name, variable in stored.items():
-                variable.value = getattr(out.running, name)
+                variable.value = as_held(getattr(out.running, name), variable.value.dtype)
         return out
 
 
@@ -65,7 +66,7 @@ class Host(cells.Cell, nn.RNNCellBase, kw_only=True):
         return self.features  # pyright: ignore[reportAttributeAccessIssue]
 
     def _at_site(self, name: str, z: jax.Array, clock: Clock | None, use_running: bool) -> Site:
-        site = _Site(self._site(name, self.is_initializing()), self.param_dtype, name=f"norm_{name}")
+        site = _Site(self._site(name, self.is_initializing(), z.dtype), self.param_dtype, name=f"norm_{name}")
         return site(z, clock, use_running)
 
     def _dense(

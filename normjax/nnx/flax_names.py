@@ -7,13 +7,18 @@ accepted and changes nothing; running statistics are never rounded to `dtype`), 
 masked elements never leak, and a masked output is the bias. Integers become floats; complex arrays have real variances.
 """
 
+import functools
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
+from normjax._layers.statistics import stored_dtype
 from normjax.nnx.host import Moments, _replace
 from normjax.running import NOTHING, Running
 
@@ -22,7 +27,8 @@ class BatchNorm(nnx.BatchNorm):
     """Batch norm; all arguments and variables of `flax.nnx.BatchNorm`, which this subclasses; row "batch" of TABLE.
 
     `axis` names the feature axes, one or several (`num_features` is their product); all others, and `axis_name`, are
-    averaged. The running statistics `mean` and `var`, `[num_features]`, are float32 and biased.
+    averaged. The running statistics `mean` and `var`, `[num_features]`, are biased, and float32, or float64 where
+    `param_dtype` or `dtype` is.
 
     Source: Ioffe & Szegedy 2015.
 
@@ -30,6 +36,14 @@ class BatchNorm(nnx.BatchNorm):
     >>> layer(jnp.array([[0.0], [2.0]])).round(3).tolist(), layer.mean[...].tolist()
     ([[-1.0], [1.0]], [0.5])
     """
+
+    @functools.wraps(nnx.BatchNorm.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        wide = stored_dtype(self, None)
+        for variable, dtype in ((self.mean, wide), (self.var, jnp.finfo(wide).dtype)):
+            if variable.dtype != dtype:
+                variable.set_value(variable[...].astype(dtype))
 
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None

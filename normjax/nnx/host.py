@@ -25,7 +25,7 @@ from flax.nnx import reprlib
 from jax.typing import ArrayLike
 
 from normjax._layers.describe import Layer, Parameter, Shape, same_channels, whole_shape
-from normjax._layers.statistics import RunningLayer
+from normjax._layers.statistics import RunningLayer, as_held
 from normjax.field import FieldError
 from normjax.running import BatchRecord, Running, Slot
 from normjax.theory import Normalizer
@@ -84,7 +84,8 @@ class Bare(Layer, nnx.Module):
 
 
 def _replace(variable: nnx.Variable[jax.Array], value: jax.Array) -> None:
-    """Replaces the value of a variable."""
+    """Replaces the value of a variable, in the dtype that it has."""
+    value = as_held(value, variable.dtype)
     if value.dtype == variable.dtype:
         variable[...] = value
     else:  # the first complex mean replaces a real one

@@ -19,7 +19,7 @@ from normjax import recurrent
 from normjax._layers import recurrent as cells
 from normjax._layers.describe import Initializer
 from normjax._layers.recurrent import SiteOptions
-from normjax.nnx.host import Keeping, Metadata, Penalty
+from normjax.nnx.host import Keeping, Metadata, Penalty, _replace
 from normjax.recurrent import Carry, Clock, Site, Weights
 from normjax.theory import Normalizer
 
@@ -85,7 +85,7 @@ class _Site(nnx.Module):
         out = options(z, known, running, clock, use_running)
         if not use_running:
             for name, variable in stored.items():
-                variable[...] = getattr(out.running, name)
+                _replace(variable, getattr(out.running, name))
         return out
 
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from normjax._normalize.evaluate import equation, normalize
 from normjax.field import FieldError
@@ -18,8 +19,12 @@ from normjax.theory import Normalizer, Stats, row
 LAYOUT = "n c"
 
 
-def site_slots(normalizer: Normalizer, features: int, max_steps: int | None) -> dict[str, Slot]:
+def site_slots(
+    normalizer: Normalizer, features: int, max_steps: int | None, dtype: DTypeLike = np.float32
+) -> dict[str, Slot]:
     """What a site of so many features stores, "mean" and "var" with a first axis of `max_steps`; nothing if no examples mix.
+
+    The dtype is that of the pre-activations; the statistics are float32 or wider.
 
     Source: Cooijmans et al. 2017, section 3.
 
@@ -29,7 +34,7 @@ def site_slots(normalizer: Normalizer, features: int, max_steps: int | None) -> 
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is at least 1, or None for one statistic of all steps; found {max_steps!r}")
-    steps, found = () if max_steps is None else (max_steps,), slots(normalizer, LAYOUT, (None, features))
+    steps, found = () if max_steps is None else (max_steps,), slots(normalizer, LAYOUT, (None, features), dtype=dtype)
     return {name: slot._replace(shape=steps + slot.shape) for name, slot in found.items()}
 
 

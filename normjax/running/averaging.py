@@ -19,9 +19,11 @@ _Given = jax.Array | None
 
 
 def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging: str = "exponential") -> Running:
-    """Moves the stored statistics towards those of a batch; float32 or wider (complex where the batch is).
+    """Moves the stored statistics towards those of a batch; float32, or wider where they are (complex where the batch is).
 
-    Elements without weight or not finite keep the old value, and their count.
+    Elements without weight keep the old value, and their count. Where the mean or the variance of an element is not finite
+    (in the dtype that is stored), it keeps both, so that no mean is stored without its variance; where the two have
+    different shapes, all elements count as one.
 
     Args:
       running: the stored statistics, with counts unless the averaging is exponential.
@@ -38,40 +40,70 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
     Array([1., 0.], dtype=float32)
     """
     one_of("averaging", averaging, AVERAGES)
+    moments = (
+        (running.mean, batch.mean, batch.mean_weight, running.mean_count),
+        (running.var, batch.var, batch.var_weight, running.var_count),
+    )
+    mixed = [_mixed(old, new, count, momentum, averaging) for old, new, _, count in moments]
+    finite = [
+        None if m is None else _finite(m, old, new) | (False if weight is None else weight <= 0)
+        for m, (old, new, weight, _) in zip(mixed, moments, strict=True)
+    ]
+    values, counts = [], []
+    for m, valid, (old, _, weight, count) in zip(mixed, _together(*finite), moments, strict=True):
+        if m is not None and valid is not None:
+            valid = _sharded_like(valid if weight is None else valid & (weight > 0), m)
+            old = jax.lax.stop_gradient(jnp.where(valid, m, old.astype(m.dtype)))
+            count = None if count is None else count + valid.astype(count.dtype)
+        values.append(old)
+        counts.append(count)
+    return Running(*values, *counts)
 
-    def step(old: _Given, new: _Given, weight: _Given, count: _Given) -> tuple[_Given, _Given]:
-        if old is None or new is None:
-            return old, count
-        if averaging == "exponential":
-            keep = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(new.dtype)
-        elif count is None:
-            raise ValueError(
-                f"averaging={averaging!r} needs the counts of batches beside the statistics; `initial` with the same "
-                "averaging makes them"
-            )
-        else:
-            keep = (1 - _share(count + 1, momentum, averaging)).astype(new.dtype)
-        least = new.dtype if jnp.iscomplexobj(new) else np.float32
-        old = old.astype(np.result_type(statistics_dtype(old.dtype), least))
-        mixed = (keep * old.astype(new.dtype) + (1 - keep) * new).astype(old.dtype)
-        valid = jnp.isfinite(new) & jnp.isfinite(mixed) & (True if weight is None else weight > 0)
-        mixed = jax.lax.stop_gradient(jnp.where(_sharded_like(valid, old), _sharded_like(mixed, old), old))
-        return mixed, None if count is None else count + _sharded_like(valid, old).astype(count.dtype)
 
-    mean, mean_count = step(running.mean, batch.mean, batch.mean_weight, running.mean_count)
-    var, var_count = step(running.var, batch.var, batch.var_weight, running.var_count)
-    return Running(mean, var, mean_count, var_count)
+def _mixed(old: _Given, new: _Given, count: _Given, momentum: ArrayLike, averaging: str) -> _Given:
+    """The average of the old value and the new one, float32 or as wide as the old; None where one of them is missing."""
+    if old is None or new is None:
+        return None
+    work = np.result_type(statistics_dtype(old.dtype), statistics_dtype(new.dtype))
+    kept = statistics_dtype(old.dtype)
+    kept = work if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old) else kept
+    if averaging == "exponential":
+        keep = momentum if isinstance(momentum, float | int) else jnp.asarray(momentum).astype(work)
+    elif count is None:
+        raise ValueError(
+            f"averaging={averaging!r} needs the counts of batches beside the statistics; `initial` with the same "
+            "averaging makes them"
+        )
+    else:
+        keep = (1 - _share((count + 1).astype(jnp.finfo(work).dtype), momentum, averaging)).astype(work)
+    mixed = keep * old.astype(work) + (1 - keep) * new.astype(work)
+    return _sharded_like(mixed.astype(kept), old)
+
+
+def _finite(mixed: jax.Array, old: jax.Array, new: jax.Array | None) -> jax.Array:
+    """Where an average can be stored: it is finite, also in the narrower dtype that the old value may have."""
+    narrow = mixed if jnp.iscomplexobj(mixed) else mixed.astype(old.dtype)
+    return jnp.isfinite(narrow) if new is None else jnp.isfinite(new) & jnp.isfinite(narrow)
+
+
+def _together(mean: _Given, var: _Given) -> tuple[_Given, _Given]:
+    """Where the mean may be stored, and where the variance: each where the other may be too."""
+    if mean is None or var is None:
+        return mean, var
+    if mean.shape != var.shape:
+        both = jnp.all(mean) & jnp.all(var)
+        return jnp.full(mean.shape, both), jnp.full(var.shape, both)
+    return mean & var, mean & var
 
 
 def _share(t: jax.Array, momentum: ArrayLike, averaging: str) -> jax.Array:
-    """The weight of batch t in the average of t batches."""
-    t = t.astype(np.float32)
+    """The weight of batch t, a float, in the average of t batches."""
     if averaging == "cumulative":
         return 1 / t
     if isinstance(momentum, float | int):
-        decay = np.float32(math.log(momentum) if momentum > 0 else -math.inf)
+        decay = jnp.asarray(math.log(momentum) if momentum > 0 else -math.inf, t.dtype)
     else:
-        decay = jnp.log(jnp.asarray(momentum, np.float32))
+        decay = jnp.log(jnp.asarray(momentum).astype(t.dtype))
     # (1 - momentum) / (1 - momentum ** t); for a momentum of one, its limit: the mean of all batches.
     return jnp.where(decay < 0, jnp.expm1(decay) / jnp.expm1(jnp.where(decay < 0, decay, -1) * t), 1 / t)
 
@@ -118,6 +150,6 @@ def unbiased(stats: Stats) -> Stats:
     if stats.var is None:
         return stats
     w = jnp.asarray(stats.var_weight)
-    enough = w > 1
-    factor = jnp.where(enough, w / jnp.where(enough, w - 1, 1), 1)
-    return stats._replace(var=stats.var * factor.astype(stats.var.dtype), var_weight=jnp.where(enough, w, 0))
+    enough, wide = w > 1, w.astype(stats.var.dtype)
+    factor = jnp.where(enough, wide / jnp.where(enough, wide - 1, 1), 1)
+    return stats._replace(var=stats.var * factor, var_weight=jnp.where(enough, w, 0))

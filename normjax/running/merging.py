@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from normjax._expect.arrays import statistics_dtype
 from normjax.theory import Stats
 
 
@@ -44,11 +46,16 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     (Array(6.5, dtype=float32), Array(32.75, dtype=float32))
     """
 
+    def wide(values: jax.Array) -> np.dtype:
+        return jnp.finfo(values.dtype).dtype
+
     def mean_of(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Around the first value: a mean large beside its spread keeps its digits.
         weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
         total = jnp.sum(weights, 0, keepdims=True)
-        share = (weights / jnp.where(total > 0, total, 1)).astype(values.dtype)
+        share = (weights.astype(wide(values)) / jnp.where(total > 0, total, 1).astype(wide(values))).astype(
+            values.dtype
+        )
         first = jnp.where(jnp.isfinite(values[:1]), values[:1], 0)
         shifted = jnp.where(weights > 0, values - first, jnp.zeros((), values.dtype))
         return jnp.where(total > 0, first + jnp.sum(share * shifted, 0, keepdims=True), 0), total
@@ -62,3 +69,38 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     if moments is not None:
         var, var_weight = mean_of(moments, stats.var_weight)
     return Stats(*(None if s is None else s[0] for s in (mean, var, mean_weight, var_weight)))
+
+
+def merge_averages(mean: jax.Array, var: jax.Array, momentum: float) -> tuple[jax.Array, jax.Array]:
+    """The running mean and variance after one update with several batches of one size, of those after each alone.
+
+    Each batch has moved the stored values by itself, all from the same start, to `momentum * old + (1 - momentum) * new`.
+    Their average lacks the spread of the means of the batches, which is read off the running means.
+
+    Args:
+      mean: running means, batches along a first axis.
+      var: running variances, batches along a first axis.
+      momentum: weight of the old value; of 1 nothing moves.
+
+    Source: Chan, Golub & LeVeque 1983, equation 2.1.
+
+    >>> half = 0.5                                                  # old mean 0, var 1; batches of [0, 2] and [10, 14]
+    >>> mean, var = merge_averages(jnp.array([0.5, 6.0]), jnp.array([1.0, 2.5]), half)
+    >>> mean == half * 6.5, var == half * 1 + half * jnp.var(jnp.array([0.0, 2.0, 10.0, 14.0]))
+    (Array(True, dtype=bool), Array(True, dtype=bool))
+    """
+    wide = mean.astype(statistics_dtype(mean.dtype))
+    first = wide[:1]  # around it, a mean large beside its spread keeps its digits
+    middle = jnp.mean(wide - first, 0, keepdims=True)
+    spread = jnp.mean(jnp.abs(wide - first - middle) ** 2, 0)
+    both = mean_of_parts(var).astype(spread.dtype) + (spread / (1 - momentum) if momentum < 1 else 0)
+    return (first + middle)[0].astype(mean.dtype), both.astype(var.dtype)
+
+
+def mean_of_parts(values: jax.Array) -> jax.Array:
+    """The mean over the first axis; where all are equal, their value to the last bit.
+
+    >>> mean_of_parts(jnp.array([[1.0, 0.1], [2.0, 0.1], [3.0, 0.1]])) - jnp.array([2.0, 0.1])
+    Array([0., 0.], dtype=float32)
+    """
+    return jnp.where(jnp.all(values == values[:1], 0), values[0], jnp.mean(values, 0).astype(values.dtype))

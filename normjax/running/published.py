@@ -10,6 +10,7 @@ from jax import lax
 
 from normjax._leaves import one_of
 from normjax.running import averaging, state
+from normjax.running.averaging import _together
 from normjax.running.state import Running
 from normjax.theory import Normalizer, Stats
 
@@ -101,6 +102,10 @@ def published_update(running: Running, batch: Stats, normalizer: Normalizer, dia
     old, new = (jnp.where(v < jnp.inf, (n.eps + n.gain * v) ** -n.power, 0) for v in (running.var, batch.var))
     mixed = (way.momentum * old + (1 - way.momentum) * new).astype(new.dtype)
     var = (mixed ** (-1 / n.power) - n.eps) / n.gain
-    valid = jnp.isfinite(batch.var) & jnp.isfinite(var) & (jnp.asarray(batch.var_weight) > 0)
+    finite = jnp.isfinite(batch.var) & jnp.isfinite(var)
+    if batch.mean is not None:  # no mean is stored without its moment
+        mean_too, finite = _together(jnp.isfinite(batch.mean), finite)
+        batch = batch._replace(mean=jnp.where(jnp.asarray(mean_too), batch.mean, jnp.nan))
     mean = averaging.update(running._replace(var=None), batch, way.momentum).mean
+    valid = jnp.asarray(finite) & (jnp.asarray(batch.var_weight) > 0)
     return running._replace(mean=mean, var=lax.stop_gradient(jnp.where(valid, var, running.var)))

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from normjax.field import EXAMPLES
 from normjax.running import averaging as averages
 from normjax.running.averaging import require_unbiased, update
-from normjax.running.merging import merge_stacked
+from normjax.running.merging import mean_of_parts, merge_averages, merge_stacked
 from normjax.running.state import Running, observe
 from normjax.theory import Normalizer, Stats
 
@@ -43,11 +43,28 @@ class BatchRecord:
     mergeable: bool = dataclasses.field(metadata={"static": True}, default=True)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OwnAverage:
+    """What is known of a layer of another library that averages by itself, in the place of a `BatchRecord`.
+
+    Attributes:
+      momentum: weight of the old mean and variance in its exponential average.
+
+    Source: Ioffe & Szegedy 2015, section 3.1 (moving averages).
+
+    >>> jax.tree.leaves(OwnAverage(0.9))
+    []
+    """
+
+    momentum: float = dataclasses.field(metadata={"static": True})
+
+
 def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     """Running statistics, a tree like `before`, after several micro-batches, each of which started from those before.
 
-    A layer that left what it saw of each micro-batch gets that merged, as if it had seen all at once. Anything else is
-    averaged where it is a float; counters and random states are those of the last micro-batch.
+    A layer that left what it saw of each micro-batch gets that merged, as if it had seen all at once; so do the mean and
+    the variance under an `OwnAverage`. Anything else is averaged where it is a float; counters are those of the last.
 
     Args:
       before: nested dictionaries of running statistics, a layer's by their names in `Running`.
@@ -65,12 +82,15 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     """
     if not isinstance(before, Mapping):
         after = jnp.asarray(after)
-        return jnp.mean(after, 0).astype(after.dtype) if jnp.issubdtype(after.dtype, jnp.inexact) else after[-1]
+        return mean_of_parts(after) if jnp.issubdtype(after.dtype, jnp.inexact) else after[-1]
     left = seen.get("batch") if isinstance(seen, Mapping) else None
+    if isinstance(left, OwnAverage):
+        mean, var = merge_averages(after["mean"], after["var"], left.momentum)
+        return {**{k: merge_trees(before[k], after[k], {}) for k in before}, "mean": mean, "var": var}
     if isinstance(left, tuple) and len(left) == 1:  # a layer may be called "batch" too
         mine = {name: value for name, value in before.items() if name in Running._fields}
         new = merge_into(Running(**mine), left[0])._asdict()
-        return {k: new[k] if k in mine else merge_trees(before[k], after[k], {}) for k in before}
+        return {k: _as_stored(new[k], mine[k]) if k in mine else merge_trees(before[k], after[k], {}) for k in before}
     below = seen if isinstance(seen, Mapping) else {}
     return {k: merge_trees(before[k], after[k], below.get(k, {})) for k in before}
 
@@ -121,18 +141,26 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
         calls = seen.get("batch")
         if not isinstance(calls, tuple):
             raise ValueError(
-                f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's, or it was not "
-                "called"
+                f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's; or it was not "
+                "called, or only in a branch or a loop such as `cond`; or it is lifted by `nn.scan` or `nn.vmap` of linen "
+                'without variable_axes={"moments": 0}'
             )
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *calls)
         whole = dataclasses.replace(whole, momentum=jnp.zeros_like(whole.momentum), averaging="exponential")
         new = merge_into(Running(stored.get("mean"), stored.get("var")), whole)._asdict()
+        new = {name: value if value is None else _as_stored(value, stored[name]) for name, value in new.items()}
         for name in ("mean", "var"):
             if (old := stored.get(f"{name}_count")) is not None:
                 batches = jnp.sum(getattr(whole.stats, f"{name}_weight") > 0, 0)
                 new[f"{name}_count"] = jnp.where(batches > 0, batches, old).astype(old.dtype)
     below = {k: (v, seen.get(k, {}), f"{path}.{k}" if path else k) for k, v in before.items() if k not in stored}
     return {k: new[k] if k in stored else recalibrated(*below[k]) for k in before}
+
+
+def _as_stored(new: jax.Array, old: ArrayLike) -> jax.Array:
+    """A statistic in the dtype that is stored; a complex mean replaces a real one as it is."""
+    dtype = jnp.asarray(old).dtype
+    return new if jnp.iscomplexobj(new) and not jnp.issubdtype(dtype, jnp.complexfloating) else new.astype(dtype)
 
 
 def mergeable(normalizer: Normalizer, layout: str) -> bool:
@@ -190,5 +218,7 @@ def record(
         require_unbiased(normalizer)
         corrected = observe(averages.unbiased(stats), normalizer, layout, shape)
     running = update(running, corrected, momentum, averaging)
-    weight = jnp.asarray(momentum, jnp.float32)
+    # As wide as the statistics: rounded to float32, a momentum moves float64 statistics by 1e-8 of themselves.
+    width = jnp.result_type(*(jnp.finfo(s.dtype).dtype for s in batch[:2] if s is not None))
+    weight = jnp.asarray(momentum).astype(width)
     return running, BatchRecord(batch if exact else corrected, weight, averaging, unbiased and exact, exact)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import axes, bind
 from normjax._leaves import one_of
 from normjax.field import EXAMPLES, Field, FieldError
@@ -87,7 +88,11 @@ class Slot(NamedTuple):
 
 
 def slots(
-    normalizer: Normalizer, layout: str, shape: tuple[int | None, ...], averaging: str = "exponential"
+    normalizer: Normalizer,
+    layout: str,
+    shape: tuple[int | None, ...],
+    averaging: str = "exponential",
+    dtype: DTypeLike = np.float32,
 ) -> dict[str, Slot]:
     """What is stored for arrays of this shape, by its name in `Running`: means of zero and moments of one, as in Flax.
 
@@ -98,6 +103,7 @@ def slots(
       layout: name of each axis of the array.
       shape: of the array, axes as named by `layout`.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative".
+      dtype: of the array; the statistics are float32 or wider, the mean of complex numbers complex.
 
     >>> from normjax import TABLE, Normalizer
     >>> [(name, slot.shape) for name, slot in slots(TABLE["batch"], "n ... c", (8, 32, 32, 64)).items()]
@@ -109,29 +115,38 @@ def slots(
     """
     one_of("averaging", averaging, AVERAGES)
     by_name = {}
-    for name, fill, field in (("mean", 0.0, normalizer.mean), ("var", 1.0, normalizer.var)):
+    wide = statistics_dtype(dtype)
+    real = jnp.finfo(wide).dtype
+    for name, fill, field, kind in (("mean", 0.0, normalizer.mean, wide), ("var", 1.0, normalizer.var, real)):
         if field is not None and field.mixes_examples:
             along = _stored_axes(field, layout, len(shape))
-            by_name[name] = Slot(fill, tuple(shape[axis] for axis in along), np.float32)
+            by_name[name] = Slot(fill, tuple(shape[axis] for axis in along), kind)
     if averaging != "exponential":
         by_name |= {f"{name}_count": Slot(0, slot.shape, np.int32) for name, slot in by_name.items()}
     return by_name
 
 
-def initial(normalizer: Normalizer, layout: str, shape: tuple[int, ...], averaging: str = "exponential") -> Running:
-    """The statistics before the first batch, of this shape: means of zero and moments of one, float32, as `slots` has them.
+def initial(
+    normalizer: Normalizer,
+    layout: str,
+    shape: tuple[int, ...],
+    averaging: str = "exponential",
+    dtype: DTypeLike = np.float32,
+) -> Running:
+    """The statistics before the first batch, of this shape: means of zero and moments of one, as `slots` has them.
 
     Args:
       normalizer: the row that stores them.
       layout: name of each axis of the array.
       shape: of the array, axes as named by `layout`.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative".
+      dtype: of the array; the statistics are float32 or wider, the mean of complex numbers complex.
 
     >>> from normjax import TABLE
     >>> initial(TABLE["mean_only"], "n c", (8, 2)).mean
     Array([0., 0.], dtype=float32)
     """
-    return Running(**{name: slot.make() for name, slot in slots(normalizer, layout, shape, averaging).items()})
+    return Running(**{name: slot.make() for name, slot in slots(normalizer, layout, shape, averaging, dtype).items()})
 
 
 def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:

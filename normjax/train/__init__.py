@@ -12,6 +12,9 @@ is asked and what is learned from its answer is the user's `loss`:
     state, metrics = run(state, data, order, key)       # order: [steps, batch] indices; metrics: [steps] arrays
     jax.vmap(run, in_axes=(0, None, 0, 0))              # several seeds side by side
 
+A loss with an argument `key` is given a key of its own; it may return a `Mean` (sum and weight) or a `Sum` where a number
+stands, and a batch may hold `Shared` parts, so that micro-batches are exactly the whole batch.
+
 Many devices: the batch is spread over an axis of a mesh, and everything is still that of the whole batch, running
 statistics too, because XLA sums over the devices what one device sums over the examples.
 
@@ -28,11 +31,14 @@ averaging afterwards leaves N times too large. Under `check_vma=False` it does n
 loss is each device's own. With both averages, either setting is right.
 """
 
-from normjax.train._step import STATISTICS, State, Step, epoch
+from normjax.train._batch import Shared
+from normjax.train._report import KeyedLoss, Mean, Sum
+from normjax.train._step import STATISTICS, Evaluation, Recalibration, State, Step, epoch
 from normjax.train.linen import linen_eval, linen_init, linen_recalibrate, linen_step
 from normjax.train.mesh import place, shard, shardings
-from normjax.train.nnx import nnx_eval, nnx_init, nnx_recalibrate, nnx_step
+from normjax.train.nnx import nnx_eval, nnx_init, nnx_recalibrate, nnx_step, nnx_update
 
 __all__ = ["STATISTICS", "State", "Step", "epoch", "place", "shard", "shardings"]
+__all__ += ["Evaluation", "KeyedLoss", "Mean", "Recalibration", "Shared", "Sum"]
 __all__ += ["linen_eval", "linen_init", "linen_recalibrate", "linen_step"]
-__all__ += ["nnx_eval", "nnx_init", "nnx_recalibrate", "nnx_step"]
+__all__ += ["nnx_eval", "nnx_init", "nnx_recalibrate", "nnx_step", "nnx_update"]

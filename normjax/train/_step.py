@@ -1,8 +1,9 @@
-"""Steps, epochs, evaluation and recalibration for models of either library, of which each answers as `_Model`."""
+"""Steps, epochs, evaluation and recalibration for models of either library, of which each answers as `Model`."""
 
 import functools
+import operator
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,15 @@ from jax.typing import ArrayLike
 
 from normjax._leaves import one_of
 from normjax._paths import PyTree
+from normjax.train._batch import Batch, split
+from normjax.train._objective import Model, objective, require_alike
+from normjax.train._parts import Split, accumulate, value_of
+from normjax.train._report import Metrics, Value, quotient, settled
 from normjax.train.mesh import Axis, BatchSharding
 
 STATISTICS = ("update", "keep", "frozen")
-Asked = TypeVar("Asked")
-Batch: TypeAlias = PyTree  # arrays with the examples along their first axis
-Metrics: TypeAlias = dict[str, PyTree]  # scalars by name, mostly: what a loss reports of a batch
-Loss: TypeAlias = Callable[[Asked, Batch, bool], tuple[ArrayLike, Metrics]]
-"""`loss(model, batch, train)`: the loss of a batch, a scalar, and metrics; the model is a function or an nnx module."""
-Aside: TypeAlias = tuple[Metrics, PyTree, PyTree]  # what is reported, what is stored afterwards, what the layers saw
 Run: TypeAlias = Callable[..., tuple["State", Metrics]]
-Evaluation: TypeAlias = Callable[["State", Batch], Metrics]
-Recalibration: TypeAlias = Callable[["State", Batch, jax.Array], "State"]
+ValueOf: TypeAlias = Callable[[PyTree], jax.Array]
 
 
 class State(NamedTuple):
@@ -65,14 +63,32 @@ class Step(Protocol):
         ...
 
 
-class Pass(NamedTuple):
-    """What one forward pass of a model gives."""
+class Evaluation(Protocol):
+    """An evaluation: what `linen_eval` and `nnx_eval` make.
 
-    loss: ArrayLike  # the task's, a scalar
-    metrics: Metrics
-    penalty: jax.Array  # the sum of the layers' penalties, a scalar
-    stats: PyTree  # everything that changes but the parameters, as it is afterwards
-    seen: PyTree  # what the layers saw of the batch, nested dictionaries of `normjax.running.BatchRecord`
+    >>> def evaluate(state, batch, key=None):
+    ...     return {"loss": jnp.mean(batch)}
+    >>> evaluate(State(jnp.array(0), {}, {}, ()), jnp.ones(4))["loss"].item()
+    1.0
+    """
+
+    def __call__(self, state: State, batch: Batch, key: jax.Array | None = None) -> Metrics:
+        """The loss and the user's metrics of a batch; the key is for a loss, or a model of linen, that asks for one."""
+        ...
+
+
+class Recalibration(Protocol):
+    """A recalibration: what `linen_recalibrate` and `nnx_recalibrate` make.
+
+    >>> def recalibrate(state, data, order, key=None):
+    ...     return state._replace(stats={"mean": jnp.mean(data[order])})
+    >>> recalibrate(State(jnp.array(0), {}, {}, ()), jnp.ones(4), jnp.array([[0, 1], [2, 3]])).stats["mean"].item()
+    1.0
+    """
+
+    def __call__(self, state: State, data: Batch, order: ArrayLike, key: jax.Array | None = None) -> State:
+        """The state with the running statistics of the data; a loss or model that asks for a key is given one a batch."""
+        ...
 
 
 def _as_it_came(state: PyTree) -> tuple[PyTree, PartitionSpec]:
@@ -80,40 +96,30 @@ def _as_it_came(state: PyTree) -> tuple[PyTree, PartitionSpec]:
     return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, state), PartitionSpec()
 
 
-class _Model(Protocol):
-    """What a step asks of a model of either library; this file knows no Flax."""
-
-    def run(self, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None) -> Pass:
-        """One forward pass."""
-        ...
-
-    def keep(self, before: PyTree, after: PyTree) -> PyTree:
-        """What is stored after a step, but the running statistics from before it."""
-
-    def merge(self, before: PyTree, after: PyTree, seen: PyTree) -> PyTree:
-        """What is stored after several micro-batches, given their last state; statistics and `seen` are stacked."""
-
-    def recalibrate(self, stats: PyTree, seen: PyTree) -> PyTree:
-        """What is stored, the running statistics replaced by those of all batches in `seen`, stacked."""
+def require_state(state: State, call: str) -> None:
+    """Raises TypeError unless this is a State."""
+    if not all(hasattr(state, name) for name in State._fields):
+        raise TypeError(f"`{call}` takes a `train.State` first; found {type(state).__name__}")
 
 
 def make_step(
-    model: _Model, tx: optax.GradientTransformation, micro_batches: int, statistics: str, sharding: BatchSharding
+    model: Model, tx: optax.GradientTransformation, micro_batches: int, statistics: str, sharding: BatchSharding
 ) -> Step:
     """The training step of a model of either library; `linen_step` and `nnx_step` say what the arguments are."""
     one_of("statistics", statistics, STATISTICS)
-    if micro_batches < 1:
+    if (parts := _whole(micro_batches)) < 1:
         raise ValueError(f"micro_batches is at least 1; found {micro_batches!r}")
-    gradient = jax.grad(functools.partial(_objective, model), has_aux=True)
+    model.check()
+    require_transformation(tx)
+    optimizer = optax.with_extra_args_support(tx)
 
     def step(state: State, batch: Batch, key: jax.Array | None = None) -> tuple[State, Metrics]:
+        require_state(state, "step(state, batch, key=None)")
+        model.check(state.params)
         batch = sharding.constrain_batch(batch)
-        if micro_batches == 1:
-            grads, (metrics, stats, _) = gradient(state.params, state.stats, batch, key)
-        else:
-            parts = jax.tree.map(functools.partial(_split, parts=micro_batches), batch)
-            grads, metrics, stats = _accumulate(model, gradient, state, sharding.constrain_batch(parts, 1), key)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        value, grads, metrics, stats, value_fn = _evaluated(model, parts, sharding, state, batch, key)
+        found = {"value": value, "grad": grads, "value_fn": value_fn}  # for those that ask: line searches, plateaus
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **found)
         params = optax.apply_updates(state.params, updates)
         stats = stats if statistics == "update" else model.keep(state.stats, stats)
         return sharding.constrain_state(State(state.step + 1, params, stats, opt_state)), metrics
@@ -121,62 +127,69 @@ def make_step(
     return sharding.with_auto_axes(step, _as_it_came)
 
 
-def _objective(
-    model: _Model, params: PyTree, stats: PyTree, batch: Batch, key: jax.Array | None
-) -> tuple[ArrayLike, Aside]:
-    """What is minimized, and what is found on the way."""
-    found = model.run(params, stats, batch, key)
-    if taken := {"loss", "penalty"} & set(found.metrics):
-        raise ValueError(f"the step itself reports {sorted(taken)}; give the metrics of `loss` other names")
-    metrics = {"loss": found.loss, "penalty": found.penalty, **found.metrics}
-    return found.loss + found.penalty, (metrics, found.stats, found.seen)
+def _whole(number: int) -> int:
+    """An integer, NumPy's too."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"micro_batches is a whole number of at least 1; found {number!r}") from None
 
 
-def _split(a: jax.Array, parts: int) -> jax.Array:
-    """The examples `[n ...]` as `[parts n/parts ...]`."""
-    if a.shape[0] % parts:
-        raise ValueError(f"a batch of {a.shape[0]} examples does not split into {parts} equal micro-batches")
-    # Strided: each device keeps its own examples, where contiguous parts would lie on some of the devices.
-    return a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+def require_transformation(tx: optax.GradientTransformation) -> None:
+    """Raises TypeError unless this has what an optax transformation has."""
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise TypeError(f"tx is an optax transformation, such as optax.sgd(0.1); found {type(tx).__name__}")
 
 
-def _accumulate(
-    model: _Model, gradient: Callable[..., tuple[PyTree, Aside]], state: State, parts: Batch, key: jax.Array | None
-) -> tuple[PyTree, Metrics, PyTree]:
-    """Mean gradients and metrics of the micro-batches `[count n/count ...]`, and what is stored after all of them."""
-    count = len(jax.tree.leaves(parts)[0])
+def _evaluated(
+    model: Model, parts: int, sharding: BatchSharding, state: State, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, PyTree, Metrics, PyTree, ValueOf]:
+    """What is minimized, its gradient, metrics, what is stored afterwards, and the minimized of other parameters."""
+    if parts > 1:
+        arrays, join = split(batch, parts)
+        whole = Split(sharding.constrain_batch(arrays, 1), join)
+        return *accumulate(model, state.params, state.stats, whole, key), functools.partial(
+            value_of, model, state.stats, whole, key
+        )
 
-    def one(carry: tuple[PyTree, PyTree], numbered: tuple[jax.Array, Batch]) -> tuple[PyTree, PyTree]:
-        (total, stats), (number, part) = carry, numbered
-        own_key = None if key is None else jax.random.fold_in(key, number)
-        grads, (metrics, after, seen) = gradient(state.params, stats, part, own_key)
-        # Random states go on; running statistics start every part from those before the step.
-        return (jax.tree.map(jnp.add, total, grads), model.keep(state.stats, after)), (metrics, after, seen)
+    def mean(params: PyTree) -> tuple[jax.Array, PyTree]:
+        value, found = objective(model, 1, params, state.stats, batch, key)
+        return value if found.weight is None else quotient(value, found.weight), found
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (grads, _), (metrics, after, seen) = lax.scan(one, (zeros, state.stats), (jnp.arange(count), parts))
-    grads, metrics = jax.tree.map(lambda g: g / count, grads), jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
-    return grads, metrics, model.merge(state.stats, after, seen)
+    (value, found), grads = jax.value_and_grad(mean, has_aux=True)(state.params)
+    return value, grads, settled(found.report), found.stats, lambda params: mean(params)[0]
 
 
-def make_evaluation(run: Callable[[State, Batch], tuple[ArrayLike, Metrics]], sharding: BatchSharding) -> Evaluation:
+def make_evaluation(
+    model: Model, run: Callable[[State, Batch, jax.Array | None], tuple[Value, Metrics]], sharding: BatchSharding
+) -> Evaluation:
     """The evaluation of a model of either library; a batch that does not divide is evaluated by each device."""
+    model.check()
 
-    def evaluate(state: State, batch: Batch) -> Metrics:
-        value, metrics = run(state, sharding.constrain_batch(batch) if sharding.divides(batch) else batch)
-        return {"loss": value, **metrics}
+    def evaluate(state: State, batch: Batch, key: jax.Array | None = None) -> Metrics:
+        require_state(state, "evaluate(state, batch, key=None)")
+        model.check(state.params)
+        value, metrics = run(state, sharding.constrain_batch(batch) if sharding.divides(batch) else batch, key)
+        return settled({"loss": value, **metrics})
 
     return sharding.with_auto_axes(evaluate, lambda state: PartitionSpec())
 
 
-def make_recalibration(model: _Model, sharding: BatchSharding) -> Recalibration:
+def make_recalibration(model: Model, sharding: BatchSharding) -> Recalibration:
     """The recalibration of a model of either library, which normalizes with the statistics of each batch meanwhile."""
+    model.check()
 
-    def recalibrate(state: State, data: Batch, order: jax.Array) -> State:
-        def one(_: None, rows: jax.Array) -> tuple[None, PyTree]:
-            return None, model.run(state.params, state.stats, sharding.batch_at(data, rows), None).seen
+    def recalibrate(state: State, data: Batch, order: ArrayLike, key: jax.Array | None = None) -> State:
+        require_state(state, "recalibrate(state, data, order, key=None)")
+        model.check(state.params)
+        data = sharding.held("recalibrate", data, order)
 
-        return state._replace(stats=model.recalibrate(state.stats, lax.scan(one, None, order)[1]))
+        def one(number: jax.Array, rows: jax.Array) -> tuple[jax.Array, PyTree]:
+            own_key = None if key is None else jax.random.fold_in(key, number)
+            return number + 1, model.run(state.params, state.stats, sharding.batch_at(data, rows), own_key).seen
+
+        seen = lax.scan(one, jnp.zeros((), jnp.int32), jnp.asarray(order))[1]
+        return state._replace(stats=model.recalibrate(state.stats, seen))
 
     return sharding.with_auto_axes(recalibrate, lambda state: _as_it_came(state)[0])
 
@@ -185,8 +198,10 @@ def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
     """Makes `run(state, data, order, key=None)` of a step: many steps under one `lax.scan`, the data on the device.
 
     It returns the last state and the metrics of every step, each `[steps, ...]`; data is a pytree of arrays, examples
-    along the first axis; order int32 indices `[steps, batch]`; step k gets the key `fold_in(key, state.step)`. The mesh
-    and its axis, or axes, that the examples are spread over are the step's own.
+    along the first axis; order int32 indices `[steps, batch]`, which are refused beyond the
+    data where they are known, outside of jit; step k gets the key `fold_in(key, state.step)`. The mesh
+    and its axis, or axes, that the examples are spread over are the step's own. Scalars, and what is marked
+    `train.Shared`, are given to every step whole.
 
     On many devices the data lie replicated (`place(data, mesh)`): each picks its part of a batch from its own copy; or
     sharded by examples (`shard(data, mesh)`), as processes that read their own part must have them: each holds its part
@@ -198,11 +213,15 @@ def epoch(step: Run, *, mesh: Mesh | None = None, axis: Axis = "data") -> Run:
     """
     sharding = BatchSharding(mesh, axis)
 
-    def run(state: State, data: Batch, order: jax.Array, key: jax.Array | None = None) -> tuple[State, Metrics]:
+    def run(state: State, data: Batch, order: ArrayLike, key: jax.Array | None = None) -> tuple[State, Metrics]:
+        data = sharding.held("epoch", data, order)
+
         def one(state: State, rows: jax.Array) -> tuple[State, Metrics]:
             own_key = None if key is None else jax.random.fold_in(key, state.step)
-            return step(state, sharding.batch_at(data, rows), own_key)
+            after, metrics = step(state, sharding.batch_at(data, rows), own_key)
+            require_alike(state, after, "an epoch")
+            return after, metrics
 
-        return lax.scan(one, state, order)
+        return lax.scan(one, state, jnp.asarray(order))
 
     return sharding.with_auto_axes(run, _as_it_came)

@@ -14,6 +14,7 @@ from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from normjax._paths import PyTree, path_parts
+from normjax.train._batch import check_order, examples, is_known, map_examples
 from normjax.train._metadata import annotated_spec, is_boxed, unboxed
 
 Axis = str | tuple[str, ...]
@@ -55,6 +56,7 @@ def shard(batch: Tree, mesh: Mesh, axis: Axis = "data") -> Tree:
 
     The examples lie along the first axis of the arrays of a pytree, and divide over the devices. With several processes
     each gives the examples of its own devices, in their order along the axis; the result is all of them, as one array.
+    Scalars, and what is marked `train.Shared`, are copied to all devices.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> shard(jnp.ones((4, 3)), mesh).sharding.spec
@@ -71,7 +73,7 @@ def shard(batch: Tree, mesh: Mesh, axis: Axis = "data") -> Tree:
             return jax.device_put(a, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(a))
 
-    return jax.tree.map(one, batch)
+    return map_examples(one, batch, lambda leaf: place(leaf, mesh))
 
 
 def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> PyTree:
@@ -79,8 +81,8 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
 
     A parameter lies as `specs` says, else as Flax's metadata says (`nn.with_partitioning`, nnx's `out_sharding`), else
     it is replicated. The optimizer's arrays lie as the parameter they belong to: the one that their path ends with, if
-    the shapes agree. Running statistics are small and replicated. A ValueError names an axis that the mesh lacks, an
-    array that does not divide, or specs without a parameter.
+    the shapes agree, but for axes in front (a history of updates), which are whole. Running statistics are small and
+    replicated. A ValueError names an axis that the mesh lacks, an array that does not divide, or specs without a parameter.
 
     Args:
       tree: a State of arrays or `jax.ShapeDtypeStruct`s; or any pytree, replicated but for Flax's metadata.
@@ -96,14 +98,19 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, specs: PyTree = None) -> 
     >>> found.params["w"].spec, found.opt_state["trace"]["w"].spec, found.step.spec
     (P(None, 'model'), P(None, 'model'), P())
     """
+    _require_mesh(mesh)
     given = {path_parts(path): unboxed(spec) for path, spec in _leaves(specs)}
     known = _specified(given, tree.params) if given else {}
+    sizes = {path_parts(path): jnp.shape(unboxed(leaf)) for path, leaf in _leaves(getattr(tree, "params", None))}
 
     def one(path: KeyPath, leaf: PyTree) -> PyTree:
         names, shape = path_parts(path), jnp.shape(unboxed(leaf))
-        tails = (known.get(names[k:]) for k in range(1, len(names)) if names[0] in ("params", "opt_state"))
-        spec = next((spec for found, spec in filter(None, tails) if found == shape), None)
-        spec = annotated_spec(leaf) if spec is None else spec
+        tails = [names[k:] for k in range(1, len(names)) if names[0] in ("params", "opt_state")]
+        ahead = next(
+            (len(shape) - len(sizes[t]) for t in tails if t in sizes and shape[-len(sizes[t]) :] == sizes[t]), 0
+        )
+        spec = next((known[tail][1] for tail in tails if tail in known and known[tail][0] == shape[ahead:]), None)
+        spec = PartitionSpec(*[None] * ahead, *(annotated_spec(leaf) if spec is None else spec))
         _check_spec(spec, shape, mesh, ".".join(names))
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
@@ -136,6 +143,7 @@ class BatchSharding(NamedTuple):
         """Over how many devices the examples are spread."""
         if self.mesh is None:
             return 1
+        _require_mesh(self.mesh)
         names = (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
         for name in names:
             if name not in self.mesh.shape:
@@ -144,7 +152,7 @@ class BatchSharding(NamedTuple):
 
     def divides(self, batch: PyTree) -> bool:
         """Whether the examples divide over the devices."""
-        return all(a.shape[0] % self.devices == 0 for a in jax.tree.leaves(batch))
+        return all(a.shape[0] % self.devices == 0 for a in examples(batch).values())
 
     def constrain_batch(self, batch: Tree, dim: int = 0) -> Tree:
         """The batch with its axis `dim` over the devices; how the other axes lie is left open."""
@@ -156,11 +164,22 @@ class BatchSharding(NamedTuple):
             spec = [self.axis if i == dim else PartitionSpec.UNCONSTRAINED for i in range(a.ndim)]
             return lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*spec)))
 
-        return jax.tree.map(one, batch)
+        return map_examples(one, batch)
+
+    def held(self, call: str, data: Tree, order: ArrayLike) -> Tree:
+        """The data as JAX's arrays; ValueError where the order does not fit them, or a mesh holds them that is unknown."""
+        check_order(order, data)
+        for name, a in examples(data).items():
+            here = jax.typeof(a).sharding
+            if self.mesh is None and AxisType.Explicit in here.mesh.axis_types and any(here.spec):
+                raise ValueError(
+                    f"data {name!r} lie as {here.spec} on a mesh: `{call}(..., mesh=mesh)` takes them there"
+                )
+        return map_examples(jnp.asarray, data)
 
     def batch_at(self, data: Tree, rows: jax.Array) -> Tree:
         """The batch of these rows of the data."""
-        return self.constrain_batch(jax.tree.map(lambda a: a[rows], data))
+        return self.constrain_batch(map_examples(lambda a: a[rows], data))
 
     def constrain_state(self, state: Tree) -> Tree:
         """The state where `place` put it."""
@@ -187,9 +206,12 @@ class BatchSharding(NamedTuple):
             here = jax.sharding.get_abstract_mesh()
             if not here.empty and AxisType.Explicit not in here.axis_types:  # an epoch has done it for its steps
                 return run(state, *args)
+            _check_placed(state, args)
             specs, structure = jax.tree.flatten(out(state), lambda spec: isinstance(spec, PartitionSpec))
             layout = structure.unflatten(NamedSharding(mesh, spec) for spec in specs)
-            return jax.sharding.auto_axes(run, out_sharding=layout)(state, *args)
+            found = jax.sharding.auto_axes(run, out_sharding=layout)(state, *args)
+            _check_traced((state, args))  # after what a step itself refuses
+            return found
 
         return cast(Function, outside)
 
@@ -197,6 +219,27 @@ class BatchSharding(NamedTuple):
 def _leaves(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
     """Paths and leaves; boxes and specs are leaves."""
     return jax.tree_util.tree_leaves_with_path(tree, lambda leaf: is_boxed(leaf) or isinstance(leaf, PartitionSpec))
+
+
+def _require_mesh(mesh: object) -> None:
+    """Raises TypeError unless this is a mesh."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh is a `jax.sharding.Mesh`, as `jax.make_mesh` makes it; found {type(mesh).__name__}")
+
+
+def _check_placed(state: PyTree, others: PyTree) -> None:
+    """Raises ValueError where what a step with Explicit axes is given lies on no mesh, as far as it is known."""
+    for what, tree, how in (("state", state, "place(state, mesh)"), ("batch", others, "shard(batch, mesh)")):
+        arrays = [a for a in jax.tree.leaves(tree) if isinstance(a, jax.Array) and is_known(a)]
+        if any(not isinstance(a.sharding, NamedSharding) for a in arrays):
+            raise ValueError(f"the {what} lies on one device, not on the mesh: `{how}` puts it there")
+
+
+def _check_traced(values: PyTree) -> None:
+    """Raises ValueError where nothing that a compiled step is given lies on the mesh."""
+    traced = [a for a in jax.tree.leaves(values) if not is_known(a)]
+    if traced and all(jax.typeof(a).sharding.mesh.empty for a in traced):
+        raise ValueError("neither state nor batch lies on the mesh: `place(state, mesh)` puts the state there")
 
 
 def _check_divides(length: int, devices: int, axis: Axis, what: str = "batch") -> None:
