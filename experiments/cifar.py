@@ -144,7 +144,7 @@ class Options(command.Options):
     rows: tuple[str, ...] = tuple(name for name, row in ROWS.items() if row.accuracy)
     seeds: int = 3
     dataset: str | None = None
-    """cifar10, cifar100 or digits; by default cifar10, and with --smoke digits, which need no files."""
+    """cifar10, cifar100 or digits; by default cifar10, and with --smoke and no --data-dir digits, which need no files."""
     scale: float = 1.0
     """Factor of all steps: 0.02 trains 1,600 instead of 80,000, and decays the learning rate 50 times as early."""
     lr: float | None = None
@@ -157,13 +157,14 @@ class Options(command.Options):
     @property
     def chosen(self) -> str:
         """The data set."""
-        return self.dataset or ("digits" if self.smoke else "cifar10")
+        return self.dataset or ("digits" if self.smoke and self.data_dir is None else "cifar10")
 
     def check(self) -> None:
         """Exits with code 2 where a value is wrong by itself."""
         cli.pick(self.chosen, DATASETS, "data set")
         cli.pick(self.border, ("zero", "truncate"), "border")
         command.positive(self, "seeds", "scale", *command.given(self, "lr"))
+        command.needless(self.chosen, self.data_dir)
 
 
 Job = experiment.Job[Options, data.Dataset]
@@ -296,7 +297,7 @@ def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) 
     histograms = classify.histograms(job.folder, list(rows), lambda name: build(job, configs[name]), batch)
     values = {
         "dataset": config["dataset"],
-        "settings": report.settings(config, "scale", "seeds", "batch_size", "border"),
+        "settings": f"{report.settings(config, 'scale', 'batch_size', 'border')}, {report.seeds(rows)}",
         "scale": config["scale"],
         "shrunk": config["scale"] != 1,
         "results": results,

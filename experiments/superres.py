@@ -300,7 +300,7 @@ def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) 
     columns = tables.NORMALIZERS | tables.config({"learning rate": "lr"})
     columns |= {f"PSNR on {watched}, last 5 evaluations": late}
     values = {
-        "settings": report.settings(vars(config), "zoom", "train", "seeds", "steps", "images", "patches"),
+        "settings": f"{report.settings(vars(config), 'zoom', 'train', 'steps', 'images', 'patches')}, {report.seeds(rows)}",
         "summary": results,
         "compared": compared,
         "zoom": config.zoom,

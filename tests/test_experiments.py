@@ -174,6 +174,7 @@ def test_misspelt_option_names_the_closest(capsys, tmp_path):
 def test_results_are_neither_lost_nor_mixed(capsys, tmp_path):
     folder = tmp_path / "compare" / "batch-star"
     runs.create([folder / "seed-0"], compare.configure("batch*", compare.Options(steps=20)), {})
+    runs.append(folder / "seed-0" / "metrics.jsonl", [{"step": 0}, {"step": 1}])
     out = ["--out", str(tmp_path), "--steps"]
     assert refused(capsys, compare.main, *out, "20", "--rows", "batch-star") == (
         f"error: {folder} already holds a run; --resume continues or keeps it, --overwrite deletes it first, "
@@ -185,7 +186,7 @@ def test_results_are_neither_lost_nor_mixed(capsys, tmp_path):
     )
     assert refused(capsys, compare.main, *out, "30", "--lr", "0.1", "--rows", "batch-star", "--resume") == differs
     assert refused(capsys, compare.main, *out, "30", "--lr", "0.1", "--rows", "layer") == differs
-    assert [p.name for p in folder.rglob("*")] == ["seed-0", "config.json"]
+    assert sorted(p.name for p in folder.rglob("*")) == ["config.json", "metrics.jsonl", "seed-0"]
 
 
 # --- the shared parts -----------------------------------------------------------------------------
