@@ -6,7 +6,7 @@ a batch may be spread over devices), with what is wrong with them in `check`.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -208,7 +208,9 @@ def _delete(
     folders.clear(experiment, configs, rows)
 
 
-def each(rows: Sequence[str], steps: Mapping[str, int]) -> Iterator[tuple[str, Callable[[int, str], None]]]:
+def each(
+    rows: Sequence[str], steps: Mapping[str, int]
+) -> Generator[tuple[str, Callable[[int, str], None]], None, None]:
     """Goes through the rows under one bar of steps; yields a row and `show(step, text)`, which moves the bar.
 
     >>> [name for name, show in each(["bn", "bn*"], {"bn": 3, "bn*": 3})]

@@ -122,8 +122,9 @@ def run(experiment: Experiment[O, D, C], argv: Sequence[str] | None = None) -> N
         with cli.together():
             rows, configs, job = _prepare(experiment, options, mesh, locked)
         environment = machine.environment(1 if mesh is None else mesh.size, said)
-        for row, show in command.each(rows, {row: config.steps for row, config in configs.items()}):
-            with _refused(f"cannot write to {job.folder}: "):
+        bar = command.each(rows, {row: config.steps for row, config in configs.items()})
+        with _refused(f"cannot write to {job.folder}: "), contextlib.closing(bar):  # what is said stands below the bar
+            for row, show in bar:
                 _train(job, experiment.train(job, configs[row]), row, configs[row], environment, show)
         with cli.together(), _refused(f"the report in {job.folder} was not written, --resume writes it: "):
             if jax.process_index() == 0:

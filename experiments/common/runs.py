@@ -19,12 +19,15 @@ Where several processes train together, process 0 alone calls what is here.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +97,10 @@ def read(path: Path) -> list[Line]:
     """
     try:
         whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise unreadable(path, "it is not text") from error
+    except OSError as error:
+        raise unreadable(path, error.strerror) from error
     lines: list[Line] = []
     for k, text in enumerate(whole.split("\n") if whole else (), 1):
         try:
@@ -214,7 +219,7 @@ def commit(folders: Sequence[Path], step: int, lines: Sequence[Sequence[Line]], 
     try:
         for folder, added in zip(folders, lines, strict=True):
             append(folder / "metrics.jsonl", added)
-        with _checkpointer() as checkpointer:
+        with _quiet(), _checkpointer() as checkpointer:
             for k, folder in enumerate(folders):
                 state = jax.tree.map(lambda a, k=k: a[k], states)
                 checkpointer.save((folder / "checkpoint" / str(step)).absolute(), state)
@@ -295,10 +300,10 @@ def _load(folder: Path, step: int, target: Any) -> Any:
     """A checkpoint, whole and of this structure, or a RunError."""
     path = folder / "checkpoint" / str(step)
     try:
-        with _checkpointer() as checkpointer:
+        with _quiet(), _checkpointer() as checkpointer:
             return checkpointer.restore(path.absolute(), target)
     except Exception as error:  # Orbax and its file formats have many
-        raise unreadable(path, f"it is damaged or of another program ({_reason(error)})") from error
+        raise unreadable(path, "it is damaged, or was written by another version of the experiment") from error
 
 
 def _require_metrics(path: Path, step: int) -> None:
@@ -323,6 +328,26 @@ def _checkpointer() -> ocp.StandardCheckpointer:
     """Orbax without its waiting for other processes, which do not call it."""
     alone = {"active_processes": {0}, "barrier_sync_key_prefix": "process-0"} if jax.process_count() > 1 else {}
     return ocp.StandardCheckpointer(multiprocessing_options=ocp.options.MultiprocessingOptions(**alone))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves the word to our own error, where Orbax logs a traceback and another arrives after its event loop is gone."""
+    logger, hook = logging.getLogger("absl"), sys.excepthook
+
+    def without_the_loop(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if str(error) != "Event loop is closed":
+            hook(kind, error, trace)
+
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    except Exception:
+        sys.excepthook = without_the_loop
+        raise
+    finally:
+        logger.setLevel(level)
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

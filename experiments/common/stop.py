@@ -17,8 +17,6 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 GRACE = 8.0  # seconds; container runtimes kill 10 seconds after SIGTERM
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -31,7 +29,7 @@ class _Watch:
         self.came = 0  # the first signal
         self.row: str | None = None  # in training; None elsewhere, where nothing waits to be committed
         self.step = -1  # the last one committed
-        self.over = False
+        self.over = ""  # the last sentence, once the main thread leaves by itself
         self.files = threading.RLock()  # held while a commit is written
         self.timer: threading.Timer | None = None
 
@@ -101,6 +99,8 @@ def handled() -> Iterator[None]:
         if watch.timer is not None:
             watch.timer.cancel()
         _watch = before
+        if watch.over:
+            print(watch.over, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -127,10 +127,9 @@ def writing(step: int) -> Iterator[None]:
 
 
 def reached() -> None:
-    """Leaves with one sentence and the signal's exit code if a signal came."""
+    """Leaves with the signal's exit code, and one sentence at the end, if a signal came."""
     watch = _watch
     with watch.files:
         if watch.came:
-            watch.over = True
-            tqdm.write(watch.sentence(), file=sys.stderr)
+            watch.over = watch.sentence()
             raise SystemExit(128 + watch.came)
