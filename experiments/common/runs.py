@@ -19,21 +19,19 @@ Where several processes train together, process 0 alone calls what is here.
 """
 
 import collections
-import contextlib
 import dataclasses
 import json
-import logging
 import math
 import os
 import shutil
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+
+from experiments.common import orbax
 
 Line = dict[str, Any]
 LOCK = "lock"
@@ -219,17 +217,15 @@ def commit(folders: Sequence[Path], step: int, lines: Sequence[Sequence[Line]], 
     try:
         for folder, added in zip(folders, lines, strict=True):
             append(folder / "metrics.jsonl", added)
-        with _quiet(), _checkpointer() as checkpointer:
+        with orbax.saving() as save:
             for k, folder in enumerate(folders):
-                state = jax.tree.map(lambda a, k=k: a[k], states)
-                checkpointer.save((folder / "checkpoint" / str(step)).absolute(), state)
-                checkpointer.wait_until_finished()
+                save(folder / "checkpoint" / str(step), jax.tree.map(lambda a, k=k: a[k], states))
         for folder in folders:
             _remove_checkpoints(folder, except_step=step)
     except Exception as error:  # Orbax has many for a full disk
         raise RunError(
-            f"{folder} cannot take step {step}: {_reason(error)}; what was committed before is whole, and --resume goes on "
-            "there once it can be written"
+            f"{folder} cannot take step {step}: {orbax.reason(error)}; what was committed before is whole, and --resume "
+            "goes on there once it can be written"
         ) from error
 
 
@@ -300,8 +296,7 @@ def _load(folder: Path, step: int, target: Any) -> Any:
     """A checkpoint, whole and of this structure, or a RunError."""
     path = folder / "checkpoint" / str(step)
     try:
-        with _quiet(), _checkpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), target)
+        return orbax.restore(path, target)
     except Exception as error:  # Orbax and its file formats have many
         raise unreadable(path, "it is damaged, or was written by another version of the experiment") from error
 
@@ -314,40 +309,6 @@ def _require_metrics(path: Path, step: int) -> None:
         raise unreadable(path, f"it {ends}, and the checkpoint is of step {step}")
     if lines[-1]["step"] - lines[0]["step"] != len(lines) - 1 and lines[0]["step"] == 0:
         raise unreadable(path, f"it has {len(lines)} lines for the steps 0 to {step}")
-
-
-def _reason(error: BaseException) -> str:
-    """What is at the bottom of an error, in a few words."""
-    while (below := error.__cause__ or error.__context__) is not None:
-        error = below
-    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-    return text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}"
-
-
-def _checkpointer() -> ocp.StandardCheckpointer:
-    """Orbax without its waiting for other processes, which do not call it."""
-    alone = {"active_processes": {0}, "barrier_sync_key_prefix": "process-0"} if jax.process_count() > 1 else {}
-    return ocp.StandardCheckpointer(multiprocessing_options=ocp.options.MultiprocessingOptions(**alone))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves the word to our own error, where Orbax logs a traceback and another arrives after its event loop is gone."""
-    logger, hook = logging.getLogger("absl"), sys.excepthook
-
-    def without_the_loop(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if str(error) != "Event loop is closed":
-            hook(kind, error, trace)
-
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    except Exception:
-        sys.excepthook = without_the_loop
-        raise
-    finally:
-        logger.setLevel(level)
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

@@ -149,6 +149,21 @@ def verdict(mean: float, std: float) -> str:
     return "more" if abs(mean) > std else "not more"
 
 
+def answer(mean: float, std: float, lower: bool = False) -> str:
+    """What seeds answer to the claim that a is better than b, from the mean of a - b over them and its spread.
+
+    >>> answer(2.0, 0.5), answer(2.0, 0.5, lower=True)
+    ('yes, by more than the spread over seeds', 'no, the opposite by more than the spread over seeds')
+    >>> answer(0.5, 2.0), answer(2.0, math.nan)
+    ('not told apart: within the spread over seeds', 'one seed, so not known')
+    """
+    if (beside := verdict(mean, std)) == "one seed":
+        return "one seed, so not known"
+    if beside == "not more":
+        return "not told apart: within the spread over seeds"
+    return f"{'yes,' if (mean < 0) == lower else 'no, the opposite'} by more than the spread over seeds"
+
+
 def compared(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tuple[str, str]]) -> str:
     """A sentence: the difference of each pair (a, b) that was run, paired over seeds, and what it is beside its spread."""
     said = []
