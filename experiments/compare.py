@@ -89,6 +89,8 @@ ROWS = PLAIN | {
 }
 # fmt: on
 ACCURACY = tables.Metric("test_accuracy", "accuracy, in per cent", factor=100, digits=2)
+CORRELATION = tables.Metric("test_correlation", "correlation between first-layer units", digits=3, lower=True)
+STARRED = (ACCURACY, CORRELATION)  # what is said of each starred row beside its plain one
 HELD_OUT_BATCH = 200  # images over whose positions units are correlated
 
 
@@ -111,6 +113,7 @@ class Options(command.ManyDevices):
         """Exits with code 2 where a value is wrong by itself."""
         cli.pick(self.dataset, data.DATASETS, "data set")
         command.positive(self, "seeds", "steps", "lr", "batch_size")
+        command.needless(self.dataset, self.data_dir)
 
     def connect(self) -> Mesh | None:
         """Lays out the devices, over which a batch has to divide."""
@@ -148,7 +151,11 @@ def configure(row: str, options: Options, _: None = None) -> Config:
 
 def load(options: Options, _: None) -> data.Dataset:
     """The data set; of several processes, this one's part."""
-    return data.load(options.dataset, options.data_dir, (jax.process_index(), jax.process_count()))
+    loaded = data.load(options.dataset, options.data_dir, (jax.process_index(), jax.process_count()))
+    batch = configure("none", options).batch_size
+    if batch > loaded.examples:
+        raise data.DataError(f"--batch-size {batch}: a batch of more examples than the {loaded.examples:,} to train on")
+    return loaded
 
 
 def build(job: Job, config: Config) -> classify.Classifier:
@@ -199,13 +206,15 @@ def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) 
     test = classify.first(job.data.test, config.examples)
     held_out, smooth = len(test["label"]), config.evaluate_every
     summary = tables.each(rows, COLUMNS, code=False)
-    differences = f"{tables.exceeding(rows, ACCURACY)}\n\n{compare_correlations(rows)}"
+    stars = tuple(classify.stars(list(rows)).items())
+    said = (tables.exceeding(rows, ACCURACY), *(tables.compared(rows, metric, stars) for metric in STARRED))
+    differences = "\n\n".join(filter(None, said))
     metrics = {"test_accuracy": "held-out accuracy", "loss": "training loss (log)"}
     batch = classify.first(test, HELD_OUT_BATCH)
     histograms = classify.histograms(job.folder, list(rows), lambda name: build(job, configs[name]), batch)
     drawn = {"curves": report.curves(rows, metrics, style, smooth), "response": pictures.draw_responses()}
     values = {
-        "settings": report.settings(vars(config), "dataset", "seeds", "steps", "batch_size", "lr"),
+        "settings": f"{report.settings(vars(config), 'dataset', 'steps', 'batch_size', 'lr')}, {report.seeds(rows)}",
         "summary": summary,
         "differences": differences,
         "all_differences": tables.differences(rows, ACCURACY),
@@ -226,17 +235,6 @@ COLUMNS: dict[str, tables.Column] = {
     "at random weights": tables.shown("test_correlation", 3, when="first"),
     "seconds": tables.seconds(1),
 }
-
-
-def compare_correlations(rows: Mapping[str, report.Row]) -> str:
-    """Says what the star did to the correlation between units, paired over seeds."""
-    said = []
-    for star, plain in classify.stars(list(rows)).items():
-        a, b = (rows[name].last("test_correlation") for name in (star, plain))
-        mean, std = report.difference(a, b)
-        verdict = "more" if abs(mean) > std else "not more"
-        said.append(f"{star} - {plain}: {mean:+.3f} +- {std:.3f}, {verdict} than its spread")
-    return f"Correlation between first-layer units, paired over seeds: {'; '.join(said)}." if said else ""
 
 
 def style(name: str) -> dict:

@@ -12,8 +12,7 @@ works: 9-5-5 convolutions that see no border, truncated normal weights of 1e-3, 
 square as the loss. dn* centres over 5 x 5 and divides over 7 x 7 positions, sigma 1, alpha 0.1, no scale or bias; sigma
 and alpha are the published values, which may have been chosen on the test sets. Rows dn (5 x 5 both) and dn-ms are ours.
 As in the published code, the penalty is left out of the loss, and windows count zeros past the border; --penalty paper
-adds it (at our rate dn* then diverges within 700 steps: it needs a smaller --lr), and --border truncate has windows
-end at the border.
+adds it (dn* then needs a smaller --lr than ours), and --border truncate has windows end at the border.
 
 Chosen here: how long to train (the published code never stops), the sigma of bn (0.01, as in the paper's experiment 1),
 a batch of one patch of 33 x 33 from each of ten images (of all, if there are fewer) where the published code draws 100 of
@@ -300,7 +299,7 @@ def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) 
     columns = tables.NORMALIZERS | tables.config({"learning rate": "lr"})
     columns |= {f"PSNR on {watched}, last 5 evaluations": late}
     values = {
-        "settings": report.settings(vars(config), "zoom", "train", "seeds", "steps", "images", "patches"),
+        "settings": f"{report.settings(vars(config), 'zoom', 'train', 'steps', 'images', 'patches')}, {report.seeds(rows)}",
         "summary": results,
         "compared": compared,
         "zoom": config.zoom,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from experiments import compare
-from experiments.common import loop, pictures, report, runs
+from experiments.common import loop, pictures, report, runs, tables
 from experiments.networks import layers
 from experiments.networks.conv import Conv
 from tests import toy
-from tests.commands import command, contents, kill, refused
+from tests.commands import ROOT, command, contents, kill, refused
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_smoke_run_leaves_configurations_metrics_and_checkpoints(smoke):
             assert all((line["penalty"] > 0) == ("*" in name) for line in lines[1:])
             assert any("kernel" in name for name in arrays)
     assert sorted(p.name for p in (folder / "runs" / "compare-smoke").iterdir() if p.is_file()) == [
-        "curves.png", "histograms.png", "report.html", "report.md", "response.png"
+        "curves.png", "histograms.png", "metrics.csv", "report.html", "report.md", "response.png"
     ]  # fmt: skip
 
 
@@ -174,6 +174,7 @@ def test_misspelt_option_names_the_closest(capsys, tmp_path):
 def test_results_are_neither_lost_nor_mixed(capsys, tmp_path):
     folder = tmp_path / "compare" / "batch-star"
     runs.create([folder / "seed-0"], compare.configure("batch*", compare.Options(steps=20)), {})
+    runs.append(folder / "seed-0" / "metrics.jsonl", [{"step": 0}, {"step": 1}])
     out = ["--out", str(tmp_path), "--steps"]
     assert refused(capsys, compare.main, *out, "20", "--rows", "batch-star") == (
         f"error: {folder} already holds a run; --resume continues or keeps it, --overwrite deletes it first, "
@@ -185,7 +186,7 @@ def test_results_are_neither_lost_nor_mixed(capsys, tmp_path):
     )
     assert refused(capsys, compare.main, *out, "30", "--lr", "0.1", "--rows", "batch-star", "--resume") == differs
     assert refused(capsys, compare.main, *out, "30", "--lr", "0.1", "--rows", "layer") == differs
-    assert [p.name for p in folder.rglob("*")] == ["seed-0", "config.json"]
+    assert sorted(p.name for p in folder.rglob("*")) == ["config.json", "metrics.jsonl", "seed-0"]
 
 
 # --- the shared parts -----------------------------------------------------------------------------
@@ -318,3 +319,67 @@ def test_curves_of_rows_that_all_diverged_are_drawn():
     lines = [{"step": k, "loss": None} for k in range(1, 9)]
     figure = report.curves({"bn": report.Row({}, {}, [lines])}, {"loss": "training loss (log)"}, lambda name: {}, 2)
     assert figure.axes[0].get_yscale() == "linear"
+
+
+# --- what the documents say of the reports -------------------------------------------------------
+
+EXPERIMENTS = ROOT / "experiments"
+LESS_IS_BETTER = ("correlation", "mutual information", "test perplexity")
+
+
+def differences(page: str) -> dict[tuple[str, str, str], str]:
+    """Each difference of a report's tables of pairs, by metric and rows."""
+    found, metric = {}, ""
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        metric = cells[2] if line.startswith("| pair ") else metric
+        if pair := re.match(r"\| `(.+)` - `(.+)` +\|", line):
+            found[metric, *pair.groups()] = cells[2]
+    return found
+
+
+def test_each_answer_to_a_claim_follows_from_the_report_that_it_links():
+    row = r"^\| (.+) \| \[.+\]\((.+)\): (.+) \| `(.+)` - `(.+)` \| (.+) \| (.+) \|$"
+    lines = re.findall(row, (EXPERIMENTS / "README.md").read_text(), re.M)
+    assert len(lines) == 18
+    for claim, link, metric, better, worse, shown, answer in lines:
+        of = differences((EXPERIMENTS / link).read_text())
+        assert [
+            text for (title, *pair), text in of.items() if title.startswith(metric) and pair == [better, worse]
+        ] == [shown]
+        mean, _, std = shown.partition(" +- ")
+        lower = metric in LESS_IS_BETTER or claim == "BN ruins super-resolution"
+        assert answer == tables.answer(float(mean), float(std or "nan"), lower)
+
+
+def test_numbers_in_the_prose_stand_in_the_report_linked_before_them():
+    checked = 0
+    for section in (EXPERIMENTS / "README.md").read_text().split("\n### ")[1:]:
+        (link,) = re.findall(r"\]\((results/.+report\.md)\)", section)
+        lines = [line for line in section.partition("\n## ")[0].splitlines() if not line.startswith(("|", "    "))]
+        numbers = re.findall(r"(?<![\w.])\d+\.\d+", re.sub(r"`[^`]*`", "", "\n".join(lines)))
+        said = (EXPERIMENTS / link).read_text()
+        assert [number for number in numbers if number not in said] == []
+        checked += len(numbers)
+    assert checked > 20
+
+
+def test_readme_shows_the_committed_report_of_the_main_job():
+    page = (EXPERIMENTS / "results" / "compare" / "report.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    first = page.partition("Mean +-")[0]
+    rows = re.findall(r"^\| ([\w*]+) +\| +([\d. +-]+) \| +([\d. +-]+) \| +([\d. +-]+) \|", first, re.M)
+    assert [name for name, *_ in rows] == list(compare.ROWS)
+    for row in rows:
+        assert f"| {' | '.join(cell.strip() for cell in row)} |" in readme
+    for start in (
+        "Accuracy, in per cent, paired over seeds",
+        "Correlation between first-layer units, paired over seeds",
+    ):
+        (sentence,) = re.findall(rf"^({start}: .*)$", page, re.M)
+        assert sentence.replace("*", "\\*") in readme.replace("\n> ", " ")
+    facts = re.search(r"cpu (?!cpu)([^,]+), cores (\d+)", page)
+    assert facts is not None
+    assert f"{facts[1]}, {facts[2]} cores" in readme
+    picture = EXPERIMENTS / "results" / "compare" / "histograms.png"
+    assert picture.read_bytes() == (ROOT / "docs" / "histograms.png").read_bytes()

@@ -4,9 +4,10 @@
 a batch may be spread over devices), with what is wrong with them in `check`.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +16,7 @@ import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import cli, data, runs
+from experiments.common import cli, data, folders, locks, runs
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Any)
@@ -28,7 +29,7 @@ class Options:
     rows: tuple[str, ...]
     """Rows to train; a * may be written -star."""
     seeds: int = 5
-    """How many seeds."""
+    """How many seeds; with --resume more than there are trains those that are missing."""
     data_dir: str | None = None
     """Folder of the publisher's archives or files."""
     out: Path = Path("runs")
@@ -36,7 +37,8 @@ class Options:
     smoke: bool = False
     """Try everything out: a few steps, few examples; replaces an earlier try."""
     resume: bool = False
-    """Go on where a killed run stopped; keep rows that are complete."""
+    """Go on where a killed run stopped; keep rows and seeds that are complete. No other option than --rows and --seeds
+    may differ, as a schedule depends on its length: what has others goes to another --out."""
     overwrite: bool = False
     """Delete what the chosen rows hold so far."""
     show: Annotated[bool, tyro.conf.arg(name="list")] = False
@@ -94,6 +96,21 @@ def positive(options: Any, *names: str) -> None:
             cli.fail(f"--{name.replace('_', '-')} is a positive number; found {getattr(options, name)}")
 
 
+def folders_named(options: Any) -> None:
+    """Exits with code 2 where an option that names folders is empty."""
+    for field in fields(options):
+        if field.name.endswith("_dir"):
+            value = getattr(options, field.name)
+            if any(not str(path).strip() for path in ([value] if isinstance(value, str) else value or ())):
+                cli.fail(f"--{field.name.replace('_', '-')} names a folder; found {value!r}")
+
+
+def needless(dataset: str, data_dir: str | None) -> None:
+    """Exits with code 2 where a folder is given for the digits, which are read from none."""
+    if dataset == "digits" and data_dir is not None:
+        cli.fail(f"--data-dir {data_dir}: digits are read from no folder; leave it out, or choose another --dataset")
+
+
 def given(options: Any, *names: str) -> list[str]:
     """Those of these options that the command line gave a value; the others are None."""
     return [name for name in names if getattr(options, name) is not None]
@@ -120,9 +137,14 @@ def folder(options: Options, name: str) -> Path:
 
 
 def begin(
-    options: Options, experiment: Path, configs: Mapping[str, Any], rows: Sequence[str], load: Callable[[], T]
+    options: Options,
+    experiment: Path,
+    configs: Mapping[str, Any],
+    rows: Sequence[str],
+    load: Callable[[], T],
+    locked: contextlib.ExitStack,
 ) -> T:
-    """Refuses what cannot be done, reads the data, then makes the folder: in this order, so that nothing is lost.
+    """Refuses what cannot be done, reads the data, then locks and makes the folder: in this order, so that nothing is lost.
 
     Args:
       options: the command line.
@@ -130,24 +152,32 @@ def begin(
       configs: the configuration of every row that may lie there, under the options of this command.
       rows: those to be trained now.
       load: reads the data.
+      locked: takes the locks of all that is trained or deleted.
 
     Returns:
-      What `load` returned. Exits with code 2 and a message where the folder holds what does not fit, where the data are
-      not there or damaged, or where nothing can be written.
+      What `load` returned. Exits with code 2 and a message where the folder holds what does not fit or is in use by another
+      process, where the data are not there or damaged, or where nothing can be written.
     """
     if options.resume and options.overwrite:
         cli.fail("--resume keeps results and --overwrite deletes them: choose one")
-    if options.smoke and not options.resume:
-        staying, deleted = {}, [experiment]
-    elif options.overwrite:
-        staying = {name: config for name, config in configs.items() if name not in rows}
-        deleted = [runs.row_folder(experiment, name) for name in rows]
-    else:
-        staying, deleted = configs, []
+    deleted: Sequence[str] = rows if options.overwrite else ()
+    staying = {name: config for name, config in configs.items() if name not in deleted}
+    if fresh := options.smoke and not options.resume:
+        staying = {}
+
+    def touched() -> list[Path]:
+        chosen = {runs.row_folder(experiment, name) for name in rows}
+        return sorted(chosen | ({path for path in experiment.glob("*") if path.is_dir()} if fresh else set()))
+
+    def check() -> None:
+        for path in touched():
+            locks.refuse(path)
+        folders.check(experiment, staying, rows, options.resume)
+
     writes = jax.process_index() == 0
     try:
         if writes:
-            runs.check(experiment, staying, rows, options.resume)
+            check()
         loaded = load()
     except (runs.RunError, data.DataError) as error:
         cli.fail(str(error))
@@ -155,15 +185,32 @@ def begin(
         cli.fail(f"cannot read or prepare the data in {options.data_dir or data.DEFAULT_DATA_DIR}: {error}")
     try:
         if writes:
-            for path in deleted:
-                runs.remove(path)
-            experiment.mkdir(parents=True, exist_ok=True)
+            for path in touched():
+                locked.enter_context(locks.held(path))
+            folders.check(experiment, staying, rows, options.resume)  # another command may have ended meanwhile
+            _delete(experiment, rows, deleted, configs, touched() if fresh else [])
+    except runs.RunError as error:
+        cli.fail(str(error))
     except OSError as error:
         cli.fail(f"cannot write to {experiment}: {error}")
     return loaded
 
 
-def each(rows: Sequence[str], steps: Mapping[str, int]) -> Iterator[tuple[str, Callable[[int, str], None]]]:
+def _delete(
+    experiment: Path, rows: Sequence[str], deleted: Sequence[str], configs: Mapping[str, Any], tried: Sequence[Path]
+) -> None:
+    """Deletes what an earlier try left, the rows to be overwritten, and what the others have without results."""
+    for path in [*tried, *(runs.row_folder(experiment, name) for name in deleted)]:
+        runs.remove(path)
+    for path in experiment.glob("*") if tried else ():
+        if path.is_file() and path.name != runs.LOCK:
+            path.unlink()
+    folders.clear(experiment, configs, rows)
+
+
+def each(
+    rows: Sequence[str], steps: Mapping[str, int]
+) -> Generator[tuple[str, Callable[[int, str], None]], None, None]:
     """Goes through the rows under one bar of steps; yields a row and `show(step, text)`, which moves the bar.
 
     >>> [name for name, show in each(["bn", "bn*"], {"bn": 3, "bn*": 3})]

@@ -10,6 +10,8 @@ folders runs/<name>/<row>/seed-<k>/, resumes what a kill left, trains under one 
 """
 
 import contextlib
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +20,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from experiments.common import cli, command, data, loop, report, runs
+from experiments.common import cli, command, data, folders, locks, loop, machine, report, runs, stop
 
 
 class Config(Protocol):
@@ -106,6 +109,7 @@ def run(experiment: Experiment[O, D, C], argv: Sequence[str] | None = None) -> N
     """
     prog = f"python -m experiments.{experiment.name}"
     options = cli.parse(experiment.options, argv, prog=prog, description=experiment.description)
+    command.folders_named(options)
     if options.only_prints:
         options.check()
         with _refused():
@@ -113,21 +117,31 @@ def run(experiment: Experiment[O, D, C], argv: Sequence[str] | None = None) -> N
         return
     start = time.perf_counter()
     mesh = options.connect()
-    with cli.together():
-        rows, configs, job = _prepare(experiment, options, mesh)
-    environment = runs.environment(1 if mesh is None else mesh.size)
-    for row, show in command.each(rows, {row: config.steps for row, config in configs.items()}):
-        _train(job, experiment.train(job, configs[row]), row, configs[row], environment, show)
-    with cli.together():
-        if jax.process_index() == 0:
-            complete = report.read_rows(job.folder, list(configs))
-            text = experiment.text or report.TEXTS / f"{experiment.name}.md"
-            report.publish(job.folder, text, experiment.report(job, configs, complete), complete)
-            print(f"The whole job took {time.perf_counter() - start:.0f} seconds.")
+    said = shlex.join([*prog.split(), *(sys.argv[1:] if argv is None else argv)])
+    with stop.handled(), contextlib.ExitStack() as locked:
+        with cli.together():
+            rows, configs, job = _prepare(experiment, options, mesh, locked)
+        environment = machine.environment(1 if mesh is None else mesh.size, said)
+        bar = command.each(rows, {row: config.steps for row, config in configs.items()})
+        with _refused(f"cannot write to {job.folder}: "), contextlib.closing(bar):  # what is said stands below the bar
+            for row, show in bar:
+                _train(job, experiment.train(job, configs[row]), row, configs[row], environment, show)
+        with cli.together(), _refused(f"the report in {job.folder} was not written, --resume writes it: "):
+            if jax.process_index() == 0:
+                _report(experiment, job, configs)
+                print(f"The whole job took {time.perf_counter() - start:.0f} seconds.")
+
+
+def _report(experiment: Experiment[O, D, C], job: Job[O, D], configs: dict[str, C]) -> None:
+    """Reports on all rows that are complete; of two commands that end at once, the second waits and reports on both."""
+    with locks.held(job.folder, wait=True):
+        complete = report.read_rows(job.folder, list(configs))
+        text = experiment.text or report.TEXTS / f"{experiment.name}.md"
+        report.publish(job.folder, text, experiment.report(job, configs, complete), complete)
 
 
 def _prepare(
-    experiment: Experiment[O, D, C], options: O, mesh: Mesh | None
+    experiment: Experiment[O, D, C], options: O, mesh: Mesh | None, locked: contextlib.ExitStack
 ) -> tuple[list[str], dict[str, C], Job[O, D]]:
     """Refuses what cannot be done, reads the data, and makes the folder: rows, configurations of all, what they share."""
     rows = command.rows_of(options, experiment.rows)
@@ -137,7 +151,7 @@ def _prepare(
         configs = {row: experiment.configure(row, options, source) for row in experiment.rows}
     name = experiment.name if experiment.folder is None else experiment.folder(options)
     folder = command.folder(options, name)
-    loaded = command.begin(options, folder, configs, rows, lambda: experiment.load(options, source))
+    loaded = command.begin(options, folder, configs, rows, lambda: experiment.load(options, source), locked)
     return rows, configs, Job(options, folder, loaded, mesh)
 
 
@@ -145,25 +159,29 @@ def _train(
     job: Job, task: loop.Task, row: str, config: Config, environment: dict, show: Callable[[int, str], None]
 ) -> None:
     """Trains all seeds of one row, from where its folders say that it stopped."""
-    folders = runs.seed_folders(job.folder, row, config.seeds)
+    paths = runs.seed_folders(job.folder, row, config.seeds)
     with cli.together():
         if jax.process_index() == 0:
-            runs.create(folders, config, environment)
-    loop.train(
-        folders,
-        task,
-        steps=config.steps,
-        evaluate_every=config.evaluate_every,
-        mesh=job.mesh,
-        on_chunk=lambda step, evaluation: show(step, task.say(evaluation)),
-    )
-    task.finish(folders, show)
+            for sentence in folders.prepare(paths, config, environment):
+                tqdm.write(sentence, file=sys.stderr)
+    with stop.training(row):
+        loop.train(
+            paths,
+            task,
+            steps=config.steps,
+            evaluate_every=config.evaluate_every,
+            mesh=job.mesh,
+            on_chunk=lambda step, evaluation: show(step, task.say(evaluation)),
+        )
+    task.finish(paths, show)
 
 
 @contextlib.contextmanager
-def _refused() -> Iterator[None]:
-    """Data that are not there or damaged end the command with their message and exit code 2."""
+def _refused(what: str = "") -> Iterator[None]:
+    """Data or runs that are not there or damaged, or cannot be written, end the command with a message and exit code 2."""
     try:
         yield
-    except (data.DataError, OSError) as error:
+    except (data.DataError, runs.RunError) as error:
         cli.fail(str(error))
+    except OSError as error:
+        cli.fail(f"{what}{error}")

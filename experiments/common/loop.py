@@ -5,7 +5,8 @@
 The data lie on the device. The seeds run side by side (one vmap) or one after the other (one lax.map).
 Between chunks the states are evaluated, and metrics and checkpoints are committed (`runs.py`); a killed run
 continues at the last commit and ends with the same bits: the order of the examples is a function of (key,
-epoch), and a chunk starts at the same steps, so it is the same compiled program.
+epoch), and a chunk starts at the same steps, so it is the same compiled program. Seeds that were added later, or
+that lost their checkpoint, train by themselves, in a program of fewer seeds: their numbers are the same but for rounding.
 
 On a mesh (`cli.connect`), the batch of each step is spread over the devices, and the states lie on all
 of them. The numbers are those of one device but for rounding, so a run may also go on with another
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import normjax.train
-from experiments.common import cli, place, runs
+from experiments.common import cli, place, runs, stop
 
 State = Any
 Batch = Any  # a pytree of arrays with a leading axis of examples
@@ -74,21 +75,47 @@ def train(
     evaluate_every: int,
     mesh: Mesh | None = None,
     on_chunk: Callable[[int, dict[str, np.ndarray]], None] = lambda step, metrics: None,
-) -> State:
-    """Trains one row to `steps`, from where its folders (of each seed, made by `runs.create`) say that it stopped.
+) -> None:
+    """Trains one row to `steps`, from where its folders (of each seed, made by `folders.prepare`) say that it stopped.
 
     A line of metrics.jsonl holds what `step` returned for that step (1, 2, ...). The last line of a chunk of
     `evaluate_every` also holds what `evaluate` says of the state then, as test_<name>, and the seconds spent in
     training steps so far, all seeds together, compilation, evaluation and writing left out. Line 0 holds the evaluation
-    of the initial state. `on_chunk` is called with each evaluation, [seeds] each. On a mesh, `task` was made for it too.
+    of the initial state. `on_chunk` is called with the steps done, their mean over all seeds, and each evaluation of those
+    that train together, [seeds] each. On a mesh, `task` was made for it too.
 
-    Returns the states after the last step, with a leading axis of seeds.
+    Raises:
+      RunError: what a folder holds cannot be read, or nothing can be written.
     """
-    _, order_keys, noise_keys = keys(len(folders))
-    done, seconds, states = _begin(folders, task.init)
-    if done == steps:
-        return states
-    fresh, done = done < 0, max(done, 0)
+    begin = place.from_process_0(lambda: np.array(runs.starts(folders)), np.zeros(len(folders), np.int64))
+    for step in sorted(set(begin.tolist()), reverse=True):
+        group, others = np.flatnonzero(begin == step), np.maximum(begin, 0).sum() - max(step, 0) * np.sum(begin == step)
+
+        def show(done: int, evaluation: dict[str, np.ndarray], n: int = len(group), others: int = int(others)) -> None:
+            on_chunk((others + n * done) // len(folders), evaluation)
+
+        _train(folders, group, step, task, steps, evaluate_every, mesh, show)
+        begin[group] = steps
+
+
+def _train(
+    folders: Sequence[Path],
+    group: np.ndarray,
+    begin: int,
+    task: Task,
+    steps: int,
+    evaluate_every: int,
+    mesh: Mesh | None,
+    on_chunk: Callable[[int, dict[str, np.ndarray]], None],
+) -> None:
+    """Trains some seeds together, from a step that all of them have reached; -1 is before the first weights."""
+    init_keys, order_keys, noise_keys = (each[group] for each in keys(len(folders)))
+    folders = [folders[k] for k in group]
+    seconds, states = _begin(folders, begin, task.init, init_keys)
+    stop.at(begin)
+    if begin == steps:
+        return
+    fresh, done = begin < 0, max(begin, 0)
     examples = len(jax.tree.leaves(task.data)[0]) if task.examples is None else task.examples
     # Through the host, so that first and restored states are alike to the compiler.
     states = place.everywhere(jax.tree.map(np.asarray, states), mesh)
@@ -100,34 +127,36 @@ def train(
         evaluation = jax.device_get(judge(states, test))
         on_chunk(done, evaluation)
         with cli.together():
-            if jax.process_index() == 0:
-                runs.commit(folders, done, _lines(first, metrics, evaluation, seconds), states)
+            with stop.writing(done):
+                if jax.process_index() == 0:
+                    runs.commit(folders, done, _lines(first, metrics, evaluation, seconds), states)
+            stop.reached()
 
     if fresh:
         commit(0, {})
     while done < steps:
-        stop = min(done + evaluate_every - done % evaluate_every, steps)
-        run = compiled(states, stop - done, noise, data)
-        rows = batches(order_keys, examples, task.batch_size, done, stop, task.shuffle)
+        end = min(done + evaluate_every - done % evaluate_every, steps)
+        run = compiled(states, end - done, noise, data)
+        rows = batches(order_keys, examples, task.batch_size, done, end, task.shuffle)
         order = place.everywhere(place.rows(rows, examples, mesh), mesh)
         start = time.perf_counter()
         states, metrics = jax.block_until_ready(run((states, order, noise), data))
         seconds += time.perf_counter() - start
-        first, done = done + 1, stop
+        first, done = done + 1, end
         commit(first, metrics)
-    return states
 
 
-def _begin(folders: Sequence[Path], init: Callable[[jax.Array], State]) -> tuple[int, float, State]:
-    """The step, the seconds so far and the states at the last common checkpoint; step -1 and first states without."""
-    init_keys = keys(len(folders))[0]
+def _begin(
+    folders: Sequence[Path], begin: int, init: Callable[[jax.Array], State], init_keys: jax.Array
+) -> tuple[float, State]:
+    """The seconds so far and the states at a step; first states for -1."""
     shapes = jax.eval_shape(jax.vmap(init), init_keys)
-    nothing = np.int64(-1), np.float64(0), jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
-    done, seconds, states = place.from_process_0(lambda: _restore(folders, nothing), nothing)
-    if done < 0:
+    nothing = np.float64(0), jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    seconds, states = place.from_process_0(lambda: _restore(folders, begin, nothing), nothing)
+    if begin < 0:
         # Not under jit: that would compile the generators anew for every row, for seconds.
         states = jax.vmap(init)(init_keys)
-    return int(done), float(seconds), states
+    return float(seconds), states
 
 
 def _programs(task: Task, mesh: Mesh | None) -> tuple[Callable[..., Metrics], Callable[..., Any]]:
@@ -150,13 +179,16 @@ def _programs(task: Task, mesh: Mesh | None) -> tuple[Callable[..., Metrics], Ca
     return judge, compiled
 
 
-def _restore(folders: Sequence[Path], nothing: tuple) -> tuple:
-    """The step, the seconds so far and the states at the last common checkpoint, or `nothing`."""
-    restored = runs.rewind(folders, nothing[2])
+def _restore(folders: Sequence[Path], begin: int, nothing: tuple) -> tuple:
+    """The seconds so far and the states at a step, or `nothing`."""
+    restored = runs.rewind(folders, nothing[1], begin)
     if restored is None:
         return nothing
-    seconds = runs.read(folders[0] / "metrics.jsonl")[-1]["seconds"]
-    return np.int64(restored[0]), np.float64(seconds), restored[1]
+    path = folders[0] / "metrics.jsonl"
+    try:
+        return np.float64(runs.read(path)[-1]["seconds"]), restored[1]
+    except (KeyError, TypeError, ValueError):
+        raise runs.unreadable(path, f"its line of step {begin} lacks the seconds") from None
 
 
 def _over_seeds(f: Callable[[Any, Any], Any], side_by_side: bool) -> Callable[[Any, Any], Any]:

@@ -4,8 +4,8 @@ Everything shown is read back from the folders of `runs.py`; a number without a 
 """
 
 import base64
+import csv
 import io
-import json
 import math
 import re
 import statistics
@@ -17,7 +17,7 @@ import markdown
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.common import runs
+from experiments.common import machine, runs
 
 TEXTS = Path(__file__).parents[1] / "reports"
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; }
@@ -35,11 +35,13 @@ class Row(NamedTuple):
       config: what config.json says of it (that of seed 0; the seeds share it).
       environment: the environment of seed 0.
       seeds: for each seed, its lines of metrics.
+      later: other environments, of seeds that were added and of --resume; with the "step" where it was resumed.
     """
 
     config: dict
     environment: dict
     seeds: list[list[runs.Line]]
+    later: Sequence[dict] = ()
 
     def last(self, name: str) -> list[float]:
         """A metric's last value for each seed; NaN where it was not finite."""
@@ -66,28 +68,55 @@ def _float(value: float | None) -> float:
 
 
 def read_rows(experiment: Path, names: Sequence[str]) -> dict[str, Row]:
-    """Reads those of the named rows whose seeds have all reached their last step."""
+    """Reads the seeds 0, 1, ... of the named rows that have reached their last step; rows without any are left out."""
     rows = {}
     for name in names:
-        config_file = runs.row_folder(experiment, name) / "seed-0" / "config.json"
-        if not config_file.exists():
-            continue
-        content = json.loads(config_file.read_text())
-        config = content["config"]
-        folders = runs.seed_folders(experiment, name, config["seeds"])
-        if runs.last_step(folders) == config["steps"]:
-            seeds = [runs.read(folder / "metrics.jsonl") for folder in folders]
-            rows[name] = Row(config, content["environment"], seeds)
+        seeds, environments, config = [], [], {}
+        while (folder := runs.seed_folders(experiment, name, len(seeds) + 1)[-1]).is_dir():
+            if (step := runs.last_step([folder])) is None:
+                break
+            content = runs.read_config(folder)
+            if step != content["config"]["steps"]:
+                break
+            seeds.append(runs.read(folder / "metrics.jsonl"))
+            environments += [content["environment"], *content.get("resumed", [])]
+            config = config or content["config"]
+        if seeds:
+            later = {str(machine.lasting(facts)): facts for facts in environments if facts != environments[0]}
+            rows[name] = Row(config, environments[0], seeds, tuple(later.values()))
     return rows
 
 
 def environments(rows: Mapping[str, Row]) -> str:
-    """A Markdown list of the environments that the rows were trained in, without their dates."""
+    """A Markdown list of the commands and the environments that the rows were trained with, without their dates."""
     trained: dict[str, list[str]] = {}
     for name, row in rows.items():
-        facts = ", ".join(f"{k} {v}" for k, v in row.environment.items() if k != "date")
-        trained.setdefault(facts, []).append(f"`{name}`")  # as code: a bare * may set the rest in italics
+        said = _facts(row.environment)
+        for facts in row.later:
+            changed = {k: v for k, v in facts.items() if k in (*machine.PASSING, "step") or v != row.environment.get(k)}
+            begin = f"seeds from step {facts['step']:,} on" if "step" in facts else "seeds added"
+            said += f"; {begin}: {_facts(changed) or 'in the same environment'}"
+        trained.setdefault(said, []).append(f"`{name}`")  # as code: a bare * may set the rest in italics
     return "\n".join(f"- {', '.join(names)}: {facts}" for facts, names in trained.items())
+
+
+def _facts(environment: Mapping[str, object]) -> str:
+    """The command of an environment and what it may depend on."""
+    facts = [f"{k} {v}" for k, v in environment.items() if k not in (*machine.PASSING, "step")]
+    command = [f"`{environment['command']}`"] if environment.get("command") else []
+    return ", ".join(command + facts)
+
+
+def seeds(rows: Mapping[str, Row]) -> str:
+    """How many seeds the rows have.
+
+    >>> seeds({"bn": Row({}, {}, [[], []]), "ln": Row({}, {}, [[], []])})
+    'seeds 2'
+    """
+    each = {name: len(row.seeds) for name, row in rows.items()}
+    if len(set(each.values())) == 1:
+        return f"seeds {next(iter(each.values()))}"
+    return f"seeds {', '.join(f'{number} of `{name}`' for name, number in each.items())}"
 
 
 def settings(config: Mapping[str, object], *names: str) -> str:
@@ -228,12 +257,41 @@ class Report(NamedTuple):
 
 
 def publish(folder: Path, text: Path, made: Report, rows: Mapping[str, Row]) -> None:
-    """Prints a report, and writes it with its pictures to report.md and report.html."""
+    """Prints a report, and writes it with its pictures to report.md and report.html, and its curves to metrics.csv."""
     print("\n" + "\n\n".join(part for part in made.printed if part) + "\n")
     for file, figure in made.pictures.items():
         save(figure, folder / f"{file}.png")
+    runs.write(folder / "metrics.csv", as_csv(rows))
     write_pages(folder, page(text, {**made.values, "environments": environments(rows)}))
     print(f"Report: {folder / 'report.html'} (and report.md)")
+
+
+def as_csv(rows: Mapping[str, Row]) -> str:
+    """The learning curves: a line for each row, seed and evaluation, metrics of steps as their means since the last one.
+
+    >>> lines = [{"step": 0, "test_a": 1}, {"step": 1, "b": 2}, {"step": 2, "b": 4, "test_a": 3}]
+    >>> print(as_csv({"bn": Row({}, {}, [lines])}), end="")
+    row,seed,step,b,test_a
+    bn,0,0,,1.0
+    bn,0,2,3.0,3.0
+    """
+    found: list[dict[str, object]] = []
+    for name, row in rows.items():
+        for seed, lines in enumerate(row.seeds):
+            since: list[runs.Line] = []
+            for line in lines:
+                since.append(line)
+                if any(key.startswith("test_") for key in line):
+                    keys = [key for key in line if key != "step"]
+                    means = {key: statistics.fmean(_float(each[key]) for each in since if key in each) for key in keys}
+                    found.append({"row": name, "seed": seed, "step": line["step"], **means})
+                    since = []
+    names = sorted({key for line in found for key in line} - {"row", "seed", "step"})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["row", "seed", "step", *names], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return text.getvalue()
 
 
 def write_pages(folder: Path, text: str) -> None:

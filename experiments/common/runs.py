@@ -1,43 +1,54 @@
 """What a run leaves on disk, and how a killed run finds its place again.
 
+    runs/<experiment>/<row>/lock      while a command is at it (`locks.py`)
     runs/<experiment>/<row>/seed-<k>/
-      config.json        {"config": ..., "seed": k, "environment": ...}
+      config.json        {"config": ..., "seed": k, "environment": ..., "resumed": [{"step": ..., ...}, ...]}
       metrics.jsonl      one line a step: {"step": 1, "loss": ..., ...}
       checkpoint/<step>  the state after that step, an Orbax checkpoint
 
-The seeds of a row train together, so a row resumes at the last step for which every seed has a
+The seeds of a row train together, so they resume at the last step for which each of them has a
 checkpoint. `commit` keeps that step whole under `kill -9` by its order: metrics of all seeds, then
 checkpoints of all seeds, then the older checkpoints go. Whatever is cut off in between lies
 beyond the last common checkpoint, and `rewind` drops it. A checkpoint is written under another
 name and renamed (Orbax does that), config.json as well; only a last line of metrics can be torn.
 
+Seeds that have no common checkpoint, since some were added or lost theirs, train in groups that do (`starts`). What cannot
+be read is a RunError, raised before anything is changed; files of other names stay.
+
 Where several processes train together, process 0 alone calls what is here.
 """
 
+import collections
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-import normjax
+from experiments.common import orbax
 
 Line = dict[str, Any]
+LOCK = "lock"
 
 
 class RunError(ValueError):
-    """A run folder does not fit what is asked of it."""
+    """A run folder does not fit what is asked of it, cannot be read or cannot be written."""
+
+
+def unreadable(path: Path, why: object) -> RunError:
+    """The error of a file in a seed's folder: which, what is wrong, what to do."""
+    seed = next((part for part in (path, *path.parents) if part.name.startswith("seed-")), path)
+    first = " ".join(str(why).split())[:200]
+    return RunError(
+        f"{path} cannot be used: {first}; put back a whole copy of it, or move {seed} elsewhere and --resume, which trains "
+        "that seed again and keeps the others"
+    )
 
 
 def row_folder(experiment: Path, row: str) -> Path:
@@ -71,21 +82,43 @@ def write(path: Path, content: str | bytes) -> None:
 def append(path: Path, lines: Sequence[Line]) -> None:
     """Appends JSON lines and waits until they are on the disk."""
     with open(path, "ab") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        file.write(_text(lines).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[Line]:
-    """Reads JSON lines; without the last one if a kill tore it (it has no line end)."""
-    whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
-    return [json.loads(line) for line in whole.splitlines()]
+    """Reads JSON lines; without the last one if a kill tore it (it has no line end).
+
+    Raises:
+      RunError: another line is damaged, or the steps do not follow each other.
+    """
+    try:
+        whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+    except UnicodeDecodeError as error:
+        raise unreadable(path, "it is not text") from error
+    except OSError as error:
+        raise unreadable(path, error.strerror) from error
+    lines: list[Line] = []
+    for k, text in enumerate(whole.split("\n") if whole else (), 1):
+        try:
+            line = json.loads(text)
+            step = line["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            raise unreadable(path, f"line {k} is damaged, {text[:40]!r}") from None
+        if lines and step <= lines[-1]["step"]:
+            raise unreadable(path, f"line {k} has step {step} after step {lines[-1]['step']}")
+        lines.append(line)
+    return lines
 
 
 def keep_until(path: Path, step: int) -> None:
     """Rewrites a metrics file without its torn last line and without the steps after `step`."""
-    lines = [line for line in read(path) if line["step"] <= step]
-    write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write(path, _text(line for line in read(path) if line["step"] <= step))
+
+
+def _text(lines: Iterable[Line]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def number(value: Any) -> float | None:
@@ -103,88 +136,65 @@ def as_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=repr))
 
 
-def environment(devices: int = 1) -> dict[str, Any]:
-    """Versions, devices, commit and date: what a number may depend on besides its configuration."""
-    device = jax.devices()[0]
-    return {
-        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "normjax": normjax.__version__,
-        "device": f"{device.platform}: {device.device_kind}",
-        "devices": devices,
-        "processes": jax.process_count(),
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str | None:
-    """The checkout's git commit, with a + where files differ from it; None without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
-    try:
-        done = subprocess.run([*command, "--dirty=+", "--exclude=*"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def differences(folder: Path, config: Any) -> list[str]:
-    """Fields in which a seed folder's configuration differs: "steps (600 there, 100 here)"."""
-    there = json.loads((folder / "config.json").read_text())["config"]
-    here = as_json(config)
-    return [
-        f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)"
-        for name in dict.fromkeys([*here, *there])
-        if there.get(name) != here.get(name)
-    ]
-
-
-def check(experiment: Path, table: Mapping[str, Any], rows: Sequence[str], resume: bool) -> None:
-    """Refuses to mix or to lose results; looks only, so a refused command leaves nothing.
-
-    Args:
-      experiment: the folder runs/<experiment>.
-      table: the configuration of every row that may lie there, with the options of this command.
-      rows: the rows to be trained now.
-      resume: whether they may exist already.
+def read_config(folder: Path) -> Line:
+    """What config.json of a seed's folder says: "config", "seed", "environment" and, if it was resumed, "resumed".
 
     Raises:
-      RunError: a row of the folder was trained with another configuration, or exists and `resume`
-        is False.
+      RunError: it is not there, damaged, or of another seed.
     """
-    for row, config in table.items():
-        found = sorted(row_folder(experiment, row).glob("seed-*/config.json"))
-        for path in found:
-            if differ := differences(path.parent, config):
-                raise RunError(
-                    f"{path.parent} holds a run of another configuration: {', '.join(differ)}; "
-                    "choose another --out, or the same options"
-                )
-        if found and row in rows and not resume:
-            raise RunError(
-                f"{row_folder(experiment, row)} already holds a run; --resume continues or keeps "
-                "it, --overwrite deletes it first, --out starts elsewhere"
-            )
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text())
+        whole = isinstance(found["config"], dict) and isinstance(found["environment"], dict)
+        if not whole or f"seed-{found['seed']}" != folder.name:
+            raise unreadable(path, f"it does not describe {folder.name}")
+    except FileNotFoundError:
+        raise unreadable(path, "it is not there") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise unreadable(path, "it is torn or not JSON of a run") from error
+    return found
+
+
+def write_config(folder: Path, content: Line) -> None:
+    """Writes config.json."""
+    write(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder, which is gone at once (renamed first) even if this is killed half-way."""
+    """Deletes a folder, which is gone at once (renamed first) even if this is killed half-way; a lock stays."""
     bin_ = folder.with_name(folder.name + ".deleted")
-    shutil.rmtree(bin_, ignore_errors=True)
-    if folder.exists():
-        folder.rename(bin_)
+    if bin_.exists():
         shutil.rmtree(bin_)
+    if not (folder / LOCK).exists():
+        if folder.exists():
+            folder.rename(bin_)
+            shutil.rmtree(bin_)
+        return
+    bin_.mkdir()
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            path.rename(bin_ / path.name)
+    shutil.rmtree(bin_)
 
 
 def create(folders: Sequence[Path], config: Any, environment: dict[str, Any]) -> None:
-    """Makes the seed folders that are not there yet, each with its config.json."""
+    """Makes the seed folders that are not there yet, and config.json in those that have no checkpoint."""
     for seed, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.json").exists():
-            content = {"config": as_json(config), "seed": seed, "environment": environment}
-            write(folder / "config.json", json.dumps(content, indent=2) + "\n")
+        if not _checkpoints(folder):
+            write_config(folder, {"config": as_json(config), "seed": seed, "environment": environment})
+
+
+def steps_known(folder: Path) -> int:
+    """The last step that a seed's folder knows anything of, in a checkpoint or in metrics; -1 for none."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().count(b"\n") if path.exists() else 0
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return max(lines - 1, *_checkpoints(folder), -1)
 
 
 # --- metrics and checkpoints ----------------------------------------------------------------------
@@ -198,45 +208,80 @@ def commit(folders: Sequence[Path], step: int, lines: Sequence[Sequence[Line]], 
       step: the step that `states` has reached.
       lines: for each seed, the metrics of the steps since the last commit.
       states: pytree of arrays with a leading axis of seeds.
+
+    Raises:
+      RunError: a file cannot be written; what was committed before stays whole.
     """
-    for folder, added in zip(folders, lines, strict=True):
-        append(folder / "metrics.jsonl", added)
     states = jax.tree.map(np.asarray, states)
-    with _checkpointer() as checkpointer:
-        for k, folder in enumerate(folders):
-            state = jax.tree.map(lambda a, k=k: a[k], states)
-            checkpointer.save((folder / "checkpoint" / str(step)).absolute(), state)
-            checkpointer.wait_until_finished()
-    for folder in folders:
-        _remove_checkpoints(folder, except_step=step)
+    folder = folders[0]
+    try:
+        for folder, added in zip(folders, lines, strict=True):
+            append(folder / "metrics.jsonl", added)
+        with orbax.saving() as save:
+            for k, folder in enumerate(folders):
+                save(folder / "checkpoint" / str(step), jax.tree.map(lambda a, k=k: a[k], states))
+        for folder in folders:
+            _remove_checkpoints(folder, except_step=step)
+    except Exception as error:  # Orbax has many for a full disk
+        raise RunError(
+            f"{folder} cannot take step {step}: {orbax.reason(error)}; what was committed before is whole, and --resume "
+            "goes on there once it can be written"
+        ) from error
 
 
 def last_step(folders: Sequence[Path]) -> int | None:
     """The last step for which every seed has a whole checkpoint."""
-    common = set.intersection(*({int(p.name) for p in f.glob("checkpoint/*") if p.name.isdigit()} for f in folders))
-    return max(common, default=None)
+    return max(set.intersection(*(set(_checkpoints(folder)) for folder in folders)), default=None)
 
 
-def rewind(folders: Sequence[Path], like: Any) -> tuple[int, Any] | None:
+def starts(folders: Sequence[Path]) -> list[int]:
+    """The step from which each seed goes on, -1 for its first weights; those with the same one train together.
+
+    Seeds that trained together have a common step, wherever they were killed. Where all have one, it is the last.
+    """
+    left = {k: found for k, folder in enumerate(folders) if (found := set(_checkpoints(folder)))}
+    steps = [-1] * len(folders)
+    while left:
+        counts = collections.Counter(step for found in left.values() for step in found)
+        step = max(counts, key=lambda step: (counts[step], step))
+        for k in [k for k, found in left.items() if step in found]:
+            steps[k] = step
+            del left[k]
+    # First weights are worth no program of their own.
+    return [-1 if step == 0 and -1 in steps else step for step in steps]
+
+
+def rewind(folders: Sequence[Path], like: Any, step: int | None = None) -> tuple[int, Any] | None:
     """Takes the folders back to their last common checkpoint, and loads it.
 
     Args:
       folders: a folder for each seed.
       like: pytree of arrays or shapes with a leading axis of seeds: the structure to load.
+      step: of another checkpoint; -1 for none.
 
     Returns:
       The step and the states as arrays with a leading axis of seeds; None if there is no common checkpoint.
+
+    Raises:
+      RunError: the checkpoint or the metrics of a seed cannot be read, or do not reach that step; nothing was changed.
     """
-    step = last_step(folders)
+    step = last_step(folders) if step is None else step
+    step = -1 if step is None else step
+    states = None
+    if step >= 0:
+        for folder in folders:
+            _require_metrics(folder / "metrics.jsonl", step)
+        target = jax.tree.map(lambda a: np.empty(a.shape[1:], a.dtype), like)
+        states = [_load(folder, step, target) for folder in folders]
     for folder in folders:
         _remove_checkpoints(folder, except_step=step)
-        keep_until(folder / "metrics.jsonl", -1 if step is None else step)
-    if step is None:
-        return None
-    target = jax.tree.map(lambda a: np.empty(a.shape[1:], a.dtype), like)
-    with _checkpointer() as checkpointer:
-        states = [checkpointer.restore((f / "checkpoint" / str(step)).absolute(), target) for f in folders]
-    return step, jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+        if step >= 0:
+            keep_until(folder / "metrics.jsonl", step)
+        else:
+            write(folder / "metrics.jsonl", "")
+        for part in folder.glob("*.part"):  # of a killed process
+            part.unlink()
+    return None if states is None else (step, jax.tree.map(lambda *leaves: np.stack(leaves), *states))
 
 
 def load(folder: Path, like: Any) -> Any:
@@ -244,19 +289,36 @@ def load(folder: Path, like: Any) -> Any:
     step = last_step([folder])
     if step is None:
         raise RunError(f"{folder} has no checkpoint")
-    target = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
-    with _checkpointer() as checkpointer:
-        return checkpointer.restore((folder / "checkpoint" / str(step)).absolute(), target)
+    return _load(folder, step, jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like))
 
 
-def _checkpointer() -> ocp.StandardCheckpointer:
-    """Orbax without its waiting for other processes, which do not call it."""
-    alone = {"active_processes": {0}, "barrier_sync_key_prefix": "process-0"} if jax.process_count() > 1 else {}
-    return ocp.StandardCheckpointer(multiprocessing_options=ocp.options.MultiprocessingOptions(**alone))
+def _load(folder: Path, step: int, target: Any) -> Any:
+    """A checkpoint, whole and of this structure, or a RunError."""
+    path = folder / "checkpoint" / str(step)
+    try:
+        return orbax.restore(path, target)
+    except Exception as error:  # Orbax and its file formats have many
+        raise unreadable(path, "it is damaged, or was written by another version of the experiment") from error
+
+
+def _require_metrics(path: Path, step: int) -> None:
+    """A RunError unless the metrics reach a step, with every line that leads to it."""
+    lines = [line for line in read(path) if line["step"] <= step]
+    if not lines or lines[-1]["step"] != step:
+        ends = f"ends after step {lines[-1]['step']}" if lines else "is empty" if path.exists() else "is not there"
+        raise unreadable(path, f"it {ends}, and the checkpoint is of step {step}")
+    if lines[-1]["step"] - lines[0]["step"] != len(lines) - 1 and lines[0]["step"] == 0:
+        raise unreadable(path, f"it has {len(lines)} lines for the steps 0 to {step}")
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints by their step, whatever else lies there."""
+    return {int(path.name): path for path in folder.glob("checkpoint/*") if path.name.isdecimal() and path.is_dir()}
 
 
 def _remove_checkpoints(folder: Path, except_step: int | None) -> None:
-    """Removes every checkpoint but one, whole or not."""
+    """Removes every checkpoint but one, whole or not; what is none stays."""
     for path in folder.glob("checkpoint/*"):
-        if path.name != str(except_step):
+        step, _, _ = path.name.partition(".orbax-checkpoint-tmp")
+        if step.isdecimal() and path.is_dir() and path.name != str(except_step):
             shutil.rmtree(path)

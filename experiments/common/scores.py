@@ -44,7 +44,11 @@ def joined(folder: Path, rows: Mapping[str, report.Row]) -> dict[str, report.Row
     """Bicubic, and those rows that are scored: the scores join the last line of each seed."""
 
     def read(folder: Path) -> runs.Line:
-        return means(json.loads((folder / "scores.json").read_text()))
+        path = folder / "scores.json"
+        try:
+            return means(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise runs.RunError(f"{path} is damaged; delete it and --resume, which scores again") from error
 
     scored = {"bicubic": report.Row({"steps": 0}, {}, [[{"step": 0} | read(folder / "bicubic")]])}
     for name, row in rows.items():

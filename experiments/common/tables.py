@@ -69,7 +69,8 @@ def shown(metric: str, digits: int, factor: float = 1.0, when: str = "last") -> 
 
 def seconds(digits: int = 0) -> Column:
     """A column of `each`: the seconds of training steps, of all seeds together."""
-    return lambda row: f"{row.last('seconds')[0]:.{digits}f}"
+    # Seeds that trained together have one number, and the others, added later, their own.
+    return lambda row: f"{sum(dict.fromkeys(row.last('seconds'))):.{digits}f}"
 
 
 def config(fields: Mapping[str, str]) -> dict[str, Column]:
@@ -137,12 +138,49 @@ def missed(rows: Mapping[str, report.Row], metric: Metric, numbers: Mapping[str,
     return f"Missed by more than two standard deviations over seeds (any miss, with one seed): {', '.join(found)}."
 
 
+def verdict(mean: float, std: float) -> str:
+    """What a mean difference over seeds is beside their standard deviation: "more" than that, "not more", or "one seed".
+
+    >>> verdict(-0.5, 0.4), verdict(0.5, 0.5), verdict(0.5, math.nan)
+    ('more', 'not more', 'one seed')
+    """
+    if math.isnan(std):
+        return "one seed"
+    return "more" if abs(mean) > std else "not more"
+
+
+def answer(mean: float, std: float, lower: bool = False) -> str:
+    """What seeds answer to the claim that a is better than b, from the mean of a - b over them and its spread.
+
+    >>> answer(2.0, 0.5), answer(2.0, 0.5, lower=True)
+    ('yes, by more than the spread over seeds', 'no, the opposite by more than the spread over seeds')
+    >>> answer(0.5, 2.0), answer(2.0, math.nan)
+    ('not told apart: within the spread over seeds', 'one seed, so not known')
+    """
+    if (beside := verdict(mean, std)) == "one seed":
+        return "one seed, so not known"
+    if beside == "not more":
+        return "not told apart: within the spread over seeds"
+    return f"{'yes,' if (mean < 0) == lower else 'no, the opposite'} by more than the spread over seeds"
+
+
+def compared(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tuple[str, str]]) -> str:
+    """A sentence: the difference of each pair (a, b) that was run, paired over seeds, and what it is beside its spread."""
+    said = []
+    for a, b in claims:
+        if a in rows and b in rows:
+            mean, std = metric.difference(rows[a], rows[b])
+            than = {"one seed": "one seed"}.get(verdict(mean, std), f"{verdict(mean, std)} than its spread")
+            said.append(f"{a} - {b}: {metric.show(mean, std)}, {than}")
+    return f"{metric.title[:1].upper()}{metric.title[1:]}, paired over seeds: {'; '.join(said)}." if said else ""
+
+
 def differences(rows: Mapping[str, report.Row], metric: Metric) -> str:
     """Each row minus each other row; bold where the mean exceeds the spread."""
 
     def cell(a: str, b: str) -> str:
         mean, std = metric.difference(rows[a], rows[b])
-        return f"**{metric.show(mean, std)}**" if abs(mean) > std else metric.show(mean, std)
+        return f"**{metric.show(mean, std)}**" if verdict(mean, std) == "more" else metric.show(mean, std)
 
     body = [[a, *("" if a == b else cell(a, b) for b in rows)] for a in rows]
     return report.table(["row minus column", *rows], body)
@@ -165,8 +203,8 @@ def pairs(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tuple
             mean, std = metric.difference(rows[a], rows[b])
             each = list(zip(metric.of(rows[a]), metric.of(rows[b]), strict=False))
             better = sum((x < y) if metric.lower else (x > y) for x, y in each)
-            verdict = "one seed" if math.isnan(std) else "more" if abs(mean) > std else "not more"
-            lines.append([f"`{a}` - `{b}`", metric.show(mean, std), f"{better} of {len(each)}", verdict])
+            seeds = f"{better} of {len(each)}"
+            lines.append([f"`{a}` - `{b}`", metric.show(mean, std), seeds, verdict(mean, std)])
     head = ["pair", metric.title, "seeds with the first better", "than its spread over seeds"]
     return report.table(head, lines) if lines else ""
 
