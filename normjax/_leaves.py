@@ -94,6 +94,16 @@ def inverse_power(q: jax.Array, power: float, positive: bool = False) -> jax.Arr
     return 1 / q if power == 1 else q**-power
 
 
+def nan_if_infinite(q: jax.Array, gain: float = 1.0) -> jax.Array:
+    """A statistic q; NaN where gain * q has overflowed, since dividing by infinity would give a zero that nobody notices.
+
+    >>> nan_if_infinite(jnp.array([1.0, jnp.inf, 1e38]), 10.0).tolist()
+    [1.0, nan, nan]
+    """
+    used = lax.stop_gradient(gain * q)
+    return q + (used - used)  # not 0 * used, which compilers may multiply out
+
+
 def safe_root(q: jax.Array) -> jax.Array:
     """The square root, with slope 0 at 0 in place of an infinite one.
 

@@ -24,7 +24,7 @@ def largest(a: jax.Array, plan: Plan) -> jax.Array:
     """
     pooled, windows = pooled_and_windowed(plan)
     if pooled.bound.spans:
-        most = lax.stop_gradient(_pooled_maximum(lax.stop_gradient(a), pooled))
+        most = lax.stop_gradient(pooled_maximum(lax.stop_gradient(a), pooled))
         winner = (a >= most * (1 - 4 * jnp.finfo(a.dtype).eps)).astype(a.dtype)
         mean = total(a * (winner / jnp.maximum(total(winner, pooled), 1)), pooled)
         a = most + jnp.where(jnp.isfinite(mean), mean - lax.stop_gradient(mean), 0)
@@ -33,7 +33,8 @@ def largest(a: jax.Array, plan: Plan) -> jax.Array:
     return a
 
 
-def _pooled_maximum(a: jax.Array, plan: Plan) -> jax.Array:
+def pooled_maximum(a: jax.Array, plan: Plan) -> jax.Array:
+    """The maximum over a field of whole axes and blocks; JAX does not differentiate it over mapped axes."""
     bound = plan.bound
     if bound.whole:
         a = jnp.max(a, bound.whole, keepdims=True, initial=0)

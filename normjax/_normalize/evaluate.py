@@ -1,6 +1,7 @@
 """The equation of `theory.py`, evaluated: all is laid beside x once, then the plain form, the rule or a kernel runs."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -12,10 +13,10 @@ from normjax._expect.arrays import align_parameter, align_statistic, as_weights,
 from normjax._expect.binding import axes, bind
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
-from normjax._normalize import derivative
+from normjax._normalize import balance, derivative
 from normjax._normalize.tangents import Parts
 from normjax.field import FieldError
-from normjax.theory import Normalizer, Stats, output, row, scale_and_shift, statistics
+from normjax.theory import Normalizer, Stats, is_positive, output, row, scale_and_shift, statistics
 
 
 class Normalized(NamedTuple):
@@ -139,16 +140,10 @@ def equation(
         None if eps is None else align_statistic(eps, x, "eps", jnp.finfo(work).dtype),
         *_parameters(scale, bias, x, layout, work),
     )
-    afresh = given.mean is None and given.moment is None
     recentred = n.keep_mean and n.mean == n.var and given.mean is None
     E = OverFields(layout, x.shape, n.border, n.window, n.lean, as_weights(mask, x.astype(work)), recentred)
-    dtype = jnp.dtype(dtype or x.dtype)
-    if afresh and kernels.used() != "xla" and _is_for_kernels(x, n, E, given):
-        y, v, mean, moment = _by_kernel(x, n, E, given, dtype)
-    elif afresh and derivative.has_rule(n, E, x):
-        y, v, mean, moment = derivative.ruled(n, E, dtype, x, given.eps, given.scale, given.bias)
-    else:
-        y, v, mean, moment = _plain(x, n, E, given, dtype)
+    parts = _scaled if _unprotected(x, n, given) else _parts
+    y, v, mean, moment = parts(x, n, E, given, jnp.dtype(dtype or x.dtype))
     came = (stats.mean_weight, stats.var_weight) if stats else (None, None)
     weights = [  # behind the mean and the moment; of one that was given, what came with it
         weight if statistic is not None else None if field is None else E.weight(field, work)
@@ -164,12 +159,49 @@ def _parameters(
     return [None if p is None else align_parameter(p, x, layout, name, dtype) for name, p in named.items()]
 
 
+def _parts(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
+    """The equation by a kernel, by the derivative rule, or as it stands."""
+    afresh = given.mean is None and given.moment is None
+    if afresh and kernels.used() != "xla" and _is_for_kernels(x, n, E, given):
+        return _by_kernel(x, n, E, given, dtype)
+    if afresh and derivative.has_rule(n, E, x):
+        return derivative.ruled(n, E, dtype, x, given.eps, given.scale, given.bias)
+    return _plain(x, n, E, given, dtype)
+
+
 def _plain(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
     """The equation as it stands; JAX differentiates it."""
     x = E.only(x.astype(statistics_dtype(x.dtype)))
     v, mean, moment = statistics(x, n, E, given.mean, given.moment)
-    y = scale_and_shift(output(x, v, moment, n, E, given.eps), given.scale, given.bias)
-    return y.astype(dtype), v, mean, moment
+    if moment is None:
+        return scale_and_shift(output(x, v, None, n, E), given.scale, given.bias).astype(dtype), v, mean, None
+    n, m, eps, scale = balance.balanced(n, moment, given.eps, given.scale, v.dtype)
+    return scale_and_shift(output(x, v, m, n, E, eps), scale, given.bias).astype(dtype), v, mean, moment
+
+
+def _unprotected(x: jax.Array, n: Normalizer, given: Operands) -> bool:
+    """Whether nothing but v, taken of x, is in the denominator; squares of float16 are always in the range of float32."""
+    afresh = n.var is not None and given.moment is None and given.eps is None
+    return afresh and not is_positive(n) and x.dtype != jnp.float16
+
+
+def _scaled(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
+    """The equation without an eps, for v of any size."""
+    if given.mean is None and balance.scales_alike(n, E):
+        s, eps, back = balance.scaled_to_one(x, n, E)
+        scale = given.scale if back is None else back if given.scale is None else given.scale * back
+        y, v, mean, moment = _parts(x * s.astype(x.dtype), n, E, given._replace(eps=eps, scale=scale), dtype)
+        assert moment is not None
+        return y, v / s, None if mean is None else mean / s, balance.unscaled(moment, n, s)
+    if n.order != 2:
+        y, v, mean, moment = _plain(x, n, E, given._replace(scale=None, bias=None), statistics_dtype(x.dtype))
+        assert moment is not None
+        y = balance.unknown_where_lost(y, v, moment)
+    else:
+        x = E.only(x.astype(statistics_dtype(x.dtype)))
+        v, mean, _ = statistics(x, replace(n, var=None), E, given.mean)
+        y, moment = balance.output_of_squares(x, v, n, E)
+    return scale_and_shift(y, given.scale, given.bias).astype(dtype), v, mean, moment
 
 
 def _is_for_kernels(x: jax.Array, n: Normalizer, E: OverFields, given: Operands) -> bool:

@@ -20,7 +20,7 @@ from normjax._expect.binding import pooled_and_windowed
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard
 from normjax._expect.xla import FOR_GRADIENT, FOR_MEAN, FOR_ROUNDING, FOR_SCALE, FOR_SUMS, distinct_copy
-from normjax._leaves import inverse_power
+from normjax._leaves import inverse_power, nan_if_infinite
 from normjax.field import Field
 from normjax.theory import Normalizer, is_positive, smoothed
 
@@ -61,7 +61,7 @@ def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tang
     q, dq = smoothed(moment, n, known.eps), _smoothed_tangent(n, dm, d.eps)
     r = inverse_power(q, n.power, positive)
     alpha = r if known.scale is None else r * known.scale
-    gamma = -n.power * alpha * inverse_power(q, 1.0, positive) * dq
+    gamma = alpha * _relative(n, q, dq, positive)
     along = functools.partial(xla.broadcast_in_order, x=x)
     beta = None if dmean is None or n.keep_mean else -alpha * dmean
     if n.keep_mean:
@@ -87,6 +87,16 @@ def _centred(x: jax.Array, mean: jax.Array | None, use: int) -> jax.Array:
 def _smoothed_tangent(n: Normalizer, dm: jax.Array, deps: jax.Array | None) -> jax.Array:
     """The tangent of q = eps + gain * m."""
     return n.gain * dm if deps is None else n.gain * dm + deps
+
+
+def _relative(n: Normalizer, q: jax.Array, dq: jax.Array, positive: bool) -> jax.Array:
+    """The relative change of q ** -power. It is multiplied by dq first: q ** (-power - 1) would underflow for large x."""
+    return _slope(n, q, positive) * dq
+
+
+def _slope(n: Normalizer, q: jax.Array, positive: bool) -> jax.Array:
+    """The derivative of log(q ** -power), -power / q."""
+    return -n.power * (1 / q if positive else inverse_power(q, 1.0))
 
 
 def rowwise(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents, *, large: bool) -> Parts:
@@ -127,7 +137,7 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
     dmean = None if n.mean is None else average(dx)
     dv, dm = dx if dmean is None else dx - wide(dmean), 2 * average(v * dx)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
-    m = average(v * v) if xla.on_cpu() else distinct_copy(moment, FOR_GRADIENT)
+    m = nan_if_infinite(average(v * v), n.gain) if xla.on_cpu() else distinct_copy(moment, FOR_GRADIENT)
     bare = known._replace(x=x, mean=mean, moment=moment)
     dy = _rowwise_output(n, bare, d._replace(x=dx), v, m, dmean, dm, distinct_copy, wide)
     return dy.astype(dtype), dv, restored(dmean), restored(dm)
@@ -150,7 +160,7 @@ def _rowwise_output(
     q, dq = smoothed(m, n, known.eps), _smoothed_tangent(n, dm, d.eps)
     r = power(q, n.power)
     # Signs go with what is small, so that no copy of the cotangent is made for them.
-    dy = wide(r) * d.x + (x if n.keep_mean else v) * wide(-n.power * r * power(q, 1.0) * dq)
+    dy = wide(r) * d.x + (x if n.keep_mean else v) * wide(r * _relative(n, q, dq, is_positive(n, known.eps)))
     if dmean is not None and not n.keep_mean:
         dy = dy + wide(-r * dmean)
     if known.scale is not None:
@@ -177,7 +187,7 @@ def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Ta
     x, dx = known.x.astype(moment.dtype), d.x.astype(moment.dtype)
     q, positive = smoothed(moment, n, known.eps), is_positive(n, known.eps)
     r = inverse_power(q, n.power, positive)
-    slope = -n.power * r * inverse_power(q, 1.0, positive)
+    slope = _slope(n, q, positive)
 
     def divided(use: int) -> jax.Array:
         return x if n.keep_mean else _centred(x, mean, use)
@@ -195,7 +205,7 @@ def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Ta
     within = slide(seen)
     dm = 2 * within / count
     inner = distinct_copy(2 * n.gain * slope / count, FOR_GRADIENT) * within
-    inner = inner if d.eps is None else inner + slope * d.eps
+    inner = distinct_copy(r, FOR_GRADIENT) * (inner if d.eps is None else inner + slope * d.eps)
     dy = scaled(dx, FOR_GRADIENT) * r + scaled(divided(FOR_SUMS), FOR_SUMS) * inner
     if around is not None and not n.keep_mean:
         row = None if scale is None else distinct_copy(scale, FOR_MEAN)

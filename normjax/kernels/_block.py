@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from normjax._leaves import inverse_power
+from normjax._leaves import inverse_power, nan_if_infinite
 
 Given = jax.Array | None  # None where there is none
 
@@ -44,9 +44,9 @@ def forward(
     """
     length = length or x.shape[1]
     x = x.astype(jnp.float32)
-    mean = _total(x) / length if how.centre else None
+    mean = nan_if_infinite(_total(x) / length) if how.centre else None
     v = _deviations(x, mean, valid)
-    var = _total(v * v) / length
+    var = nan_if_infinite(_total(v * v) / length, how.gain)
     y = v * inverse_power(eps + how.gain * var, how.power)
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
@@ -77,7 +77,7 @@ def backward(
     h = g if scale is None else g * scale
     q = eps + how.gain * var
     r = inverse_power(q, how.power)
-    dq = -how.power * r * inverse_power(q, 1.0) * _total(h * v)
+    dq = inverse_power(q, 1.0) * (-how.power * r * _total(h * v))  # r / q alone would underflow
     dvar = how.gain * dq if gvar is None else how.gain * dq + gvar
     k = (2 / length) * dvar
     dx = h * r + v * k
