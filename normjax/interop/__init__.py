@@ -37,8 +37,9 @@ What is lost: Flax and Keras have no place for the number of updates. torch and 
 neither (batch, group, instance), so that a missing one is written as ones or zeros.
 """
 
+from normjax.interop._boxes import text_keys
 from normjax.interop._layer import Record
 from normjax.interop._libraries import FOREVER, KINDS
 from normjax.interop.convert import arguments, read, write
 
-__all__ = ["FOREVER", "KINDS", "Record", "arguments", "read", "write"]
+__all__ = ["FOREVER", "KINDS", "Record", "arguments", "read", "text_keys", "write"]

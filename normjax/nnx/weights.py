@@ -187,7 +187,9 @@ class WeightNorm(Portable, Copied, nnx.WeightNorm):
                 if use_scale and self.variable_filter(path, variable):
                     scales[path] = nnx.Param(first(variable[...]))
             self.scales = nnx.data(ByPath(scales) if use_scale else None)
-            self.scale_init = None  # it has done its work; a layer made by another function is the same to jit and pickle
+            self.scale_init = (
+                None  # it has done its work; a layer made by another function is the same to jit and pickle
+            )
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized."""
@@ -242,7 +244,10 @@ class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
                     raise ValueError(f"{_text(path)!r} has {variable.ndim} axes, but error_on_non_matrix is True")
                 shape = weights.u_shape(variable.shape, self.feature_axes)
                 u = jax.nn.initializers.normal()(rngs.params(), shape, self.param_dtype)
-                stats |= {(*path, "u"): nnx.BatchStat(u), (*path, "sigma"): nnx.BatchStat(jnp.ones((), self.param_dtype))}
+                stats |= {
+                    (*path, "u"): nnx.BatchStat(u),
+                    (*path, "sigma"): nnx.BatchStat(jnp.ones((), self.param_dtype)),
+                }
             self.batch_stats = nnx.data(ByPath(stats))
 
     def __call__(self, x: ArrayLike, update_stats: bool | None = None, **kwargs: Any) -> Any:

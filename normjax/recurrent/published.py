@@ -20,7 +20,6 @@ def symmetric_uniform(scale: float = 0.1) -> Callable[..., jax.Array]:
     >>> bool(jnp.all(jnp.abs(symmetric_uniform(0.1)(jax.random.key(0), (4, 4))) <= 0.1))
     True
     """
-
     return _Uniform(scale)
 
 
