@@ -57,7 +57,7 @@ def read(entries: Entries, library: str, layers: Options | None = None) -> tuple
         found.setdefault(layer, {})[part] = path
     records = {}
     for layer, parts in found.items():
-        said = _said(layers, layer)
+        said = said_of(layers, layer)
         where = f"{library} layer {layer!r}"
         held = {part: flat[path] for part, path in parts.items() if part in ADDRESSES[library]}
         values = {part: _array(unboxed(value), part) for part, value in held.items()}
@@ -74,7 +74,7 @@ def read(entries: Entries, library: str, layers: Options | None = None) -> tuple
         for path in parts.values():
             del flat[path]
     _check(layers, library, ("kind", *names, *libraries.READS.get(library, ())), records)
-    return records, _nest(flat)
+    return records, nest(flat)
 
 
 def write(
@@ -105,14 +105,14 @@ def write(
     joined, others = {libraries.joined(path, library) for path in flat}, list(flat)
     for layer, record in records.items():
         where = f"{library} layer {layer!r}"
-        for part, value in to_parts(where, library, record, _said(layers, layer)).items():
+        for part, value in to_parts(where, library, record, said_of(layers, layer)).items():
             at = ADDRESSES[library][part].replace("*/", f"{layer}/" if layer else "")
             if at in joined:
                 refuse(where, f"the entry {at!r} in the rest too", "one of the two")
             origin = record.origin if isinstance(record, Found) and record.origin else Origin("", (), {})
             box = origin.boxes.get(part) if origin.library == library else None
             flat[_place(at, layer, library, origin, others)] = value if box is None else boxed(box, value)
-    return _nest(flat)
+    return nest(flat)
 
 
 def arguments(record: Record, library: str) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _array(value: Array, part: str) -> Array:
     return value.astype(np.promote_types(value.dtype, np.float32)) if part in ("mean", "var") else value
 
 
-def _said(layers: Options, layer: str) -> Said:
+def said_of(layers: Options, layer: str) -> Said:
     """What the caller says of a layer; later patterns override earlier ones."""
     fitting = [options for pattern, options in layers.items() if fnmatch.fnmatchcase(layer, pattern)]
     return {name: value for options in fitting for name, value in options.items()}
@@ -188,7 +188,7 @@ def _check(layers: Options, library: str, accepted: tuple[str, ...], records: It
             refuse(f"{library} layers {pattern!r}", "no such normalization layer", listed(records) or "none")
 
 
-def _nest(flat: Mapping[Path, object]) -> dict:
+def nest(flat: Mapping[Path, object]) -> dict:
     """Nested dictionaries of values by path."""
     out: dict = {}
     for (*above, last), value in flat.items():
