@@ -6,7 +6,7 @@ dictionaries by path, of float32 or wider. `normjax.projection` shows both names
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 
 import jax
@@ -82,7 +82,7 @@ class Kernels:
             chosen = self._matching(patterns, leaves, caller)
         else:
             mask = patterns(params) if callable(patterns) else patterns
-            flags = jax.tree.leaves(jax.tree.broadcast(mask, params))
+            flags = _flags(mask, params, leaves, caller)
             if wrong := [flag for flag in flags if not isinstance(flag, bool | np.bool_)]:
                 raise TypeError(f"{caller}: a mask is made of booleans, found {type(wrong[0]).__name__}")
             chosen = {name for name, flag in zip(leaves, flags, strict=True) if flag}
@@ -145,6 +145,18 @@ class Kernels:
         except FieldError:
             return False
         return True
+
+
+def _flags(mask: object, params: object, leaves: ByPath, caller: str) -> list[object]:
+    """What a mask says of each parameter; ValueError for a mask that is no beginning of the tree."""
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(mask, params))
+    except (ValueError, TypeError, KeyError):
+        found = ", ".join(map(repr, arrays_by_path(mask))) if isinstance(mask, Mapping) else repr(mask)
+        raise ValueError(
+            f"{caller}: a mask says True or False for every parameter, or for whole beginnings of the tree; found one of "
+            f"{found}; patterns such as where='Dense_0' name some alone. {paths_and_shapes(leaves)}"
+        ) from None
 
 
 def norms(params: object, kernels: Kernels = Kernels()) -> ByPath:

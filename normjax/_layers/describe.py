@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.binding import axes
+from normjax._layers.pickling import Portable
 from normjax.field import Field, FieldError
 
 Shape = tuple[int | None, ...]  # lengths are None where they are not known yet
@@ -48,7 +49,7 @@ class Parameter(NamedTuple):
     init: Initializer | float
 
 
-class Layer:
+class Layer(Portable):
     """What every description is. A host replaces `_learned`, `_part`, `_starting` and `_fits`.
 
     Attributes:

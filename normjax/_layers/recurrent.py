@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
 from normjax._layers.describe import Initializer, Parameter, ones, zeros
+from normjax._layers.pickling import Portable
 from normjax._layers.statistics import stored_dtype
 from normjax.recurrent import Activation, Carry, Clock, Norm, Places, Site, Weights
 from normjax.running import Running, Slot, stores
@@ -40,7 +41,7 @@ class SiteOptions(NamedTuple):
         return self.normalize(z, running=Running(**stored), clock=clock, eps=eps, **given)
 
 
-class _Asked:
+class _Asked(Portable):
     """What a cell asks of its face: attributes of Flax's cells that a step reads, and what needs variables."""
 
     bias_init: Initializer

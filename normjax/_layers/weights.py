@@ -6,6 +6,8 @@ faces share is here as functions of one parameter.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
 from normjax._layers.describe import Initializer, ones
+from normjax._layers.pickling import Portable
 from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
 from normjax.spectral import Spectral, spectral_norm
 from normjax.weights import weight_norm
@@ -22,7 +25,7 @@ Axes = int | Sequence[int]
 
 
 @dataclasses.dataclass(init=False, eq=False, repr=False)
-class Reparametrized:
+class Reparametrized(Portable):
     """What `Dense`, `Linear` and `Conv` add to Flax's: the options that they document."""
 
     weight: Weight = weight_norm
@@ -106,6 +109,13 @@ class Conv(Reparametrized):
     """
 
 
+def first_scale(value: jax.Array, feature_axes: Axes | None, epsilon: float, dtype: DTypeLike) -> jax.Array:
+    """The scale with which `WeightNorm` leaves a parameter as it is: its norms."""
+    layout, field, _ = by_number(value.ndim, feature_axes)
+    weight = functools.partial(weight_norm, eps=epsilon, layout=layout, field=field)
+    return matching_scale(value, weight).astype(dtype).reshape(scale_shape(value.shape, feature_axes))
+
+
 def scale_shape(shape: Sequence[int], feature_axes: Axes | None) -> tuple[int, ...]:
     """The shape of the scale that `WeightNorm` learns for a parameter of this shape."""
     return tuple(shape[axis] for axis in by_number(len(shape), feature_axes)[2])
@@ -120,11 +130,24 @@ def weight_normed(
     return _as_flax(new, dtype, value, *(() if scale is None else (scale,)))
 
 
+def u_shape(shape: Sequence[int], feature_axes: Axes) -> tuple[int, int]:
+    """The shape of the u that `SpectralNorm` stores for a parameter of this shape."""
+    return 1, math.prod(scale_shape(shape, feature_axes))
+
+
 def spectral_normed(
-    value: jax.Array, u: jax.Array, sigma: jax.Array, n_steps: int, epsilon: float, dtype: DTypeLike | None
+    value: jax.Array,
+    u: jax.Array,
+    sigma: jax.Array,
+    n_steps: int,
+    epsilon: float,
+    feature_axes: Axes,
+    dtype: DTypeLike | None,
 ) -> Spectral:
     """A parameter as `SpectralNorm` has it, over its largest singular value, with the new u and sigma."""
-    out = spectral_norm(_wide(value), u, steps=n_steps, eps=epsilon, layout="... o")
+    layout, _, columns = by_number(value.ndim, feature_axes)
+    outputs = " ".join(f"a{axis}" for axis in columns)
+    out = spectral_norm(_wide(value), u, steps=n_steps, eps=epsilon, layout=layout, outputs=outputs)
     return out._replace(kernel=_as_flax(out.kernel, dtype, value, u, sigma), sigma=out.sigma.astype(sigma.dtype))
 
 

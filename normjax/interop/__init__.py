@@ -6,7 +6,7 @@
 
 Between the libraries stands one `Record` a layer, under its path ("layer1/0/bn1", slashes in every library). Entries that
 belong to no normalization layer come back as `rest`, in the form and under the path in which they came; conv kernels are
-transposed by somebody else. Nothing here imports any of the libraries. normjax's own layers are "linen" and "nnx".
+transposed by somebody else; weights under weight norm or spectral norm have `read_weights` and `write_weights`. Nothing here imports any of the libraries. normjax's own layers are "linen" and "nnx".
 
 |            | linen, nnx             | torch               | keras             | haiku             | equinox              |
 |------------|------------------------|---------------------|-------------------|-------------------|----------------------|
@@ -37,8 +37,11 @@ What is lost: Flax and Keras have no place for the number of updates. torch and 
 neither (batch, group, instance), so that a missing one is written as ones or zeros.
 """
 
+from normjax.interop._boxes import text_keys
 from normjax.interop._layer import Record
 from normjax.interop._libraries import FOREVER, KINDS
 from normjax.interop.convert import arguments, read, write
+from normjax.interop.weights import WeightRecord, read_weights, write_weights
 
-__all__ = ["FOREVER", "KINDS", "Record", "arguments", "read", "write"]
+__all__ = ["FOREVER", "KINDS", "Record", "arguments", "read", "text_keys", "write"]
+__all__ += ["WeightRecord", "read_weights", "write_weights"]

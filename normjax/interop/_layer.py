@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from normjax._leaves import one_of
+from normjax.interop._boxes import Origin
 from normjax.interop._libraries import AVERAGING, FOREVER, KINDS, numbers_of, refuse
 
 Array: TypeAlias = Any  # of NumPy, or None where the layer has none; whoever takes it knows which
@@ -41,7 +42,14 @@ class Record:
     momentum: float | None = None
 
 
-def to_record(where: str, library: str, kind: str, values: dict[str, Array], said: Said) -> Record:
+@dataclass(frozen=True, eq=False)
+class Found(Record):
+    """A Record as `read` returns it, which remembers the keys and boxes of its arrays for `write`."""
+
+    origin: Origin | None = None
+
+
+def to_record(where: str, library: str, kind: str, values: dict[str, Array], said: Said, origin: Origin) -> Found:
     """A Record of the arrays found in a layer, by part as `ADDRESSES` names them."""
     numbers = numbers_of(library)
     epsilon = said.get(numbers.epsilon)
@@ -78,7 +86,7 @@ def to_record(where: str, library: str, kind: str, values: dict[str, Array], sai
     if kind != "batch" and mean is None:
         momentum, averaging = None, "exponential"
     scale, bias = values.get("rms_scale", values.get("scale")), values.get("bias")
-    return Record(kind, scale, bias, mean, var, count, averaging, epsilon, momentum)
+    return Found(kind, scale, bias, mean, var, count, averaging, epsilon, momentum, origin)
 
 
 def to_parts(where: str, library: str, record: Record, said: Said) -> dict[str, Array]:

@@ -64,13 +64,13 @@ def joined(path: Path, library: str) -> str:
 
 
 def keys_of(address: str, library: str) -> Path:
-    """The keys under which a library keeps an address: "layers/0/scale" is ("layers", 0, "scale") in nnx."""
+    """The keys under which a library keeps an address, numbers as text."""
     if library in ("torch", "keras"):
         return (address.replace("/", "." if library == "torch" else "/"),)
     names = address.split("/")
     if library == "haiku":  # modules are one key, with its slashes
         return names[0], "/".join(names[1:-1]), names[-1]
-    return tuple(int(name) if library == "nnx" and name.isdecimal() else name for name in names)
+    return tuple(names)
 
 
 def locate(path: Path, library: str) -> tuple[str, str]:

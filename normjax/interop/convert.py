@@ -9,11 +9,14 @@ import numpy as np
 
 from normjax._leaves import one_of
 from normjax.interop import _libraries as libraries
-from normjax.interop._layer import Array, Record, Said, other_way, to_parts, to_record
+from normjax.interop._boxes import Origin, boxed, emptied, flatten, like_neighbours, unboxed
+from normjax.interop._checks import check_entries, check_parts
+from normjax.interop._layer import Array, Found, Record, Said, other_way, to_parts, to_record
 from normjax.interop._libraries import ADDRESSES, KINDS, Path, listed, numbers_of, refuse
 
 Entries: TypeAlias = Mapping[Any, Any]  # arrays, or whatever the library keeps, in dictionaries that may be nested
 Options: TypeAlias = Mapping[str, Said]
+NESTED, BOXED = ("linen", "nnx", "equinox"), ("linen", "nnx")  # with a key for each name; with boxes around arrays
 
 
 def read(entries: Entries, library: str, layers: Options | None = None) -> tuple[dict[str, Record], dict]:
@@ -21,13 +24,16 @@ def read(entries: Entries, library: str, layers: Options | None = None) -> tuple
 
     A dictionary does not say what its layers are. Unless told, `read` takes a layer with running statistics for "batch",
     one with scale and bias of the same shape and nothing else for "layer" ("group" and "instance" store no more), and a
-    scale alone, which may be RMS norm or a PReLU, for none. A ValueError says what does not fit.
+    scale alone, which may be RMS norm or a PReLU, for none. A ValueError says what does not fit: lengths of a layer's
+    arrays, NaN and negative variances, what is no number; a TypeError what is no dictionary.
 
     Args:
       entries: the checkpoint: for "linen" `{"params": ..., "batch_stats": ...}`; for "nnx" `nnx.to_pure_dict(state)`; for
         "torch" the flat state_dict; for "keras" `{v.path: v.numpy() for v in model.variables}`; for "haiku" `{"params":
         ..., "state": ...}`; for "equinox" nested dictionaries that end in a layer's attributes, a `StateIndex` replaced
-        by `state.get(index)`. Values are anything `np.array` takes; no memory is shared with them.
+        by `state.get(index)`. Values are anything `np.array` takes; no memory is shared with them. A FrozenDict, an
+        `nnx.State`, and what Orbax, msgpack or JSON restored with text for numbers are such dictionaries too, and arrays
+        may be in boxes (`nn.Partitioned`, `nnx.Param`, {"value": array}): `write` puts them back.
       library: its name.
       layers: patterns of paths (`fnmatch`), and what the dictionary does not say of these layers: `kind` (None leaves a
         layer in the rest), epsilon and momentum by the library's names and meaning, `elements` for torch, `averaging`
@@ -43,30 +49,32 @@ def read(entries: Entries, library: str, layers: Options | None = None) -> tuple
     ['mean', 'var']
     """
     names, layers = numbers_of(library)[:2], layers or {}
-    wanted = libraries.COLLECTIONS.get(library, ())
-    if wanted and entries and not set(wanted) & set(entries):
-        refuse(f"a {library} checkpoint", f"the collections {listed(entries)}", listed(wanted))
-    flat = dict(_flatten(entries))
-    found: dict[str, dict[str, Path]] = {}
+    check_entries(entries, library)
+    flat = dict(flatten(entries, library in BOXED))
+    wanted, found = libraries.COLLECTIONS.get(library, ()), dict[str, dict[str, Path]]()
     for path in flat:
         layer, part = libraries.locate(path, library)
         found.setdefault(layer, {})[part] = path
     records = {}
     for layer, parts in found.items():
-        said = _said(layers, layer)
-        values = {part: _array(flat[path], part) for part, path in parts.items() if part in ADDRESSES[library]}
+        said = said_of(layers, layer)
+        where = f"{library} layer {layer!r}"
+        held = {part: flat[path] for part, path in parts.items() if part in ADDRESSES[library]}
+        values = {part: _array(unboxed(value), part) for part, value in held.items()}
         kind = said.get("kind", _guess(values, parts))
         if kind is None:
             continue
-        where = f"{library} layer {layer!r}"
         one_of(f"{where}: kind", kind, KINDS)
         if strange := [part[1:] for part in parts if part not in values]:
             refuse(where, f"entries {listed(strange)}", listed(at.split("*/")[1] for at in ADDRESSES[library].values()))
-        records[layer] = to_record(where, library, kind, values, said)
+        check_parts(where, library, values)
+        boxes = {part: box for part, value in held.items() if (box := emptied(value)) is not None}
+        keys = next(iter(parts.values()))[len(wanted[:1]) : -1]
+        records[layer] = to_record(where, library, kind, values, said, Origin(library, keys, boxes))
         for path in parts.values():
             del flat[path]
     _check(layers, library, ("kind", *names, *libraries.READS.get(library, ())), records)
-    return records, _nest(flat)
+    return records, nest(flat)
 
 
 def write(
@@ -93,16 +101,18 @@ def write(
     numbers_of(library)  # which refuses a library that is not known
     layers = layers or {}
     _check(layers, library, libraries.WRITES.get(library, ()), records)
-    flat = dict(_flatten(rest or {}))
-    joined = {libraries.joined(path, library) for path in flat}
+    flat = dict(flatten(rest or {}, library in BOXED))
+    joined, others = {libraries.joined(path, library) for path in flat}, list(flat)
     for layer, record in records.items():
         where = f"{library} layer {layer!r}"
-        for part, value in to_parts(where, library, record, _said(layers, layer)).items():
+        for part, value in to_parts(where, library, record, said_of(layers, layer)).items():
             at = ADDRESSES[library][part].replace("*/", f"{layer}/" if layer else "")
             if at in joined:
                 refuse(where, f"the entry {at!r} in the rest too", "one of the two")
-            flat[libraries.keys_of(at, library)] = value
-    return _nest(flat)
+            origin = record.origin if isinstance(record, Found) and record.origin else Origin("", (), {})
+            box = origin.boxes.get(part) if origin.library == library else None
+            flat[_place(at, layer, library, origin, others)] = value if box is None else boxed(box, value)
+    return nest(flat)
 
 
 def arguments(record: Record, library: str) -> dict[str, Any]:
@@ -135,6 +145,16 @@ def arguments(record: Record, library: str) -> dict[str, Any]:
     return out | {"affine": scale or bias} | ({"track_running_stats": tracked} if kind != "group" else {})
 
 
+def _place(at: str, layer: str, library: str, origin: Origin, others: Iterable[Path]) -> Path:
+    """The keys of an address: those of where the layer was read, or numbers as they are in the rest beside it."""
+    keys = libraries.keys_of(at, library)
+    if library not in NESTED:
+        return keys
+    if origin.library == library and libraries.joined(origin.path, library) == layer:
+        return (*keys[: len(libraries.COLLECTIONS.get(library, ())[:1])], *origin.path, keys[-1])
+    return like_neighbours(keys, others, library == "nnx")
+
+
 def _guess(values: Mapping[str, Array], parts: Mapping[str, Path]) -> str | None:
     """The kind of a layer that was not told, by what it holds; None for what may be no normalization layer."""
     if len(values) < len(parts):
@@ -153,7 +173,7 @@ def _array(value: Array, part: str) -> Array:
     return value.astype(np.promote_types(value.dtype, np.float32)) if part in ("mean", "var") else value
 
 
-def _said(layers: Options, layer: str) -> Said:
+def said_of(layers: Options, layer: str) -> Said:
     """What the caller says of a layer; later patterns override earlier ones."""
     fitting = [options for pattern, options in layers.items() if fnmatch.fnmatchcase(layer, pattern)]
     return {name: value for options in fitting for name, value in options.items()}
@@ -168,16 +188,7 @@ def _check(layers: Options, library: str, accepted: tuple[str, ...], records: It
             refuse(f"{library} layers {pattern!r}", "no such normalization layer", listed(records) or "none")
 
 
-def _flatten(entries: Entries, above: Path = ()) -> Iterable[tuple[Path, object]]:
-    """Pairs of a path and a value; None is how Equinox and nnx say that there is nothing."""
-    for key, value in entries.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, (*above, key))
-        elif value is not None:
-            yield (*above, key), value
-
-
-def _nest(flat: Mapping[Path, object]) -> dict:
+def nest(flat: Mapping[Path, object]) -> dict:
     """Nested dictionaries of values by path."""
     out: dict = {}
     for (*above, last), value in flat.items():

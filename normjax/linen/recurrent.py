@@ -24,6 +24,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import recurrent
 from normjax._layers import recurrent as cells
 from normjax._layers.describe import Initializer
+from normjax._layers.pickling import Portable
 from normjax._layers.recurrent import SiteOptions
 from normjax._layers.statistics import as_held
 from normjax.linen.host import Keeping
@@ -126,7 +127,7 @@ class SimpleCell(cells.SimpleCell, Host, nn.SimpleCell):  # noqa: D101
         return Weights(w, u, bw, self._second_bias("hidden_bias", 1))
 
 
-class RNN(nn.RNN):
+class RNN(Portable, nn.RNN):
     """`flax.linen.RNN` with what a normalized cell needs.
 
     Running statistics are carried through the scan; in inference, where they do not change, they are read in it (under

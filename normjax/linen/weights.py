@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from normjax._layers import weights
+from normjax._layers.pickling import Portable
+from normjax._paths import PyTree, path_name
 
 
 class Host(weights.Reparametrized, nn.Module):
@@ -50,15 +52,19 @@ def _with_params(
     if wrapper.is_initializing():
         forward(wrapper.layer_instance)  # makes the parameters, which the second call then finds
 
-    def one(path: jax.tree_util.KeyPath, value: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-        return change(f"{wrapper.layer_instance.name}/{name}", value)
+    def one(path: jax.tree_util.KeyPath, leaf: PyTree) -> PyTree:
+        # A box of Flax's metadata is one leaf here, so that it adds nothing to the name; its array changes within it.
+        name = f"{wrapper.layer_instance.name}/{path_name(path[1:])}"
+        return jax.tree.map(functools.partial(change, name), leaf)
 
-    changed = functools.partial(jax.tree_util.tree_map_with_path, one)
+    def is_box(leaf: object) -> bool:
+        return isinstance(leaf, nn.meta.AxisMetadata)
+
+    changed = functools.partial(jax.tree_util.tree_map_with_path, one, is_leaf=is_box)
     return nn.map_variables(forward, "params", trans_in_fn=changed)(wrapper.layer_instance)
 
 
-class WeightNorm(nn.WeightNorm):
+class WeightNorm(Portable, nn.WeightNorm):
     """Weight norm around a layer: arguments, parameters and numbers of `flax.linen.WeightNorm`.
 
     Attributes:
@@ -67,7 +73,7 @@ class WeightNorm(nn.WeightNorm):
       dtype: of the normalized parameters.
       param_dtype: of the scales.
       use_scale: whether a scale is learned for each feature.
-      scale_init: its initializer.
+      scale_init: its initializer; None starts from the norms, so that nothing changes at first.
       feature_axes: axes with a norm each; None gives each parameter one norm.
       variable_filter: parts of paths, one of which a parameter's path "Dense_0/kernel" contains if it is normalized;
         None normalizes all.
@@ -79,6 +85,11 @@ class WeightNorm(nn.WeightNorm):
     (4,)
     """
 
+    def __post_init__(self):
+        if isinstance(self.variable_filter, set | list):  # Flax's default is a set, which nothing can hash
+            object.__setattr__(self, "variable_filter", frozenset(self.variable_filter))
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized."""
@@ -86,15 +97,20 @@ class WeightNorm(nn.WeightNorm):
         def change(name: str, value: jax.Array) -> jax.Array:
             if self.variable_filter and not any(part in name for part in self.variable_filter):
                 return value
-            shape = [*weights.scale_shape(value.shape, self.feature_axes)]
-            made = (self.scale_init, shape, self.param_dtype)
-            scale = self.param(f"{name}/scale", *made) if self.use_scale else None
+            scale = self.param(f"{name}/scale", lambda key: self._first(key, value)) if self.use_scale else None
             return weights.weight_normed(value, scale, self.feature_axes, self.epsilon, self.dtype)
 
         return _with_params(self, change, lambda layer: layer(*args, **kwargs))
 
+    @nn.nowrap
+    def _first(self, key: jax.Array, value: jax.Array) -> jax.Array:
+        """The scale of a parameter as it starts."""
+        if self.scale_init is None:
+            return weights.first_scale(value, self.feature_axes, self.epsilon, self.param_dtype)
+        return self.scale_init(key, [*weights.scale_shape(value.shape, self.feature_axes)], self.param_dtype)
 
-class SpectralNorm(nn.SpectralNorm):
+
+class SpectralNorm(Portable, nn.SpectralNorm):
     """Spectral norm around a layer: arguments, variables and numbers of `flax.linen.SpectralNorm`.
 
     Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change.
@@ -107,6 +123,8 @@ class SpectralNorm(nn.SpectralNorm):
       param_dtype: of u and sigma.
       error_on_non_matrix: refuse parameters of more than two axes, rather than flatten all but the last.
       collection_name: where u and sigma are stored, as "Dense_0/kernel/u" and "Dense_0/kernel/sigma".
+      feature_axes: axes of a parameter that are the columns of its matrix, the outputs; all others are its rows. Flax has
+        the last alone; -2 for a `ConvTranspose` with `transpose_kernel=True`, as PyTorch has it there.
 
     Source: Miyato et al. 2018, algorithm 1.
 
@@ -115,6 +133,8 @@ class SpectralNorm(nn.SpectralNorm):
     >>> jax.tree.map(jnp.shape, variables["batch_stats"])
     {'layer_instance/kernel/sigma': (), 'layer_instance/kernel/u': (1, 4)}
     """
+
+    feature_axes: weights.Axes = -1
 
     @nn.compact
     def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
@@ -125,11 +145,12 @@ class SpectralNorm(nn.SpectralNorm):
                 return value
             if value.ndim > 2 and self.error_on_non_matrix:
                 raise ValueError(f"Input is {value.ndim}D but error_on_non_matrix is True")
-            collection, shape = self.collection_name, (1, value.shape[-1])
+            collection, shape = self.collection_name, weights.u_shape(value.shape, self.feature_axes)
             start = None if self.has_variable(collection, f"{name}/u") else self.make_rng("params")
             u = self.variable(collection, f"{name}/u", jax.random.normal, start, shape, self.param_dtype)
             sigma = self.variable(collection, f"{name}/sigma", jnp.ones, (), self.param_dtype)
-            out = weights.spectral_normed(value, u.value, sigma.value, self.n_steps, self.epsilon, self.dtype)
+            how = self.n_steps, self.epsilon, self.feature_axes, self.dtype
+            out = weights.spectral_normed(value, u.value, sigma.value, *how)
             if update_stats and not self.is_initializing():
                 u.value, sigma.value = out.u, out.sigma.astype(self.param_dtype)
             return out.kernel

@@ -11,12 +11,13 @@ first, then the options of the description, and `rngs` by keyword. The penalty i
 `y, sown = nnx.capture(model, Penalty)(x)`; outside a capture nothing is sown or stored.
 """
 
+import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +43,21 @@ class Moments(nnx.Intermediate):
     """What a layer saw of the batch (`normjax.running.BatchRecord`), as `nnx.capture(model, Moments)` finds it."""
 
 
+class Copied(nnx.Module):
+    """A module whose deep copy has variables of its own, and shares what is none.
+
+    Flax's copies functions too, of which jitted ones, such as `jax.nn.sigmoid`, do not equal their copies: to jit, and to
+    `jax.tree.map`, the copy would be another model.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        structure, state = nnx.split(self)
+        return nnx.merge(structure, copy.deepcopy(state, memo))
+
+
 @dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(eq=False, repr=False)
-class Bare(Layer, nnx.Module):
+class Bare(Layer, Copied):
     """A layer without variables."""
 
     _faces: ClassVar[dict[type, type]] = {}  # the face of each description

@@ -18,8 +18,9 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import recurrent
 from normjax._layers import recurrent as cells
 from normjax._layers.describe import Initializer
+from normjax._layers.pickling import Portable
 from normjax._layers.recurrent import SiteOptions
-from normjax.nnx.host import Keeping, Metadata, Penalty, _replace
+from normjax.nnx.host import Copied, Keeping, Metadata, Penalty, _replace
 from normjax.recurrent import Carry, Clock, Site, Weights
 from normjax.theory import Normalizer
 
@@ -89,7 +90,7 @@ class _Site(nnx.Module):
         return out
 
 
-class Host(cells.Cell, nnx.RNNCellBase):
+class Host(cells.Cell, Copied, nnx.RNNCellBase):
     """Flax's side of a cell: parameters, statistics and the carry.
 
     Args:
@@ -199,7 +200,7 @@ class SimpleCell(cells.SimpleCell, Host, nnx.SimpleCell):  # noqa: D101
         return Weights(*kernels, _value(self.dense_i.bias), self._second_bias())
 
 
-class RNN(nnx.RNN):
+class RNN(Portable, Copied, nnx.RNN):
     """`flax.nnx.RNN` with what a normalized cell needs.
 
     `seq_lengths` masks the padding: it enters no statistic and no penalty, and an example that is over keeps its state,

@@ -2,11 +2,14 @@
 
 `WeightNorm` and `SpectralNorm` have the arguments, attributes and shapes of Flax's. What differs: the scales are
 `nnx.Param`s, so an optimizer sees them; the layer's own parameters are never overwritten, so a model may be called inside of
-any transformation that closes over it; only parameters are normalized, and norms are float32 or wider.
+any transformation that closes over it; only parameters are normalized, and norms are float32 or wider. What they keep of a
+parameter is keyed by its path as text, "kernel" or "layers/0/kernel", where Flax has a tuple, which msgpack and JSON refuse;
+`nnx.update` with a state of Flax's, or an older one of ours, finds its place, and `normjax.interop.text_keys` makes text of
+the keys of a pure dictionary.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,9 +21,44 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax._layers import weights
 from normjax._layers.describe import Initializer, ones
-from normjax.nnx.host import NO_METADATA, Metadata
+from normjax._layers.pickling import Portable
+from normjax.nnx.host import NO_METADATA, Copied, Metadata
 from normjax.reparametrize import Weight
 from normjax.weights import weight_norm
+
+
+def _text(path: PathParts | str) -> str:
+    """A path as text; text is one already."""
+    return path if isinstance(path, str) else "/".join(map(str, path))
+
+
+class ByPath(nnx.Dict):
+    """Variables by the path of a parameter: text, or the tuple that is Flax's key for the same.
+
+    >>> scales = ByPath({("dense", "kernel"): nnx.Param(jnp.ones(2))})
+    >>> list(scales), scales[("dense", "kernel")].shape, ("dense", "bias") in scales
+    (['dense/kernel'], (2,), False)
+    """
+
+    def __init__(self, variables: Mapping[PathParts, nnx.Variable]):
+        super().__init__({_text(path): variable for path, variable in variables.items()})
+
+    def __getitem__(self, key: PathParts | str) -> Any:
+        return vars(self)[_text(key)]
+
+    def __setitem__(self, key: PathParts | str, value: Any) -> None:
+        setattr(self, _text(key), value)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str | tuple) and _text(key) in vars(self)
+
+    def _graph_node_set_key(self, key: PathParts | str, value: Any) -> None:
+        """Takes an entry of a state that is not there under this key, which `nnx.update` brings."""
+        held = vars(self).get(_text(key))
+        if isinstance(held, nnx.Variable):
+            held.set_value(value.get_value() if isinstance(value, nnx.Variable) else value)
+        else:
+            super()._graph_node_set_key(key, value)
 
 
 def _with_params(module: nnx.Module, change: Callable[[PathParts, nnx.Variable], jax.Array | None]) -> Any:
@@ -34,7 +72,7 @@ def _with_params(module: nnx.Module, change: Callable[[PathParts, nnx.Variable],
     return nnx.merge(structure, nnx.from_flat_state(new), rest)
 
 
-class Host(weights.Reparametrized, nnx.Module):
+class Host(weights.Reparametrized, Copied, nnx.Module):
     """Flax's side of `Linear` and `Conv`: the scale, the bound, and the twin that has the kernel of the product."""
 
     kernel: nnx.Param[jax.Array]
@@ -50,6 +88,8 @@ class Host(weights.Reparametrized, nnx.Module):
         if self.use_scale:
             key = None if self.scale_init is None else rngs.params()
             self.scale = nnx.Param(self._first_scale(key, kernel, self.param_dtype), **metadata)
+        # It has done its work; a layer made by another function is the same to jit and to pickle.
+        self.scale_init = None
 
     def _product(self) -> Any:
         """The twin whose kernel enters the product."""
@@ -108,14 +148,14 @@ class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
         return nnx.Conv.__call__(self._product(), inputs, out_sharding)
 
 
-class WeightNorm(nnx.WeightNorm):
+class WeightNorm(Portable, Copied, nnx.WeightNorm):
     """Weight norm around a layer: arguments and numbers of `flax.nnx.WeightNorm`.
 
     Args:
       layer_instance: the layer.
       feature_axes: axes with a norm each; None gives each parameter one norm.
-      use_scale: whether a scale is learned for each feature: `scales`, `nnx.Param`s by path.
-      scale_init: its initializer.
+      use_scale: whether a scale is learned for each feature: `scales`, `nnx.Param`s by path, as "kernel".
+      scale_init: its initializer; None starts from the norms, so that nothing changes at first.
       epsilon: added to the squared norm.
       dtype: of the normalized parameters.
       param_dtype: of the scales.
@@ -126,7 +166,7 @@ class WeightNorm(nnx.WeightNorm):
     Source: Salimans & Kingma 2016, equation 2.
 
     >>> layer = WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
-    >>> layer(jnp.ones((2, 3))).shape, layer.scales[("kernel",)].shape
+    >>> layer(jnp.ones((2, 3))).shape, layer.scales["kernel"].shape
     ((2, 4), (4,))
     """
 
@@ -137,11 +177,19 @@ class WeightNorm(nnx.WeightNorm):
             given = {"scale_init": scale_init, "param_dtype": param_dtype, "rngs": rngs, **flax}
             super().__init__(*args, use_scale=False, **given)
             self.use_scale, scales = use_scale, {}
+
+            def first(value):
+                if scale_init is None:
+                    return weights.first_scale(value, self.feature_axes, self.epsilon, param_dtype)
+                return scale_init(rngs.params(), weights.scale_shape(value.shape, self.feature_axes), param_dtype)
+
             for path, variable in nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param)):
                 if use_scale and self.variable_filter(path, variable):
-                    shape = weights.scale_shape(variable.shape, self.feature_axes)
-                    scales[path] = nnx.Param(scale_init(rngs.params(), shape, param_dtype))
-            self.scales = nnx.data(scales if use_scale else None)
+                    scales[path] = nnx.Param(first(variable[...]))
+            self.scales = nnx.data(ByPath(scales) if use_scale else None)
+            self.scale_init = (
+                None  # it has done its work; a layer made by another function is the same to jit and pickle
+            )
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized."""
@@ -155,7 +203,7 @@ class WeightNorm(nnx.WeightNorm):
         return _with_params(self.layer_instance, change)(x, *args, **kwargs)
 
 
-class SpectralNorm(nnx.SpectralNorm):
+class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
     """Spectral norm around a layer: arguments, variables and numbers of `flax.nnx.SpectralNorm`.
 
     Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change.
@@ -168,14 +216,39 @@ class SpectralNorm(nnx.SpectralNorm):
       param_dtype: of u and sigma.
       error_on_non_matrix: refuse parameters of more than two axes, rather than flatten all but the last.
       update_stats: whether a call stores the new u and sigma; `.train()` and `.eval()` set it.
+      feature_axes: axes of a parameter that are the columns of its matrix, the outputs; all others are its rows. Flax has
+        the last alone; -2 for a `ConvTranspose` with `transpose_kernel=True`, as PyTorch has it there.
       rngs: random keys for u.
 
     Source: Miyato et al. 2018, algorithm 1.
 
     >>> layer = SpectralNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
-    >>> layer(jnp.ones((2, 3)), update_stats=False).shape, layer.batch_stats[("kernel", "u")].shape
+    >>> layer(jnp.ones((2, 3)), update_stats=False).shape, layer.batch_stats["kernel/u"].shape
     ((2, 4), (1, 4))
     """
+
+    feature_axes: weights.Axes
+    batch_stats: ByPath
+
+    if not TYPE_CHECKING:  # to a reader the constructor is Flax's, and one more argument
+
+        @functools.wraps(nnx.SpectralNorm.__init__)
+        def __init__(self, *args, n_steps=1, feature_axes=-1, rngs, **flax):
+            super().__init__(*args, n_steps=0, rngs=rngs, **flax)  # which draws no u of another shape
+            self.n_steps, stats = n_steps, {}
+            self.feature_axes = feature_axes if isinstance(feature_axes, int) else tuple(feature_axes)
+            for path, variable in nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param)):
+                if n_steps < 1 or variable.ndim <= 1:
+                    continue
+                if variable.ndim > 2 and self.error_on_non_matrix:
+                    raise ValueError(f"{_text(path)!r} has {variable.ndim} axes, but error_on_non_matrix is True")
+                shape = weights.u_shape(variable.shape, self.feature_axes)
+                u = jax.nn.initializers.normal()(rngs.params(), shape, self.param_dtype)
+                stats |= {
+                    (*path, "u"): nnx.BatchStat(u),
+                    (*path, "sigma"): nnx.BatchStat(jnp.ones((), self.param_dtype)),
+                }
+            self.batch_stats = nnx.data(ByPath(stats))
 
     def __call__(self, x: ArrayLike, update_stats: bool | None = None, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized; `update_stats` stores the new u and sigma."""
@@ -185,7 +258,8 @@ class SpectralNorm(nnx.SpectralNorm):
             if (*path, "u") not in self.batch_stats:
                 return None
             u, sigma = (self.batch_stats[(*path, name)] for name in ("u", "sigma"))
-            out = weights.spectral_normed(variable[...], u[...], sigma[...], self.n_steps, self.epsilon, self.dtype)
+            how = self.n_steps, self.epsilon, self.feature_axes, self.dtype
+            out = weights.spectral_normed(variable[...], u[...], sigma[...], *how)
             if update:
                 u[...], sigma[...] = out.u, out.sigma
             return out.kernel

@@ -13,9 +13,9 @@ without weight decay what weight decay does to it.
 
 from normjax.projection._update import ProjectState
 from normjax.projection.affine import project_affine, pull_affine
-from normjax.projection.hold import bounded_norm, norm_schedule, project
+from normjax.projection.hold import bounded_norm, norm_schedule, project, project_after
 from normjax.projection.rates import effective_learning_rates, equilibrium_norm, scale_by_weight_norm
 from normjax.selection import Kernels, norms
 
 __all__ = ["Kernels", "ProjectState", "bounded_norm", "effective_learning_rates", "equilibrium_norm", "norm_schedule"]
-__all__ += ["norms", "project", "project_affine", "pull_affine", "scale_by_weight_norm"]
+__all__ += ["norms", "project", "project_affine", "project_after", "pull_affine", "scale_by_weight_norm"]

@@ -82,6 +82,39 @@ def update_to_norm(p: jax.Array, u: jax.Array, squared: jax.Array, norm: jax.Arr
     return (factor.astype(after.dtype) * after - p.astype(after.dtype)).astype(u.dtype)
 
 
+def select(kernels: Kernels, params: optax.Params, caller: str) -> ByPath:
+    """The kernels by path; where none matches a pattern, says so if `optax.masked` or `optax.partition` hides some."""
+    try:
+        return kernels.select(params, caller)
+    except ValueError as error:
+        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
+        if "matches no parameter" not in str(error) or not any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+            raise
+        hidden = (
+            "optax.masked or optax.partition hides the others; where the output layer is one of them, say output=()"
+        )
+        raise ValueError(f"{error}; {hidden}") from None
+
+
+def above_zero(value: ArrayLike) -> bool:
+    """Whether this is a real number above 0, or an array of such, as far as that is known: what is traced passes."""
+    array = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
+    if array.dtype == bool or not (
+        jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    ):
+        return False
+    if isinstance(array, Tracer):
+        return True
+    return bool(array.size and np.all(np.asarray(array) > 0) and np.all(np.isfinite(np.asarray(array))))
+
+
+def is_count(value: ArrayLike) -> bool:
+    """Whether this is an integer of at least 1, as far as that is known: what is traced passes."""
+    dtype, shape = (getattr(value, name, None) for name in ("dtype", "shape"))
+    integer = isinstance(value, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer) and not shape
+    return integer and not isinstance(value, bool) and above_zero(value)
+
+
 def require_output(kernels: Kernels, caller: str) -> None:
     """Raises ValueError where nobody said which kernel is the output layer's; TypeError for no `Kernels`."""
     if not isinstance(kernels, Kernels):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from normjax._expect.arrays import statistics_dtype
 from normjax._leaves import safe_root
@@ -50,13 +51,13 @@ def project_affine(where: object = None) -> optax.GradientTransformationExtraArg
     return _update.as_transformation(caller, _update.no_norms, init, change)
 
 
-def pull_affine(strength: float, where: object = None) -> optax.GradientTransformationExtraArgs:
+def pull_affine(strength: ArrayLike, where: object = None) -> optax.GradientTransformationExtraArgs:
     """Pulls scale to 1 and bias to 0: the gradient of strength / 2 (|scale - 1| ** 2 + |bias| ** 2).
 
     Stands where `optax.add_decayed_weights` does: first in the chain as a penalty, or right before the learning rate.
 
     Args:
-      strength: of the pull.
+      strength: of the pull, a number or what a transformation traces, as `optax.inject_hyperparams` does.
       where: patterns of paths, such as "encoder/*/scale" or "norm" (all that is below it); a mask: a tree of booleans or
         a function that gives one. What is called `scale`, and `bias` beside a `scale`, counts. By default all of these,
         but for those of a layer with a kernel: the scale of weight norm is no normalizer's.
@@ -79,7 +80,7 @@ def pull_affine(strength: float, where: object = None) -> optax.GradientTransfor
         changed = {}
         for name in (name for parts in _normalizers(params, where, caller).values() for name in parts):
             away = ps[name] - 1 if name.split("/")[-1] == "scale" else ps[name]
-            changed[name] = us[name] + (strength * away).astype(us[name].dtype)
+            changed[name] = us[name] + (jnp.asarray(strength).astype(away.dtype) * away).astype(us[name].dtype)
         return changed, state
 
     return _update.as_transformation(caller, optax.EmptyState, init, change)

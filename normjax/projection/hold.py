@@ -1,7 +1,6 @@
 """Kernels held at a norm, or led along a schedule of norms."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import jax
@@ -17,9 +16,17 @@ from normjax.projection import _update
 from normjax.projection._update import ProjectState, RecordedNorms, Schedule
 from normjax.selection import Kernels
 
+RULES = ("initial", "rms", "mean")  # of the norm that kernels are held at
 
-def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -> optax.GradientTransformationExtraArgs:
+
+def project(
+    kernels: Kernels, *, rho: str | ArrayLike = "initial", every: ArrayLike = 1
+) -> optax.GradientTransformationExtraArgs:
     """Normalize-and-Project: after the optimizer's step, kernels return to the norm rho; the state is a ProjectState.
+
+    It must come last in `optax.chain`, behind the learning rate: it takes what it is given for the step that the parameters
+    will make, and cannot see that more is to come. First in a chain it holds no norm, and nothing says so;
+    `project_after(optimizer, kernels)` is last by its making.
 
     Emits rho (p + u) / |p + u| - p; the optimizer's moments stay as they are. Weight decay before it is no more than a
     factor 1 / (1 - eta lambda) of the learning rate. A norm of 0, or not finite, lets the update pass; one that starts at
@@ -29,7 +36,8 @@ def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -
       kernels: which. No official code was published, and ports disagree on the output layer: `Kernels(output="Dense_2")`
         leaves it free, `Kernels(output=())` takes it too.
       rho: "initial", each norm as it is when the state is made; "rms" or "mean" of a kernel's initial norms, for all its
-        features; or a number. [units w]
+        features; or a number, an array that broadcasts against the norms of each kernel, or what a transformation traces:
+        `optax.inject_hyperparams(project)(kernels, rho=2.0)` makes it a hyperparameter, or a schedule. [units w]
       every: only each so many steps; the others pass.
 
     Source: Lyle et al. 2024 (Normalize-and-Project). The whole kernel is layer norm's symmetry, each feature batch norm's.
@@ -44,17 +52,46 @@ def project(kernels: Kernels, *, rho: str | float = "initial", every: int = 1) -
     return _project(kernels, rho, every, "project")
 
 
-def bounded_norm(kernels: Kernels, *, rho: str | float = "rms") -> optax.GradientTransformationExtraArgs:
+def project_after(
+    optimizer: optax.GradientTransformation,
+    kernels: Kernels,
+    *,
+    rho: str | ArrayLike = "initial",
+    every: ArrayLike = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer and Normalize-and-Project behind it, where it belongs: `optax.chain(optimizer, project(kernels))`.
+
+    Args:
+      optimizer: all that makes the step: gradients in, updates out, the learning rate included.
+      kernels: which; `Kernels(output="Dense_2")` leaves the output layer free, `Kernels(output=())` takes it too.
+      rho: "initial", each norm as it is when the state is made; "rms" or "mean" of a kernel's initial norms, for all its
+        features; or a number or array that broadcasts against the norms of each kernel. [units w]
+      every: only each so many steps; the others pass.
+
+    Source: Lyle et al. 2024 (Normalize-and-Project).
+
+    >>> params = {"kernel": jnp.array([[3.0], [4.0]])}
+    >>> tx = project_after(optax.sgd(0.5), Kernels(output=()))
+    >>> updates, _ = tx.update({"kernel": jnp.ones((2, 1))}, tx.init(params), params)
+    >>> round(float(jnp.linalg.norm(optax.apply_updates(params, updates)["kernel"])), 4)
+    5.0
+    """
+    return optax.with_extra_args_support(optax.chain(optimizer, project(kernels, rho=rho, every=every)))
+
+
+def bounded_norm(kernels: Kernels, *, rho: str | ArrayLike = "rms") -> optax.GradientTransformationExtraArgs:
     """Bounded weight norm: all output features of a kernel have one norm, which is kept; the state is a ProjectState.
 
-    It is `project` with the field "... i" and one rho. The first step moves weights that do not start there. The published
-    code has three forms: rho = |V_0| / sqrt(o), the paper's, is "rms"; a later module takes the "mean" of the features'
-    norms; an earlier one bounds the whole kernel's norm alone, which is `project` with the field "... i o".
+    It is `project` with the field "... i" and one rho, and comes last in `optax.chain` too. The first step moves weights
+    that do not start there. The published code has three forms: rho = |V_0| / sqrt(o), the paper's, is "rms"; a later module
+    takes the "mean" of the features' norms; an earlier one bounds the whole kernel's norm alone, which is `project` with the
+    field "... i o".
 
     Args:
       kernels: which; `Kernels(output="Dense_2")` leaves the output layer free, `Kernels(output=())` takes it too. Their
         field is "... i" here, whatever it was.
-      rho: "rms" or "mean" of a kernel's initial norms, for all its features; "initial", each feature's own; or a number.
+      rho: "rms" or "mean" of a kernel's initial norms, for all its features; "initial", each feature's own; or a number, an
+        array that broadcasts against `[o]`, or what a transformation traces, as `optax.inject_hyperparams` does. [units w]
 
     Source: Hoffer et al. 2018, bounded weight normalization.
 
@@ -74,7 +111,8 @@ def norm_schedule(
     """A schedule of the norm in place of one of the learning rate: a norm times c is a learning rate over c ** 2.
 
     Update number t = 0, 1, ... leaves the norm schedule(t + 1) * N, on which update t + 1 acts; N is the initial norm, or
-    the recorded one of t + 1. The state is a ProjectState.
+    the recorded one of t + 1. The state is a ProjectState. It comes last in `optax.chain`. The
+    schedule is no hyperparameter: `optax.inject_hyperparams(norm_schedule, static_args="schedule")`.
 
     Args:
       schedule: factor of the norm; 10 ** (epoch // 20 / 2) is a learning rate over 10 every 20 epochs.
@@ -98,46 +136,55 @@ def norm_schedule(
 
 def _project(
     kernels: Kernels,
-    rho: str | float,
-    every: int,
+    rho: str | ArrayLike,
+    every: ArrayLike,
     caller: str,
     schedule: Schedule | None = None,
     record: RecordedNorms | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind all three: kernels return to a target, to a record, or to a schedule times either."""
-    number = float(rho) if isinstance(rho, int | float | np.floating) and not isinstance(rho, bool) else None
-    if rho not in ("initial", "rms", "mean") and (number is None or not 0 < number < math.inf):
+    if not (rho in RULES if isinstance(rho, str) else _update.above_zero(rho)):
         raise ValueError(f"{caller}: rho is 'initial', 'rms', 'mean' or a number above 0; found {rho!r}")
-    if not isinstance(every, int) or every < 1:
+    if not _update.is_count(every):
         raise ValueError(f"{caller}: every is an integer of at least 1; found {every!r}")
     _update.require_output(kernels, caller)
 
-    def target(norm: jax.Array) -> jax.Array:
-        if number is not None:
-            return jnp.full((), number, norm.dtype)
+    def given(name: str, norm: jax.Array) -> jax.Array:
+        """The number that was said, for the norms of this kernel."""
+        number = jnp.asarray(rho).astype(norm.dtype)
+        if number.ndim and np.broadcast_shapes(number.shape, norm.shape) != norm.shape:
+            raise ValueError(f"{caller}: rho of shape {number.shape} does not fit the norms of {name!r}, {norm.shape}")
+        return jnp.broadcast_to(number, norm.shape) if number.ndim else number
+
+    def target(name: str, norm: jax.Array) -> jax.Array:
+        if not isinstance(rho, str):
+            return given(name, norm)
         return norm if rho == "initial" else jnp.mean(norm) if rho == "mean" else safe_root(jnp.mean(lax.square(norm)))
 
     def init(params: optax.Params) -> ProjectState:
-        chosen = kernels.select(params, caller)
+        chosen = _update.select(kernels, params, caller)
         if record is not None:
             for name, w in chosen.items():
                 record.at(0, name, kernels, w, caller)  # what does not fit is refused here already
             return ProjectState(_update.first_step(), {})
-        targets = {name: target(kernels.norm(w)) for name, w in chosen.items()}
+        targets = {name: target(name, kernels.norm(w)) for name, w in chosen.items()}
         return ProjectState(_update.first_step(), _update.require_nonzero(targets, caller))
 
     def change(params: optax.Params, ps: ByPath, us: ByPath, state: ProjectState) -> tuple[ByPath, ProjectState]:
         _update.require_parameters(state.norms, ps, caller)
-        step, changed = _update.next_step(state.step), {}
-        for name in state.norms or kernels.select(params, caller):
+        step, changed, held = _update.next_step(state.step), {}, dict(state.norms)
+        for name in state.norms or _update.select(kernels, params, caller):
             p, u = ps[name], us[name]
             squared = kernels.squared_norm(_update.after_update(p, u))
-            norm = record.at(step, name, kernels, p, caller) if record else state.norms[name]
+            if isinstance(rho, str):
+                norm = record.at(step, name, kernels, p, caller) if record else state.norms[name]
+            else:
+                norm = held[name] = given(name, jax.eval_shape(kernels.norm, p))  # of now: it may be a hyperparameter
             norm = kernels.align_norm(norm, p).astype(squared.dtype)
             if schedule is not None:
                 norm = norm * _update.value_at(schedule, step, squared.dtype)
             new = _update.update_to_norm(p, u, squared, norm)
-            changed[name] = new if every == 1 else jnp.where(step % every == 0, new, u)
-        return changed, ProjectState(step, state.norms)
+            changed[name] = new if isinstance(every, int) and every == 1 else jnp.where(step % every == 0, new, u)
+        return changed, ProjectState(step, held)
 
     return _update.as_transformation(caller, _update.no_norms, init, change)

@@ -20,8 +20,8 @@ def scale_by_weight_norm(
     recorded: Mapping[str, ArrayLike],
     kernels: Kernels,
     *,
-    learning_rate: float | Schedule | None = None,
-    weight_decay: float | None = None,
+    learning_rate: ArrayLike | Schedule | None = None,
+    weight_decay: ArrayLike | None = None,
     correction: str = "exact",
     rule: str = "sgd",
     record_every: int = 1,
@@ -65,7 +65,7 @@ def scale_by_weight_norm(
         return optax.ScaleByScheduleState(_update.first_step())
 
     def init(params: optax.Params) -> optax.ScaleByScheduleState:
-        for name, w in kernels.select(params, caller).items():
+        for name, w in _update.select(kernels, params, caller).items():
             record.at(0, name, kernels, w, caller)
         return start()
 
@@ -73,13 +73,14 @@ def scale_by_weight_norm(
         params: optax.Params, ps: ByPath, us: ByPath, state: optax.ScaleByScheduleState
     ) -> tuple[ByPath, optax.ScaleByScheduleState]:
         count, changed = jnp.asarray(state.count), {}
-        for name in kernels.select(params, caller):
+        for name in _update.select(kernels, params, caller):
             p, u = ps[name], us[name]
             norm = kernels.norm(p)
             past = record.at(count, name, kernels, p, caller).astype(norm.dtype)
             ratio = (norm / jnp.where(past > 0, past, 1)) ** NORM_POWERS[rule]
             if exact and weight_decay is not None:
-                ratio = ratio / (1 - _update.value_at(learning_rate, count, norm.dtype) * weight_decay)
+                eta = _update.value_at(learning_rate, count, norm.dtype)
+                ratio = ratio / (1 - eta * jnp.asarray(weight_decay).astype(norm.dtype))
             ratio = kernels.align_norm(jnp.where((past > 0) & jnp.isfinite(ratio), ratio, 0), p)
             work = statistics_dtype(u.dtype)
             changed[name] = (ratio.astype(work) * u.astype(work)).astype(u.dtype)

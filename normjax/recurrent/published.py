@@ -1,6 +1,7 @@
 """Published normalized cells, as the keyword arguments of a cell."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,11 +20,29 @@ def symmetric_uniform(scale: float = 0.1) -> Callable[..., jax.Array]:
     >>> bool(jnp.all(jnp.abs(symmetric_uniform(0.1)(jax.random.key(0), (4, 4))) <= 0.1))
     True
     """
+    return _Uniform(scale)
 
-    def make(key: ArrayLike, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **kwargs: Any) -> jax.Array:
-        return jax.random.uniform(key, tuple(shape), dtype, -scale, scale, **kwargs)
 
-    return make
+@dataclass(frozen=True)
+class _Uniform:
+    """The initializer of `symmetric_uniform`: a value, so that cells with it compare, hash and pickle."""
+
+    scale: float
+
+    def __call__(
+        self, key: ArrayLike, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **kwargs: Any
+    ) -> jax.Array:
+        return jax.random.uniform(key, tuple(shape), dtype, -self.scale, self.scale, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """An initializer of one number, in the same way."""
+
+    value: float
+
+    def __call__(self, key: ArrayLike, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        return jnp.full(shape, self.value, dtype)
 
 
 def ba2016() -> dict[str, Any]:
@@ -51,7 +70,7 @@ def cooijmans2017(max_steps: int) -> dict[str, Any]:
     100
     """
     places = {"normalizer": Normalizer("n", "n"), "place": "separate_raw", "bias_at": "after", "use_bias": ("c",)}
-    first = {"scale_init": jax.nn.initializers.constant(0.1), "forget_bias": 1.0}
+    first = {"scale_init": _Constant(0.1), "forget_bias": 1.0}
     return {**places, **first, "momentum": 0.95, "max_steps": max_steps}
 
 
