@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax._expect.arrays import statistics_dtype
-from normjax._normalize.evaluate import equation
+from normjax._expect.arrays import as_weights, statistics_dtype
+from normjax._normalize.evaluate import Normalized, equation
 from normjax.field import Field, FieldError, Span
 from normjax.running import NOTHING, BatchRecord, Running, as_stats, mergeable, record
-from normjax.theory import Normalizer
+from normjax.theory import Normalizer, Stats
 
 Axes = int | Sequence[int]
 Shape = tuple[int, ...]
@@ -150,10 +150,38 @@ def normalize_as_read(
     """
     n, layout = reading.normalizer, reading.layout
     stats = as_stats(running, n, layout, x.shape) if use_running else None
-    given = {"mask": mask, **{k: align_features(p, reading, x.shape) for k, p in (("scale", scale), ("bias", bias))}}
-    out = equation(x, n, layout, stats=stats, dtype=dtype, **given)
+    affine = {k: align_features(p, reading, x.shape) for k, p in (("scale", scale), ("bias", bias))}
+    if mask is None:
+        out = equation(x, n, layout, stats=stats, dtype=dtype, **affine)
+    else:
+        out = _masked(x, reading, mask, stats, dtype, affine)
     if use_running or running.var is None:
         return Applied(out.y, running, None)
     return Applied(
         out.y, *record(running, out.stats, n, layout, x.shape, momentum=momentum, exact=mergeable(n, layout))
     )
+
+
+def _masked(
+    x: jax.Array,
+    reading: Reading,
+    mask: ArrayLike,
+    stats: Stats | None,
+    dtype: DTypeLike,
+    affine: dict[str, jax.Array | None],
+) -> Normalized:
+    """Flax's reading of a mask: statistics of what it leaves, by which masked elements are normalized too.
+
+    A masked element that would not stay finite, or whose statistics have no element behind them, gives the bias. It is
+    selected away before any arithmetic that is differentiated, so that zero cotangents stay zero.
+    """
+    n, layout, weights = reading.normalizer, reading.layout, as_weights(mask, x)
+    assert weights is not None
+    if stats is None:
+        stats = equation(x, n, layout, mask=mask).stats
+    there = True if stats.var_weight is None else stats.var_weight > 0  # of stored statistics no weight is known
+    seen = weights.valid | (jnp.isfinite(x) & there)
+    tried = equation(jax.lax.stop_gradient(x), n, layout, stats=jax.lax.stop_gradient(stats), mask=seen)
+    overflows = jnp.isinf(tried.centered) | jnp.isinf(tried.y)
+    out = equation(x, n, layout, stats=stats, mask=weights.valid | (seen & ~overflows), dtype=dtype, **affine)
+    return out._replace(stats=stats)
