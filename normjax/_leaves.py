@@ -47,6 +47,13 @@ def finite(name: str, value: object) -> float:
     return value
 
 
+def split_eps(eps: Any) -> tuple[float, Any]:
+    """An eps as the number of a row, and what is to be given at the evaluation: None, or an eps that only a run knows."""
+    if isinstance(eps, jax.core.Tracer):
+        return 1.0, eps  # a row is static; while eps is given, its own number is not read
+    return (eps.item() if isinstance(eps, np.ndarray | jax.Array) and eps.size == 1 else eps), None
+
+
 def shortest_repr(instance: "DataclassInstance") -> str:
     """The repr of a dataclass that evaluates back, without what is at its default; a parsed field as its string."""
     shown = []

@@ -264,9 +264,7 @@ def both(api, *arguments):
         out = []
         for library in (ours, flax):
             of = functools.partial(everything, library, make, name, shape, row, params, stats, x)
-            out.append(
-                {"whole": of(cotangent)} | ({} if mask is None else {"masked": of(cotangent, mask)})
-            )
+            out.append({"whole": of(cotangent)} | ({} if mask is None else {"masked": of(cotangent, mask)}))
         return out
 
     return run(params, stats, x, cotangent, mask)

@@ -112,7 +112,7 @@ def scale_shape(shape: Sequence[int], feature_axes: Axes | None) -> tuple[int, .
 
 
 def weight_normed(
-    value: jax.Array, scale: jax.Array | None, feature_axes: Axes | None, epsilon: float, dtype: DTypeLike | None
+    value: jax.Array, scale: jax.Array | None, feature_axes: Axes | None, epsilon: ArrayLike, dtype: DTypeLike | None
 ) -> jax.Array:
     """A parameter as `WeightNorm` has it: at norm `scale` along its feature axes."""
     layout, field, _ = by_number(value.ndim, feature_axes)
@@ -121,7 +121,7 @@ def weight_normed(
 
 
 def spectral_normed(
-    value: jax.Array, u: jax.Array, sigma: jax.Array, n_steps: int, epsilon: float, dtype: DTypeLike | None
+    value: jax.Array, u: jax.Array, sigma: jax.Array, n_steps: int, epsilon: ArrayLike, dtype: DTypeLike | None
 ) -> Spectral:
     """A parameter as `SpectralNorm` has it, over its largest singular value, with the new u and sigma."""
     out = spectral_norm(_wide(value), u, steps=n_steps, eps=epsilon, layout="... o")
