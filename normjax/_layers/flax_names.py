@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 class Averaging(Protocol):
     """What every preset says about its statistics."""
 
-    epsilon: ArrayLike
+    epsilon: float  # or an array, which Flax takes too
     axis_name: str | None
     axis_index_groups: Sequence[Sequence[int]] | None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ class Rowed(RunningLayer):
         sigma = Parameter((), self._first_sigma()) if self.learn_sigma else None
         return {**describe.scale_and_bias(self, shape), "sigma": sigma}
 
-    def _first_sigma(self) -> float:
+    def _first_sigma(self) -> Any:
         number, traced = self._row().eps, self._eps()[1]
         return (number if traced is None else traced) ** 0.5 if self.sigma_init is None else self.sigma_init
 

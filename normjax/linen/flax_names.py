@@ -48,10 +48,11 @@ class BatchNorm(nn.BatchNorm):
         """Normalizes x by its or the stored statistics; where `mask` is False, x counts nowhere and gives the bias."""
         average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
+        names = getattr(self, "stats_names", None)  # Flax's own layers have none, under `swap_layers`
         stored = []
         for name, first in (("mean", jnp.zeros), ("var", jnp.ones)):
             make = functools.partial(first, reading.sizes, jnp.float32)
-            make = make if self.stats_names is None else nn.with_partitioning(make, tuple(self.stats_names))
+            make = make if names is None else nn.with_partitioning(make, tuple(names))
             stored.append(self.variable("batch_stats", name, make))
         mean, var = stored
         out = _normalized(self, x, reading, mask, Running(mean.value, var.value), average, self.momentum)
@@ -127,7 +128,7 @@ class InstanceNorm(nn.InstanceNorm):
 
 
 def _normalized(
-    module: BatchNorm | LayerNorm | RMSNorm | GroupNorm | InstanceNorm,
+    module: nn.BatchNorm | nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.InstanceNorm,
     x: ArrayLike,
     reading: flax_names.Reading,
     mask: ArrayLike | None,
@@ -139,7 +140,7 @@ def _normalized(
     scale = bias = None
     if module.use_scale:
         scale = module.param("scale", module.scale_init, reading.sizes, module.param_dtype)
-    if not isinstance(module, RMSNorm) and module.use_bias:
+    if not isinstance(module, nn.RMSNorm) and module.use_bias:
         bias = module.param("bias", module.bias_init, reading.sizes, module.param_dtype)
     with jax.numpy_dtype_promotion("standard"):  # Flax's promotion, also where the user's is strict
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
