@@ -5,8 +5,8 @@
     from normjax.flax import nnx                # for: from flax import nnx
     from normjax import flax                    # for: import flax
 
-What the program writes as `nn.LayerNorm` is then `normjax.linen.LayerNorm`; `nn.Module`, `nn.Dense`, `nn.initializers` and all
-the rest are Flax's own objects. `linen.py` and `nnx.py` list what is ours.
+What the program writes as `nn.LayerNorm` is then `normjax.linen.LayerNorm`; `nn.Module`, `nn.Dense`, `nn.initializers`
+and all the rest are Flax's own objects. `linen.py` and `nnx.py` list what is ours.
 """
 
 import typing as _typing

@@ -1,12 +1,12 @@
-"""Everything of `flax.linen`, where these names are the layers of `normjax.linen`:
+"""Everything of `flax.linen`, where these names are the layers of `normjax.linen`.
 
     BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm        normalization
     SpectralNorm, WeightNorm                                      normalized kernels
     GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell              cells, normalized where `normalizer` is given
 
-All have Flax's arguments, parameters and checkpoints, and subclass Flax's. All else is Flax's own: `Dense` and `Conv`, since ours
-of these names have normalized kernels; `RNN`, since ours holds the state of a sequence that is over, and Flax's goes on over
-the padding. A cell with running statistics or a penalty needs `normjax.linen.RNN`.
+All have Flax's arguments, parameters and checkpoints, and subclass Flax's. All else is Flax's own: `Dense` and `Conv`,
+since ours of these names have normalized kernels; `RNN`, since ours holds the state of a sequence that is over, and
+Flax's goes on over the padding. A cell with running statistics or a penalty needs `normjax.linen.RNN`.
 """
 
 import typing as _typing

@@ -1,12 +1,12 @@
-"""Everything of `flax.nnx`, where these names are the layers of `normjax.nnx`:
+"""Everything of `flax.nnx`, where these names are the layers of `normjax.nnx`.
 
     BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm        normalization
     SpectralNorm, WeightNorm                                      normalized kernels
     GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell              cells, normalized where `normalizer` is given
 
-All have Flax's arguments, variables and checkpoints, and subclass Flax's. All else is Flax's own: `Linear` and `Conv`, since ours of
-these names have normalized kernels; `RNN`, since ours holds the state of a sequence that is over, and Flax's goes on over the
-padding. A cell with a penalty needs `normjax.nnx.RNN`.
+All have Flax's arguments, variables and checkpoints, and subclass Flax's. All else is Flax's own: `Linear` and `Conv`,
+since ours of these names have normalized kernels; `RNN`, since ours holds the state of a sequence that is over, and
+Flax's goes on over the padding. A cell with a penalty needs `normjax.nnx.RNN`.
 """
 
 import typing as _typing

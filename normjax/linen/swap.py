@@ -29,13 +29,13 @@ OURS: dict[Callable[..., Any], Callable[..., Any]] = {
 def swap_layers() -> Iterator[None]:
     """Within, Flax's normalization layers compute as ours, in any linen model: variables and checkpoints stay what they are.
 
-    The layers are `BatchNorm`, `GroupNorm`, `InstanceNorm`, `LayerNorm`, `RMSNorm`, `SpectralNorm` and `WeightNorm`, wherever
-    the model has them: as defaults of its arguments, in subclasses whose call is Flax's or asks it by `super()`, under lifted
-    transformations. It is also a decorator: `swap_layers()(f)` is f, within.
+    The layers are `BatchNorm`, `GroupNorm`, `InstanceNorm`, `LayerNorm`, `RMSNorm`, `SpectralNorm` and `WeightNorm`,
+    wherever the model has them: as defaults of its arguments, in subclasses whose call is Flax's or asks it by `super()`,
+    under lifted transformations. It is also a decorator: `swap_layers()(f)` is f, within.
 
-    What it does is `nn.intercept_methods`, so it holds for the thread that enters it, and while a function is traced: decorate
-    what is given to `jax.jit`, as below; a function that was compiled before stays as it is. Interceptors entered earlier do
-    not see the calls of these layers.
+    What it does is `nn.intercept_methods`, so it holds for the thread that enters it, and while a function is traced:
+    decorate what is given to `jax.jit`, as below; a function that was compiled before stays as it is. Interceptors that
+    were entered earlier do not see the calls of these layers.
 
     >>> from flax import linen as nn
     >>> model, x = nn.Sequential([nn.Dense(4), nn.LayerNorm()]), jnp.ones((2, 3))

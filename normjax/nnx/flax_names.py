@@ -14,6 +14,7 @@ from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
+from normjax.nnx._signature import Constructor
 from normjax.nnx.host import Moments, _replace
 from normjax.running import NOTHING, Running
 
@@ -30,6 +31,8 @@ class BatchNorm(nnx.BatchNorm):
     >>> layer(jnp.array([[0.0], [2.0]])).round(3).tolist(), layer.mean[...].tolist()
     ([[-1.0], [1.0]], [0.5])
     """
+
+    __signature__ = Constructor()
 
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
@@ -63,6 +66,8 @@ class LayerNorm(nnx.LayerNorm):
     [[-1.0, 1.0]]
     """
 
+    __signature__ = Constructor()
+
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x over `reduction_axes` and `axis_name`; where `mask` is False, x counts nowhere and gives the bias."""
         return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
@@ -76,6 +81,8 @@ class RMSNorm(nnx.RMSNorm):
     >>> (10 * RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 7.0]]))).round().tolist()
     [[2.0, 14.0]]
     """
+
+    __signature__ = Constructor()
 
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
         """Divides x by its root mean square over `reduction_axes`; where `mask` is False, x counts nowhere and gives 0."""
@@ -92,6 +99,8 @@ class GroupNorm(nnx.GroupNorm):
     [[-1.0, 1.0, -1.0, 1.0]]
     """
 
+    __signature__ = Constructor()
+
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, self.num_groups)
@@ -106,6 +115,8 @@ class InstanceNorm(nnx.InstanceNorm):
     >>> InstanceNorm(1, rngs=nnx.Rngs(0))(jnp.array([[[1.0], [3.0]]])).round(3).tolist()
     [[[-1.0], [1.0]]]
     """
+
+    __signature__ = Constructor()
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes each channel of each example of x; where `mask` is False, x counts nowhere and gives the bias."""

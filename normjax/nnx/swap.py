@@ -23,11 +23,11 @@ OURS: dict[type, type] = {
 def swap_layers(model: Model) -> Model:
     """Makes Flax's normalization layers in the model ours, where they stand, and returns the model.
 
-    The layers are `BatchNorm`, `GroupNorm`, `InstanceNorm`, `LayerNorm`, `RMSNorm`, `SpectralNorm` and `WeightNorm`, wherever the
-    model has them: in lists, in dicts, shared. They keep their variables, so that checkpoints load before and after, and references
-    to them hold; only the scales of a `WeightNorm`, which in Flax are bare arrays, become `nnx.Param`s. Subclasses of these
-    layers stay what they are. Call it on a model before it is split or given to `nnx.jit`: to leave the first model as it is,
-    `swap_layers(nnx.clone(model))`.
+    The layers are `BatchNorm`, `GroupNorm`, `InstanceNorm`, `LayerNorm`, `RMSNorm`, `SpectralNorm` and `WeightNorm`,
+    wherever the model has them: in lists, in dicts, shared. They keep their variables, so that checkpoints load before and
+    after, and references to them hold; only the scales of a `WeightNorm`, which in Flax are bare arrays, become
+    `nnx.Param`s. Subclasses of these layers stay what they are. Call it before the model is split, or an optimizer made of
+    it; `swap_layers(nnx.clone(model))` leaves the model as it is.
 
     Args:
       model: any nnx module.

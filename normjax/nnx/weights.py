@@ -7,20 +7,60 @@ any transformation that closes over it; only parameters are normalized, and norm
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import PathParts
+from flax.typing import (
+    ConvGeneralDilatedT,
+    DotGeneralT,
+    PaddingLike,
+    PathParts,
+    PrecisionLike,
+    PromoteDtypeFn,
+)
 from jax.sharding import PartitionSpec, Sharding
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._layers import weights
 from normjax._layers.describe import Initializer, ones
+from normjax.nnx._signature import Constructor, spelled_out
 from normjax.nnx.host import NO_METADATA, Metadata
 from normjax.reparametrize import Weight
 from normjax.weights import weight_norm
+
+
+class _Options(TypedDict, total=False):
+    """Keyword arguments that `nnx.Linear` and `nnx.Conv` share."""
+
+    use_bias: bool
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    precision: PrecisionLike
+    kernel_init: Initializer
+    bias_init: Initializer
+    promote_dtype: PromoteDtypeFn
+    preferred_element_type: DTypeLike | None
+    kernel_metadata: Metadata
+    bias_metadata: Metadata
+
+
+class LinearOptions(_Options, total=False):
+    """The keyword arguments of `nnx.Linear`."""
+
+    dot_general: DotGeneralT
+
+
+class ConvOptions(_Options, total=False):
+    """The keyword arguments of `nnx.Conv`."""
+
+    padding: PaddingLike
+    input_dilation: int | Sequence[int] | None
+    kernel_dilation: int | Sequence[int] | None
+    feature_group_count: int
+    mask: jax.Array | None
+    conv_general_dilated: ConvGeneralDilatedT
 
 
 def _with_params(module: nnx.Module, change: Callable[[PathParts, nnx.Variable], jax.Array | None]) -> Any:
@@ -39,6 +79,7 @@ class Host(weights.Reparametrized, nnx.Module):
 
     kernel: nnx.Param[jax.Array]
     param_dtype: DTypeLike
+    __signature__ = Constructor()
 
     def _make(self, rngs: nnx.Rngs, metadata: Metadata, **options: Weight | bool | str | None) -> None:
         """Adds what is learned and stored beside Flax's."""
@@ -72,7 +113,7 @@ class Linear(weights.Dense, Host, nnx.Linear):  # noqa: D101
         bound: str = "rms",
         scale_metadata: Metadata = NO_METADATA,
         rngs: nnx.Rngs,
-        **flax: Any,
+        **flax: Unpack[LinearOptions],
     ):
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **flax)
         self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
@@ -98,7 +139,7 @@ class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
         bound: str = "rms",
         scale_metadata: Metadata = NO_METADATA,
         rngs: nnx.Rngs,
-        **flax: Any,
+        **flax: Unpack[ConvOptions],
     ):
         nnx.Conv.__init__(self, in_features, out_features, kernel_size, strides, rngs=rngs, **flax)
         self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
@@ -106,6 +147,10 @@ class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
     def __call__(self, inputs: jax.Array, out_sharding: Sharding | PartitionSpec | None = None) -> jax.Array:
         """Convolves inputs, `[n ... i]`, with the reparametrized kernel."""
         return nnx.Conv.__call__(self._product(), inputs, out_sharding)
+
+
+Linear.__init__ = spelled_out(Linear.__init__, nnx.Linear.__init__)
+Conv.__init__ = spelled_out(Conv.__init__, nnx.Conv.__init__)
 
 
 class WeightNorm(nnx.WeightNorm):
@@ -129,6 +174,8 @@ class WeightNorm(nnx.WeightNorm):
     >>> layer(jnp.ones((2, 3))).shape, layer.scales[("kernel",)].shape
     ((2, 4), (4,))
     """
+
+    __signature__ = Constructor()
 
     if not TYPE_CHECKING:  # to a reader the constructor is Flax's; its scales are bare arrays, which nothing trains
 
@@ -176,6 +223,8 @@ class SpectralNorm(nnx.SpectralNorm):
     >>> layer(jnp.ones((2, 3)), update_stats=False).shape, layer.batch_stats[("kernel", "u")].shape
     ((2, 4), (1, 4))
     """
+
+    __signature__ = Constructor()
 
     def __call__(self, x: ArrayLike, update_stats: bool | None = None, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized; `update_stats` stores the new u and sigma."""
