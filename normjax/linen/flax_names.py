@@ -3,8 +3,9 @@
     from normjax.linen import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 What differs from Flax is what is right here: statistics are always two-pass and float32 or wider (`use_fast_variance` and
-`force_float32_reductions` are accepted and change nothing), masks broadcast and never leak, and a masked output is the
-bias. Integers become floats; complex arrays have real variances.
+`force_float32_reductions` are accepted and change nothing), and masks broadcast and never leak: a masked element is
+normalized by the statistics of the others, as in Flax, but gives the bias where that is not finite. (`normalize` and the
+other layers give the bias at every masked element.) Integers become floats; complex arrays have real variances.
 """
 
 import functools
@@ -45,7 +46,11 @@ class BatchNorm(nn.BatchNorm):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
-        """Normalizes x by its or the stored statistics; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes x by its or the stored statistics.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
         names = getattr(self, "stats_names", None)  # Flax's own layers have none, under `swap_layers`
@@ -73,7 +78,11 @@ class LayerNorm(nn.LayerNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over `reduction_axes` and `axis_name`; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes x over `reduction_axes` and `axis_name`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
 
@@ -88,7 +97,11 @@ class RMSNorm(nn.RMSNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Divides x by its root mean square over `reduction_axes`; where `mask` is False, x counts nowhere and gives 0."""
+        """Divides x by its root mean square over `reduction_axes`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives 0
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
         return _normalized(self, x, reading, mask).y
 
@@ -105,7 +118,11 @@ class GroupNorm(nn.GroupNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes groups of channels of x, `[n ... c]`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         groups = flax_names.group_count(np.shape(x)[-1], self.num_groups, self.group_size)
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, groups)
         return _normalized(self, x, reading, mask).y
@@ -123,7 +140,11 @@ class InstanceNorm(nn.InstanceNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes each channel of each example of x; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes each channel of each example of x.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 
 

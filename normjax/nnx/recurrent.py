@@ -209,9 +209,11 @@ class SimpleCell(cells.SimpleCell, Host, nnx.SimpleCell):  # noqa: D101
 class RNN(nnx.RNN):
     """`flax.nnx.RNN` with what a normalized cell needs.
 
-    `seq_lengths` masks the padding: it enters no statistic and no penalty, and an example that is over keeps its state,
-    which is then also its output. Under a capture of `Penalty` the penalties of the steps become their mean over all
-    valid steps of all examples. `flax.nnx.RNN` runs a normalized cell too, but cannot capture within its scan.
+    `seq_lengths` masks the padding: it enters no statistic and no penalty. An example that is over keeps its state, which
+    is then also its output, and one of length 0 its first carry; Flax's goes on over the padding, and hands over the last
+    step's carry for length 0. With a cell of Flax's this is Flax's own. Under a capture of `Penalty` the penalties of the
+    steps become their mean over all valid steps of all examples. `flax.nnx.RNN` runs a normalized cell too, but cannot
+    capture within its scan.
 
     >>> def run(x):
     ...     rnn = RNN(SimpleCell(4, 8, normalizer="token", l1=0.1, rngs=nnx.Rngs(0)))

@@ -154,7 +154,10 @@ Conv.__init__ = spelled_out(Conv.__init__, nnx.Conv.__init__)
 
 
 class WeightNorm(nnx.WeightNorm):
-    """Weight norm around a layer: arguments and numbers of `flax.nnx.WeightNorm`.
+    """Weight norm around a layer: arguments and outputs of `flax.nnx.WeightNorm`, whose kernel each call overwrites.
+
+    Here the kernel stays what the layer made and the optimizer makes of it, as in the paper and in torch. Steps differ so: one
+    turns a kernel of norm r by 1 / r ** 2 of what it turns a kernel of norm 1.
 
     Args:
       layer_instance: the layer.
@@ -203,9 +206,10 @@ class WeightNorm(nnx.WeightNorm):
 
 
 class SpectralNorm(nnx.SpectralNorm):
-    """Spectral norm around a layer: arguments, variables and numbers of `flax.nnx.SpectralNorm`.
+    """Spectral norm around a layer: arguments, variables and outputs of `flax.nnx.SpectralNorm`.
 
-    Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change.
+    Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change, as
+    in the paper and in torch; Flax overwrites them at every call, so that gradients and steps differ.
 
     Args:
       layer_instance: the layer.
