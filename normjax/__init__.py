@@ -43,12 +43,12 @@ from normjax.penalty import l1_penalty
 from normjax.theory import TABLE, Normalizer, Stats, top
 
 if TYPE_CHECKING:
-    from normjax import capture, linen, nnx, projection, train
+    from normjax import capture, flax, linen, nnx, projection, train
 else:
 
     def __getattr__(name: str) -> ModuleType:
         """The rooms that need Flax or optax, imported when they are first asked for."""
-        if name in ("capture", "linen", "nnx", "projection", "train"):
+        if name in ("capture", "flax", "linen", "nnx", "projection", "train"):
             return importlib.import_module(f"normjax.{name}")
         raise AttributeError(f"module 'normjax' has no attribute {name!r}")
 
@@ -74,6 +74,7 @@ __all__ = [
     "diagnostics",
     "expect",
     "explain",
+    "flax",
     "gain",
     "gaussian",
     "gdn",

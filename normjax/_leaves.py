@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -45,6 +46,14 @@ def finite(name: str, value: object) -> float:
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is a finite number of at least 0; found {value!r}")
     return value
+
+
+def split_eps(eps: Any) -> tuple[float, Any]:
+    """An eps as the number of a row, and what is to be given at the evaluation: None, or an eps that only a run knows."""
+    if isinstance(eps, Tracer):
+        return 1.0, eps  # a row is static; while eps is given, its own number is not read
+    number: Any = eps.item() if isinstance(eps, np.ndarray | jax.Array) and eps.size == 1 else eps
+    return number, None
 
 
 def shortest_repr(instance: "DataclassInstance") -> str:

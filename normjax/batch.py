@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import align_statistic, require_float
 from normjax._expect.binding import axes
+from normjax._leaves import split_eps
 from normjax._normalize.evaluate import Normalized, equation, normalize
 from normjax.field import Field, FieldError
 from normjax.gaussian import gaussian_moment
@@ -133,7 +134,7 @@ def virtual_batch(
     field: Field | str = BATCH,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    eps: float = 1e-5,
+    eps: ArrayLike = 1e-5,
     mask: ArrayLike | None = None,
     reference_mask: ArrayLike | None = None,
 ) -> tuple[Normalized, Normalized]:
@@ -159,11 +160,12 @@ def virtual_batch(
     ([[1.0]], [[2.0]])
     """
     x = require_float(x, "virtual_batch")
-    n = Normalizer(field, field, eps=eps)
+    number, eps = split_eps(eps)
+    n = Normalizer(field, field, eps=number)
     spans = n.fields[0].spans
     if any(span.window or (span.blocks and span.mixes_examples) for span in spans):
         raise FieldError(f'a reference batch is averaged whole and without windows; found field "{n.mean}"')
-    known = normalize(reference, n, layout, scale=scale, bias=bias, mask=reference_mask)
+    known = normalize(reference, n, layout, scale=scale, bias=bias, mask=reference_mask, eps=eps)
     align_statistic(known.stats.mean, x, "reference mean", known.stats.mean.dtype)
     where = axes(layout, x.ndim)
     alone = Field(tuple(span for span in spans if not span.mixes_examples and where.get(span.axis or "")))
@@ -172,4 +174,4 @@ def virtual_batch(
     theirs, own = (Stats(*(jnp.broadcast_to(jnp.asarray(part), shape) for part in s)) for s in (known.stats, lone))
     merged = merge(theirs, own)
     stats = Stats(merged.mean, merged.var)
-    return normalize(x, n, layout, stats=stats, scale=scale, bias=bias, mask=mask), known
+    return normalize(x, n, layout, stats=stats, scale=scale, bias=bias, mask=mask, eps=eps), known

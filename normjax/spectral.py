@@ -29,7 +29,13 @@ class Spectral(NamedTuple):
 
 
 def spectral_norm(
-    kernel: ArrayLike, u: ArrayLike, *, steps: int = 1, eps: float = 1e-12, layout: str = "... i o", outputs: str = "o"
+    kernel: ArrayLike,
+    u: ArrayLike,
+    *,
+    steps: int = 1,
+    eps: ArrayLike = 1e-12,
+    layout: str = "... i o",
+    outputs: str = "o",
 ) -> Spectral:
     """Divides a kernel by an estimate of its largest singular value.
 
@@ -93,6 +99,6 @@ def _times(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _unit(x: jax.Array, eps: float) -> jax.Array:
+def _unit(x: jax.Array, eps: ArrayLike) -> jax.Array:
     """The vector at length 1; one of zeros stays, with eps = 0 too."""
     return x * inverse_power(jnp.sum(lax.square(x)) + eps, 0.5)

@@ -25,8 +25,16 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from normjax._leaves import Frozen, as_python, check_window, finite, inverse_power, is_number, nan_if_infinite
-from normjax._leaves import shortest_repr
+from normjax._leaves import (
+    Frozen,
+    as_python,
+    check_window,
+    finite,
+    inverse_power,
+    is_number,
+    nan_if_infinite,
+    shortest_repr,
+)
 from normjax.field import Field, Parsed
 
 

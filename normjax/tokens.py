@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype
 from normjax._expect.binding import axes
-from normjax._leaves import one_of
+from normjax._leaves import one_of, split_eps
 from normjax._normalize.evaluate import Normalized, equation, normalize
 from normjax.field import Field, FieldError
 from normjax.theory import TABLE, Normalizer, Stats
@@ -39,7 +39,7 @@ def partial_rms(
     fraction: float = 0.0625,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    eps: float = 1e-6,
+    eps: ArrayLike = 1e-6,
     mask: ArrayLike | None = None,
 ) -> Normalized:
     """pRMSNorm: x divided by the root mean square of its first channels.
@@ -61,7 +61,8 @@ def partial_rms(
     x = require_float(x, "partial_rms")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is more than 0 and at most 1; found {fraction!r}")
-    n = dataclasses.replace(TABLE["rms"], eps=eps)
+    number, eps = split_eps(eps)
+    n = dataclasses.replace(TABLE["rms"], eps=number)
     axis = axes(layout, x.ndim).get("c", (None,))[0]
     if axis is None:
         raise FieldError(f"partial_rms takes the first channels, axis 'c', which layout \"{layout}\" does not name")
@@ -71,7 +72,7 @@ def partial_rms(
     if value is not None and value.shape[axis] != 1:
         value = lax.slice_in_dim(value, 0, first, axis=axis)
     var = equation(lax.slice_in_dim(x, 0, first, axis=axis), n, layout, mask=value).stats.var
-    return normalize(x, n, layout, stats=Stats(var=var), scale=scale, bias=bias, mask=mask)
+    return normalize(x, n, layout, stats=Stats(var=var), scale=scale, bias=bias, mask=mask, eps=eps)
 
 
 QK_KINDS = ("rms", "layer", "l2")
@@ -85,7 +86,7 @@ def qk(
     kind: str = "rms",
     query_scale: ArrayLike | None = None,
     key_scale: ArrayLike | None = None,
-    eps: float | None = None,
+    eps: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """QK-norm: query and key, each normalized over the axis of a head, before their product.
 
@@ -106,15 +107,15 @@ def qk(
     -0.8
     """
     one_of("kind", kind, QK_KINDS)
-    out = []
+    (number, eps), out = split_eps(eps), []
     for name, x, scale in (("query", query, query_scale), ("key", key, key_scale)):
         x = require_float(x, f"qk, for the {name},")
         where = axes(layout, x.ndim).get("c")
         if where is None:
             raise FieldError(f"qk normalizes over the axis of a head, 'c', which layout \"{layout}\" does not name")
         n = l2(x.shape[where[0]]) if kind == "l2" else Normalizer("c" if kind == "layer" else None, "c", eps=1e-6)
-        n = n if eps is None else dataclasses.replace(n, eps=eps)
-        out.append(normalize(x, n, layout, scale=scale).y)
+        n = n if number is None else dataclasses.replace(n, eps=number)
+        out.append(normalize(x, n, layout, scale=scale, eps=eps).y)
     return out[0], out[1]
 
 

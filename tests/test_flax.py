@@ -264,9 +264,7 @@ def both(api, *arguments):
         out = []
         for library in (ours, flax):
             of = functools.partial(everything, library, make, name, shape, row, params, stats, x)
-            out.append(
-                {"whole": of(cotangent)} | ({} if mask is None else {"masked": of(jnp.where(mask, cotangent, 0), mask)})
-            )
+            out.append({"whole": of(cotangent)} | ({} if mask is None else {"masked": of(cotangent, mask)}))
         return out
 
     return run(params, stats, x, cotangent, mask)
@@ -288,11 +286,9 @@ def test_outputs_gradients_and_statistics_equal_flax(api, name, shape, row):
         if key not in got:
             continue
         mine, theirs = got[key], want[key]
-        for part in (*mine.values(), *theirs.values()):
-            part["y"] = jnp.where(valid, part["y"], 0)  # at masked positions ours is the bias, Flax's is not
         assert_close(mine, theirs, what=key)
         y, mean, var = in_float64(name, shape, row, x, params, mask=valid)
-        assert_not_further(mine["train"]["y"], theirs["train"]["y"], np.where(valid, y, 0))
+        assert_not_further(mine["train"]["y"], theirs["train"]["y"], y)
         if name == "BatchNorm":
             m = row.get("momentum", 0.99)
             for moment, batch in (("mean", mean), ("var", var)):
@@ -300,7 +296,7 @@ def test_outputs_gradients_and_statistics_equal_flax(api, name, shape, row):
                 assert_not_further(mine["train"]["statistics"][moment], theirs["train"]["statistics"][moment], exact)
             assert_equal(mine["infer"]["statistics"], jax.tree.map(jnp.asarray, stats))
             y = in_float64(name, shape, row, x, params, stats)[0]
-            assert_not_further(mine["infer"]["y"], theirs["infer"]["y"], np.where(valid, y, 0))
+            assert_not_further(mine["infer"]["y"], theirs["infer"]["y"], y)
 
 
 def assert_not_further(ours, flax, exact, slack=4 * EPS):

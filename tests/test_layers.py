@@ -162,9 +162,9 @@ def close(a, b, atol=1e-5):
 
 
 def test_every_described_layer_is_in_the_table():
-    found = {name for name in linen.__all__ if issubclass(getattr(linen, name), Layer)}
+    found = {name for name in linen.__all__ if name[0].isupper() and issubclass(getattr(linen, name), Layer)}
     assert found == set(LAYERS)
-    assert found == {name for name in nnx.__all__ if issubclass(getattr(nnx, name), Layer)}
+    assert found == {name for name in nnx.__all__ if name[0].isupper() and issubclass(getattr(nnx, name), Layer)}
 
 
 def said_where_declared(layer, option):
@@ -327,6 +327,40 @@ def test_what_is_assigned_to_an_nnx_layer_afterwards_counts():
 def test_a_constructor_refuses_what_could_not_be_called(make, text):
     with pytest.raises((ValueError, TypeError), match=text):
         make()
+
+
+def added(name):
+    """The option of a layer that is added to its moment, or whose square is; None where the row says it."""
+    known = getattr(linen, name).__dataclass_fields__
+    named = {"LocalResponseNorm": "k", "GDN": None}.get(name, "sigma" if "sigma" in known else "epsilon")
+    return named if named in known else None
+
+
+@pytest.mark.parametrize("name", [name for name in EACH if added(getattr(name, "values", [name])[0])])
+@pytest.mark.parametrize("make", [of_linen, of_nnx], ids=["linen", "nnx"])
+def test_what_is_added_to_a_moment_may_be_a_scalar_of_numpy_or_jax_or_traced(name, make):
+    """The number 0.3, and the slope against finite differences."""
+
+    def y(value):
+        options = {**LAYERS[name][0], **training(name), added(name): value}
+        if make is of_linen:
+            layer = linen.__dict__[name](*([C] if name == "RevIN" else []), **options)
+            out = layer.init_with_output(jax.random.key(0), *inputs(name))[0]
+        else:
+            cls = getattr(nnx, name)
+            out = cls(C, **options, rngs=fx.Rngs(0)) if issubclass(cls, Host) else cls(**options)
+            out = out(*inputs(name))
+        return jax.tree.leaves(out)
+
+    want = y(0.3)
+    several = [y(np.float32(0.3)), y(np.array(0.3)), y(jnp.float32(0.3)), jax.jit(y)(0.3)]
+    for got in (*several, jax.tree.map(lambda a: a[1], jax.vmap(y)(jnp.array([2.0, 0.3])))):
+        close(got, want)
+    if name == "BatchRenorm":  # in the paper r and d are constants to a derivative
+        return
+    up, down = (jnp.concatenate([jnp.ravel(a) for a in y(0.3 + step)]) for step in (0.01, -0.01))
+    slope = jnp.concatenate([jnp.ravel(a) for a in jax.jvp(y, (0.3,), (1.0,))[1]])
+    close(slope, (up - down) / 0.02, 0.01 * float(jnp.abs(slope).max()) + 1e-3)
 
 
 # --- the options of every layer with running statistics -------------------------------------------

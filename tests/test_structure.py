@@ -25,9 +25,9 @@ ROOMS = (
     # what normalization does to a network, and checkpoints of other libraries
     *("diagnostics", "interop"),
     # layers, and training
-    *("_layers", "linen", "nnx", "projection", "capture", "train"),
+    *("_layers", "linen", "nnx", "flax", "projection", "capture", "train"),
 )
-FLAX = {"linen", "nnx", "train", "capture"}
+FLAX = {"linen", "nnx", "flax", "train", "capture"}
 OPTAX = {"train", "projection"}
 STRANGERS = ({"linen", "nnx"},)  # rooms that never import each other
 LINES = {
@@ -50,7 +50,18 @@ PUBLIC = {
         "interop",
         "kalman",
     ),
-    *("kernels", "linen", "nnx", "projection", "propagate", "recurrent", "reparametrize", "response", "reversible"),
+    *(
+        "flax",
+        "kernels",
+        "linen",
+        "nnx",
+        "projection",
+        "propagate",
+        "recurrent",
+        "reparametrize",
+        "response",
+        "reversible",
+    ),
     *(
         "running",
         "selection",

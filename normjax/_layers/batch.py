@@ -35,7 +35,7 @@ class L1BatchNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return batch.l1_batch(self.field, eps=self.epsilon, normalized=self.normalized)
+        return batch.l1_batch(self.field, eps=self._eps()[0], normalized=self.normalized)
 
 
 @description
@@ -63,7 +63,7 @@ class LpBatchNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return batch.lp_batch(self.p, self.field, eps=self.epsilon, calibrated=self.calibrated)
+        return batch.lp_batch(self.p, self.field, eps=self._eps()[0], calibrated=self.calibrated)
 
 
 @description
@@ -94,7 +94,7 @@ class TopKBatchNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return batch_extremes.top_batch(self.k, self.size, self.field, eps=self.epsilon, calibrated=self.calibrated)
+        return batch_extremes.top_batch(self.k, self.size, self.field, eps=self._eps()[0], calibrated=self.calibrated)
 
 
 @description
@@ -122,7 +122,7 @@ class LinfBatchNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return batch_extremes.top_batch(1, self.size, self.field, eps=self.epsilon, calibrated=self.calibrated)
+        return batch_extremes.top_batch(1, self.size, self.field, eps=self._eps()[0], calibrated=self.calibrated)
 
 
 @description
@@ -147,11 +147,11 @@ class GhostBatchNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return batch.ghost_batch(1, eps=self.epsilon)
+        return batch.ghost_batch(1, eps=self._eps()[0])
 
     def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
         strict = not self._starting()
-        return batch.ghost_row(x.shape, self.layout, self.examples, self.epsilon, strict=strict), None
+        return batch.ghost_row(x.shape, self.layout, self.examples, self._eps()[0], strict=strict), None
 
 
 @description
@@ -182,7 +182,7 @@ class RangeBatchNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return batch_extremes.range_row(self.size, self.field, eps=self.epsilon, calibrated=self.calibrated)
+        return batch_extremes.range_row(self.size, self.field, eps=self._eps()[0], calibrated=self.calibrated)
 
     def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
         n = self._here(self._row())

@@ -12,6 +12,7 @@ from normjax._expect.arrays import require_real
 from normjax._layers import describe
 from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._layers.statistics import Limits, RunningLayer, Taken
+from normjax._leaves import split_eps
 from normjax._normalize.evaluate import equation
 from normjax.field import Field, FieldError
 from normjax.running import Slot
@@ -63,7 +64,7 @@ class EvoNormB0(RunningLayer):
         return _learned(self, shape)
 
     def _row(self) -> Normalizer | None:
-        return units.evonorm_row(self.batch, self.epsilon) if self.nonlinear else None
+        return units.evonorm_row(self.batch, split_eps(self.epsilon)[0]) if self.nonlinear else None
 
     def _keeps(self, shape: Shape, dtype: DTypeLike | None = None) -> dict[str, Slot]:
         found = {name: slot for name, slot in super()._keeps(shape, dtype).items() if name.startswith("var")}
@@ -89,16 +90,16 @@ class EvoNormB0(RunningLayer):
         """Normalizes and bends x; see `normjax.normalize` for the mask."""
         x = require_real(x, "EvoNormB0")
         batch, instance = describe.field_here(self, self.batch), describe.field_here(self, self.instance)
-        row, given = units.evonorm_row(batch, self.epsilon), _given(self, x.shape)
+        (number, eps), given = split_eps(self.epsilon), _given(self, x.shape)
+        row = units.evonorm_row(batch, number)
 
         def take(stats: Stats | None) -> Taken[jax.Array]:
             out = units.evonorm_b0(x, batch=batch, instance=instance, mask=mask, stats=stats, **given)
             v = equation(x, row, self.layout, mask=mask).centered if self.l1 else None
             return Taken(out.y, out.stats, row, v)
 
-        return self._normalized(
-            x, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask
-        )
+        asked = {"update_running_average": update_running_average, "renorm": renorm, "mask": mask}
+        return self._normalized(x, take, use_running_average, eps=eps, **asked)
 
 
 @description

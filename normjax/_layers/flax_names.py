@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax._expect.arrays import statistics_dtype
-from normjax._normalize.evaluate import equation
+from normjax._expect.arrays import as_weights, statistics_dtype
+from normjax._leaves import split_eps
+from normjax._normalize.evaluate import Normalized, equation
 from normjax.field import Field, FieldError, Span
 from normjax.running import NOTHING, BatchRecord, Running, as_stats, mergeable, record
-from normjax.theory import Normalizer
+from normjax.theory import Normalizer, Stats
 
 Axes = int | Sequence[int]
 Shape = tuple[int, ...]
@@ -25,7 +26,7 @@ Shape = tuple[int, ...]
 class Averaging(Protocol):
     """What every preset says about its statistics."""
 
-    epsilon: float
+    epsilon: float  # or an array, which Flax takes too
     axis_name: str | None
     axis_index_groups: Sequence[Sequence[int]] | None
 
@@ -37,6 +38,7 @@ class Reading(NamedTuple):
     layout: str  # the axes by number, "a0 a1 a2"
     features: tuple[int, ...]  # the axes along which scale, bias and running statistics differ, ascending
     sizes: Shape  # the lengths of those axes: the shape that linen's variables have
+    eps: ArrayLike | None  # epsilon where only a run knows it, which stands for the number of the normalizer
 
 
 def read(
@@ -51,8 +53,10 @@ def read(
     names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
     index_groups = tuple(tuple(int(i) for i in group) for group in groups) if groups is not None and names else None
     field = Field((*spans, *(Span(None, mapped=name, groups=index_groups) for name in names)))
-    normalizer = Normalizer(field if centre else None, field, eps=module.epsilon)
-    return Reading(normalizer, " ".join(f"a{i}" for i in range(ndim)), features, tuple(shape[a] for a in features))
+    number, eps = split_eps(module.epsilon)
+    normalizer = Normalizer(field if centre else None, field, eps=number)
+    layout = " ".join(f"a{i}" for i in range(ndim))
+    return Reading(normalizer, layout, features, tuple(shape[a] for a in features), eps)
 
 
 def read_batch_norm(module: Averaging, shape: Shape, axis: Axes) -> Reading:
@@ -150,10 +154,39 @@ def normalize_as_read(
     """
     n, layout = reading.normalizer, reading.layout
     stats = as_stats(running, n, layout, x.shape) if use_running else None
-    given = {"mask": mask, **{k: align_features(p, reading, x.shape) for k, p in (("scale", scale), ("bias", bias))}}
-    out = equation(x, n, layout, stats=stats, dtype=dtype, **given)
+    affine = {k: align_features(p, reading, x.shape) for k, p in (("scale", scale), ("bias", bias))}
+    if mask is None:
+        out = equation(x, n, layout, stats=stats, eps=reading.eps, dtype=dtype, **affine)
+    else:
+        out = _masked(x, reading, mask, stats, dtype, affine)
     if use_running or running.var is None:
         return Applied(out.y, running, None)
     return Applied(
         out.y, *record(running, out.stats, n, layout, x.shape, momentum=momentum, exact=mergeable(n, layout))
     )
+
+
+def _masked(
+    x: jax.Array,
+    reading: Reading,
+    mask: ArrayLike,
+    stats: Stats | None,
+    dtype: DTypeLike,
+    affine: dict[str, jax.Array | None],
+) -> Normalized:
+    """Flax's reading of a mask: statistics of what it leaves, by which masked elements are normalized too.
+
+    A masked element that would not stay finite, or whose statistics have no element behind them, gives the bias. It is
+    selected away before any arithmetic that is differentiated, so that zero cotangents stay zero.
+    """
+    n, layout, eps, weights = reading.normalizer, reading.layout, reading.eps, as_weights(mask, x)
+    assert weights is not None
+    if stats is None:
+        stats = equation(x, n, layout, mask=mask).stats
+    there = True if stats.var_weight is None else stats.var_weight > 0  # of stored statistics no weight is known
+    seen = weights.valid | (jnp.isfinite(x) & there)
+    tried = equation(jax.lax.stop_gradient(x), n, layout, stats=jax.lax.stop_gradient(stats), mask=seen, eps=eps)
+    overflows = jnp.isinf(tried.centered) | jnp.isinf(tried.y)
+    seen = weights.valid | (seen & ~overflows)
+    out = equation(x, n, layout, stats=stats, mask=seen, eps=eps, dtype=dtype, **affine)
+    return out._replace(stats=stats)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from normjax._expect.arrays import as_weights, require_float, statistics_dtype, 
 from normjax._layers import describe
 from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
+from normjax._leaves import split_eps
 from normjax._normalize.evaluate import Normalized, affine, equation, normalize
 from normjax.running import require_unbiased, stores
 from normjax.theory import Normalizer, Stats, row, top
@@ -32,6 +34,10 @@ class Rowed(RunningLayer):
     def _row(self) -> Normalizer:
         raise NotImplementedError
 
+    def _eps(self) -> tuple[float, ArrayLike | None]:
+        """The option `epsilon`, of a layer that has it: the number of the row, and what stands for it in a run."""
+        return split_eps(getattr(self, "epsilon", None))
+
     def _check(self) -> None:
         n = self._row()
         if self.unbiased and any(stores(n)):
@@ -41,8 +47,9 @@ class Rowed(RunningLayer):
         sigma = Parameter((), self._first_sigma()) if self.learn_sigma else None
         return {**describe.scale_and_bias(self, shape), "sigma": sigma}
 
-    def _first_sigma(self) -> float:
-        return self._row().eps ** 0.5 if self.sigma_init is None else self.sigma_init
+    def _first_sigma(self) -> Any:
+        number, traced = self._row().eps, self._eps()[1]
+        return (number if traced is None else traced) ** 0.5 if self.sigma_init is None else self.sigma_init
 
     def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
         """The row as it fits a batch, and statistics of the batch if the row does not take them itself."""
@@ -80,7 +87,7 @@ class Rowed(RunningLayer):
         x = require_float(x, "Norm")
         learned = self._learned(x.shape, scale=scale, bias=bias)
         sigma, moves = learned.pop("sigma", None), self._moves(update_running_average)
-        eps = None if sigma is None else jnp.square(sigma)
+        eps = self._eps()[1] if sigma is None else jnp.square(sigma)
 
         def take(stats: Stats | None) -> Taken[jax.Array]:
             n, measured = self._measure(x, mask, moves) if stats is None else (self._here(self._row()), stats)

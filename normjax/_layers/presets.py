@@ -10,6 +10,7 @@ from normjax._expect.arrays import require_float
 from normjax._layers.describe import Layer, description
 from normjax._layers.norm import Rowed, evaluated
 from normjax._layers.statistics import Limits
+from normjax._leaves import split_eps
 from normjax.field import Field, Span
 from normjax.running import require_renormalizable
 from normjax.theory import TABLE, Normalizer, row
@@ -65,7 +66,7 @@ class BatchRenorm(Rowed):
         super()._check()
 
     def _row(self) -> Normalizer:
-        return dataclasses.replace(row(self.normalizer), eps=self.epsilon)
+        return dataclasses.replace(row(self.normalizer), eps=self._eps()[0])
 
     def _limits(self) -> Limits:
         return (self.r_max, self.d_max) if self.renorm is None else self.renorm
@@ -105,7 +106,10 @@ class DivisiveNorm(Preset):
 
     def _row(self) -> Normalizer:
         field = Field((Span("...", window=self.window), Span("c", window=self.channels)))
-        return Normalizer(field, field, eps=self._start**2, border=self.border)
+        return Normalizer(field, field, eps=self._eps()[0], border=self.border)
+
+    def _eps(self) -> tuple[float, ArrayLike | None]:
+        return split_eps(self._start**2)
 
     def _first_sigma(self) -> float:
         return self._start if self.sigma_init is None else self.sigma_init
@@ -117,6 +121,10 @@ class Unlearned(Layer):
     def _row(self) -> Normalizer:
         raise NotImplementedError
 
+    def _eps(self) -> tuple[float, ArrayLike | None]:
+        """What is added to the moment: the number of the row, and what stands for it where only a run knows it."""
+        raise NotImplementedError
+
     @property
     def normalizer(self) -> Normalizer:
         """The row."""
@@ -124,7 +132,7 @@ class Unlearned(Layer):
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x; see `normjax.normalize` for the mask."""
-        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask).y
+        return evaluated(self, require_float(x, "a layer"), self.normalizer, mask=mask, eps=self._eps()[1]).y
 
 
 @description
@@ -157,7 +165,10 @@ class LocalResponseNorm(Unlearned):
     dtype: DTypeLike | None = None
 
     def _row(self) -> Normalizer:
-        return response.lrn_torch(self.size, self.alpha, self.beta, self.k)
+        return response.lrn_torch(self.size, self.alpha, self.beta, self._eps()[0])
+
+    def _eps(self) -> tuple[float, ArrayLike | None]:
+        return split_eps(self.k)
 
 
 @description
@@ -185,7 +196,10 @@ class LocalContrastNorm(Unlearned):
     dtype: DTypeLike | None = None
 
     def _row(self) -> Normalizer:
-        return response.local_contrast(self.window, self.shape, eps=self.epsilon)
+        return response.local_contrast(self.window, self.shape, eps=self._eps()[0])
+
+    def _eps(self) -> tuple[float, ArrayLike | None]:
+        return split_eps(self.epsilon)
 
 
 @description
@@ -208,7 +222,7 @@ class VarianceNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return dataclasses.replace(TABLE["variance"], eps=self.epsilon)
+        return dataclasses.replace(TABLE["variance"], eps=self._eps()[0])
 
 
 @description
@@ -232,7 +246,7 @@ class ExtendedBatchNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return batch.extended_batch(eps=self.epsilon)
+        return batch.extended_batch(eps=self._eps()[0])
 
 
 @description
@@ -254,7 +268,7 @@ class PositionNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return dataclasses.replace(TABLE["token"], eps=self.epsilon)
+        return dataclasses.replace(TABLE["token"], eps=self._eps()[0])
 
 
 @description
@@ -280,4 +294,4 @@ class LocalContextNorm(Preset):
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
-        return response.local_context(self.window, self.groups, eps=self.epsilon)
+        return response.local_context(self.window, self.groups, eps=self._eps()[0])

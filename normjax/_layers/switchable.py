@@ -11,6 +11,7 @@ from normjax import switchable
 from normjax._expect.arrays import require_float
 from normjax._layers.describe import Initializer, Parameter, Shape, description, ones, scale_and_bias, zeros
 from normjax._layers.statistics import Limits, RunningLayer, Taken
+from normjax._leaves import split_eps
 from normjax.theory import Normalizer, Stats, row
 
 
@@ -74,7 +75,7 @@ class SwitchableNorm(RunningLayer):
 
     def _batch_row(self, n: Normalizer) -> Normalizer:
         """The row with the numbers of the mixture, as batch renormalization has it: its own are not used."""
-        return dataclasses.replace(n, eps=self.epsilon, gain=1.0, power=0.5)
+        return dataclasses.replace(n, eps=split_eps(self.epsilon)[0], gain=1.0, power=0.5)
 
     def _stores_unbiased(self) -> bool:
         return False  # here the option is that of every variance that is mixed
@@ -115,6 +116,5 @@ class SwitchableNorm(RunningLayer):
             stored, mergeable = 0 if at is None else at, not self.unbiased
             return Taken(out.y, out.parts[stored], self._batch_row(rows[stored]), out.centered, mergeable)
 
-        return self._normalized(
-            x, take, use_running_average, update_running_average=update_running_average, renorm=renorm, mask=mask
-        )
+        asked = {"update_running_average": update_running_average, "renorm": renorm, "mask": mask}
+        return self._normalized(x, take, use_running_average, eps=split_eps(self.epsilon)[1], **asked)

@@ -8,6 +8,7 @@ from normjax import tokens
 from normjax._expect.arrays import require_float
 from normjax._layers import describe
 from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
+from normjax._leaves import split_eps
 from normjax._normalize.evaluate import normalize
 
 
@@ -44,8 +45,8 @@ class ScaleNorm(Layer):
         x = describe.promoted(require_float(x, "ScaleNorm"), self.dtype)
         self._fits(x.shape)
         (channels,) = describe.channel_shape(self.layout, x.shape)
-        row = tokens.l2(channels, eps=self.epsilon)
-        out = normalize(x, row, self.layout, mask=mask, **self._learned(x.shape))
+        number, eps = split_eps(self.epsilon)
+        out = normalize(x, tokens.l2(channels, eps=number), self.layout, mask=mask, eps=eps, **self._learned(x.shape))
         return out.y.astype(self.dtype or x.dtype)
 
 

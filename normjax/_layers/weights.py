@@ -122,7 +122,7 @@ def scale_shape(shape: Sequence[int], feature_axes: Axes | None) -> tuple[int, .
 
 
 def weight_normed(
-    value: jax.Array, scale: jax.Array | None, feature_axes: Axes | None, epsilon: float, dtype: DTypeLike | None
+    value: jax.Array, scale: jax.Array | None, feature_axes: Axes | None, epsilon: ArrayLike, dtype: DTypeLike | None
 ) -> jax.Array:
     """A parameter as `WeightNorm` has it: at norm `scale` along its feature axes."""
     layout, field, _ = by_number(value.ndim, feature_axes)
@@ -140,7 +140,7 @@ def spectral_normed(
     u: jax.Array,
     sigma: jax.Array,
     n_steps: int,
-    epsilon: float,
+    epsilon: ArrayLike,
     feature_axes: Axes,
     dtype: DTypeLike | None,
 ) -> Spectral:

@@ -3,8 +3,9 @@
     from normjax.linen import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 What differs from Flax is what is right here: statistics are always two-pass and float32 or wider (`use_fast_variance` and
-`force_float32_reductions` are accepted and change nothing), masks broadcast and never leak, and a masked output is the
-bias. Integers become floats; complex arrays have real variances.
+`force_float32_reductions` are accepted and change nothing), and masks broadcast and never leak: a masked element is
+normalized by the statistics of the others, as in Flax, but gives the bias where that is not finite. (`normalize` and the
+other layers give the bias at every masked element.) Integers become floats; complex arrays have real variances.
 """
 
 import functools
@@ -50,14 +51,19 @@ class BatchNorm(nn.BatchNorm):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
-        """Normalizes x by its or the stored statistics; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes x by its or the stored statistics.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
+        names = getattr(self, "stats_names", None)  # Flax's own layers have none, under `swap_layers`
         stored = []
         wide = stored_dtype(self, flax_names.widened(x, self.dtype).dtype)
         for name, first, kind in (("mean", jnp.zeros, wide), ("var", jnp.ones, jnp.finfo(wide).dtype)):
             make = functools.partial(first, reading.sizes, kind)
-            make = make if self.stats_names is None else nn.with_partitioning(make, tuple(self.stats_names))
+            make = make if names is None else nn.with_partitioning(make, tuple(names))
             stored.append(self.variable("batch_stats", name, make))
         mean, var = stored
         out = _normalized(self, x, reading, mask, Running(mean.value, var.value), average, self.momentum)
@@ -79,7 +85,11 @@ class LayerNorm(nn.LayerNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over `reduction_axes` and `axis_name`; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes x over `reduction_axes` and `axis_name`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
 
@@ -94,7 +104,11 @@ class RMSNorm(nn.RMSNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Divides x by its root mean square over `reduction_axes`; where `mask` is False, x counts nowhere and gives 0."""
+        """Divides x by its root mean square over `reduction_axes`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives 0
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
         return _normalized(self, x, reading, mask).y
 
@@ -111,7 +125,11 @@ class GroupNorm(nn.GroupNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes groups of channels of x, `[n ... c]`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         groups = flax_names.group_count(np.shape(x)[-1], self.num_groups, self.group_size)
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, groups)
         return _normalized(self, x, reading, mask).y
@@ -129,12 +147,16 @@ class InstanceNorm(nn.InstanceNorm):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes each channel of each example of x; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes each channel of each example of x.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 
 
 def _normalized(
-    module: BatchNorm | LayerNorm | RMSNorm | GroupNorm | InstanceNorm,
+    module: nn.BatchNorm | nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.InstanceNorm,
     x: ArrayLike,
     reading: flax_names.Reading,
     mask: ArrayLike | None,
@@ -146,7 +168,7 @@ def _normalized(
     scale = bias = None
     if module.use_scale:
         scale = module.param("scale", module.scale_init, reading.sizes, module.param_dtype)
-    if not isinstance(module, RMSNorm) and module.use_bias:
+    if not isinstance(module, nn.RMSNorm) and module.use_bias:
         bias = module.param("bias", module.bias_init, reading.sizes, module.param_dtype)
     with jax.numpy_dtype_promotion("standard"):  # Flax's promotion, also where the user's is strict
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)

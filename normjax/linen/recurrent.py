@@ -132,8 +132,9 @@ class RNN(Portable, nn.RNN):
 
     Running statistics are carried through the scan; in inference, where they do not change, they are read in it (under
     Flax's, variables that are carried must be mutable). `seq_lengths` masks the padding: it enters no statistic and no
-    penalty, and an example that is over keeps its state, which is then also its output. The penalties of the steps
-    become their mean over all valid steps of all examples.
+    penalty. An example that is over keeps its state, which is then also its output, and one of length 0 its first carry;
+    Flax's goes on over the padding, and hands over the last step's carry for length 0. With a cell of Flax's this is
+    Flax's own. The penalties of the steps become their mean over all valid steps of all examples.
 
     Under `flax.linen.RNN` with `variable_axes={"losses": 0}, variable_carry="batch_stats"` they lie along time instead,
     so that `total_penalty` adds them, as Ren et al. 2017 do beside a loss that is summed over the steps too.

@@ -65,7 +65,11 @@ def _with_params(
 
 
 class WeightNorm(Portable, nn.WeightNorm):
-    """Weight norm around a layer: arguments, parameters and numbers of `flax.linen.WeightNorm`.
+    """Weight norm around a layer: arguments, parameters and numbers of `flax.linen.WeightNorm`, but for the first kernel.
+
+    `init` stores the kernel as the layer made it, as the paper and torch do; Flax stores it normalized. The first outputs
+    are equal, but a step turns a kernel of norm r by 1 / r ** 2 of what it turns one of norm 1. A checkpoint of Flax's goes
+    on as it does there.
 
     Attributes:
       layer_instance: the layer.
@@ -111,9 +115,10 @@ class WeightNorm(Portable, nn.WeightNorm):
 
 
 class SpectralNorm(Portable, nn.SpectralNorm):
-    """Spectral norm around a layer: arguments, variables and numbers of `flax.linen.SpectralNorm`.
+    """Spectral norm around a layer: arguments, variables and numbers of `flax.linen.SpectralNorm`, but for the first kernel.
 
-    Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change.
+    Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change:
+    `init` stores the kernel as the layer made it, as the paper and torch do; Flax stores it divided.
 
     Attributes:
       layer_instance: the layer.

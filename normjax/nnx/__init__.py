@@ -10,9 +10,10 @@ from normjax.nnx.flax_names import BatchNorm, GroupNorm, InstanceNorm, LayerNorm
 from normjax.nnx.host import Moments, Penalty
 from normjax.nnx.layers import *  # noqa: F403
 from normjax.nnx.recurrent import RNN, GRUCell, LSTMCell, OptimizedLSTMCell, SimpleCell
+from normjax.nnx.swap import swap_layers
 from normjax.nnx.weights import Conv, Linear, SpectralNorm, WeightNorm
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 __all__ += ["RNN", "GRUCell", "LSTMCell", "OptimizedLSTMCell", "SimpleCell"]
-__all__ += ["Conv", "Linear", "Moments", "Penalty", "SpectralNorm", "WeightNorm"]
+__all__ += ["Conv", "Linear", "Moments", "Penalty", "SpectralNorm", "WeightNorm", "swap_layers"]
 __all__ += layers.__all__

@@ -3,8 +3,10 @@
     from normjax.nnx import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 What differs from Flax is what is right here: statistics are always two-pass and float32 or wider (`use_fast_variance` is
-accepted and changes nothing; running statistics are never rounded to `dtype`), extra leading axes and masks broadcast,
-masked elements never leak, and a masked output is the bias. Integers become floats; complex arrays have real variances.
+accepted and changes nothing; running statistics are never rounded to `dtype`), extra leading axes and masks broadcast, and
+masked elements never leak: one is normalized by the statistics of the others, as in Flax, but gives the bias where that is
+not finite. (`normalize` and the other layers give the bias at every masked element.) Integers become floats; complex arrays
+have real variances.
 """
 
 import functools
@@ -19,6 +21,7 @@ from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
 from normjax._layers.statistics import stored_dtype
+from normjax.nnx._signature import Constructor
 from normjax.nnx.host import Moments, _replace
 from normjax.running import NOTHING, Running
 
@@ -37,6 +40,8 @@ class BatchNorm(nnx.BatchNorm):
     ([[-1.0], [1.0]], [0.5])
     """
 
+    __signature__ = Constructor()
+
     @functools.wraps(nnx.BatchNorm.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -48,7 +53,11 @@ class BatchNorm(nnx.BatchNorm):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
-        """Normalizes x by its or the stored statistics; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes x by its or the stored statistics.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         average = self.use_running_average if use_running_average is None else use_running_average
         if average is None:
             raise ValueError(
@@ -77,8 +86,14 @@ class LayerNorm(nnx.LayerNorm):
     [[-1.0, 1.0]]
     """
 
+    __signature__ = Constructor()
+
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes x over `reduction_axes` and `axis_name`; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes x over `reduction_axes` and `axis_name`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
 
@@ -91,8 +106,14 @@ class RMSNorm(nnx.RMSNorm):
     [[2.0, 14.0]]
     """
 
+    __signature__ = Constructor()
+
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
-        """Divides x by its root mean square over `reduction_axes`; where `mask` is False, x counts nowhere and gives 0."""
+        """Divides x by its root mean square over `reduction_axes`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives 0
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
         return _normalized(self, x, reading, mask).y
 
@@ -106,8 +127,14 @@ class GroupNorm(nnx.GroupNorm):
     [[-1.0, 1.0, -1.0, 1.0]]
     """
 
+    __signature__ = Constructor()
+
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes groups of channels of x, `[n ... c]`.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, self.num_groups)
         return _normalized(self, x, reading, mask).y
 
@@ -121,8 +148,14 @@ class InstanceNorm(nnx.InstanceNorm):
     [[[-1.0], [1.0]]]
     """
 
+    __signature__ = Constructor()
+
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
-        """Normalizes each channel of each example of x; where `mask` is False, x counts nowhere and gives the bias."""
+        """Normalizes each channel of each example of x.
+
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
+        if it is not finite or none are left. Numbers from 0 on weight the others.
+        """
         return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 
 

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 from normjax._layers.describe import Layer, Parameter, Shape, same_channels, whole_shape
 from normjax._layers.statistics import RunningLayer, as_held
 from normjax.field import FieldError
+from normjax.nnx._signature import Constructor
 from normjax.running import BatchRecord, Running, Slot
 from normjax.theory import Normalizer
 
@@ -55,12 +56,25 @@ class Copied(nnx.Module):
         return nnx.merge(structure, copy.deepcopy(state, memo))
 
 
+class _Spent:
+    """An initializer as an attribute: of a class its default, of a layer nothing, since it has done its work."""
+
+    def __init__(self, default: Any):
+        self.default = default
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        if instance is None:
+            return self.default
+        raise AttributeError("an initializer is not kept: its layer has been made")
+
+
 @dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(eq=False, repr=False)
 class Bare(Layer, Copied):
     """A layer without variables."""
 
     _faces: ClassVar[dict[type, type]] = {}  # the face of each description
+    __signature__ = Constructor()
 
     def __init_subclass__(cls, **kwargs: Any):
         described = cls.__bases__[0]
@@ -68,6 +82,9 @@ class Bare(Layer, Copied):
             cls.__doc__ = cls.__doc__ or described.__doc__
             Bare._faces.setdefault(described, cls)
             dataclasses.dataclass(eq=False, repr=False)(cls)
+            for field in dataclasses.fields(cls):
+                if field.name.endswith("_init") and callable(field.default):
+                    setattr(cls, field.name, _Spent(field.default))
         super().__init_subclass__(**kwargs)
 
     def __post_init__(self):

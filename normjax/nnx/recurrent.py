@@ -20,6 +20,7 @@ from normjax._layers import recurrent as cells
 from normjax._layers.describe import Initializer
 from normjax._layers.pickling import Portable
 from normjax._layers.recurrent import SiteOptions
+from normjax.nnx._signature import Constructor, spelled_out
 from normjax.nnx.host import Copied, Keeping, Metadata, Penalty, _replace
 from normjax.recurrent import Carry, Clock, Site, Weights
 from normjax.theory import Normalizer
@@ -102,7 +103,13 @@ class Host(cells.Cell, Copied, nnx.RNNCellBase):
     """
 
     _second: tuple[str, int] | None = None  # name and gates of the bias that Flax's cell does without
+    __signature__ = Constructor()
     _uses_running, _penalize = Keeping._uses_running, Keeping._penalize  # pyright: ignore[reportAssignmentType]
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if Host in cls.__bases__:
+            cls.__init__ = spelled_out(Host.__init__, cls.__bases__[-1].__init__, dataclasses.fields(cls))
 
     def __init__(
         self,
@@ -203,9 +210,11 @@ class SimpleCell(cells.SimpleCell, Host, nnx.SimpleCell):  # noqa: D101
 class RNN(Portable, Copied, nnx.RNN):
     """`flax.nnx.RNN` with what a normalized cell needs.
 
-    `seq_lengths` masks the padding: it enters no statistic and no penalty, and an example that is over keeps its state,
-    which is then also its output. Under a capture of `Penalty` the penalties of the steps become their mean over all
-    valid steps of all examples. `flax.nnx.RNN` runs a normalized cell too, but cannot capture within its scan.
+    `seq_lengths` masks the padding: it enters no statistic and no penalty. An example that is over keeps its state, which
+    is then also its output, and one of length 0 its first carry; Flax's goes on over the padding, and hands over the last
+    step's carry for length 0. With a cell of Flax's this is Flax's own. Under a capture of `Penalty` the penalties of the
+    steps become their mean over all valid steps of all examples. `flax.nnx.RNN` runs a normalized cell too, but cannot
+    capture within its scan.
 
     >>> def run(x):
     ...     rnn = RNN(SimpleCell(4, 8, normalizer="token", l1=0.1, rngs=nnx.Rngs(0)))
@@ -215,9 +224,24 @@ class RNN(Portable, Copied, nnx.RNN):
     [(2, 5, 8), ()]
     """
 
-    def __init__(self, cell: nnx.RNNCellBase, *, state_axes: Any = None, **kwargs: Any):
+    __signature__ = Constructor()
+
+    def __init__(
+        self,
+        cell: nnx.RNNCellBase,
+        *,
+        time_major: bool = False,
+        return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
+        unroll: int = 1,
+        state_axes: Any = None,
+        broadcast_rngs: nnx.filterlib.Filter = None,
+        rngs: nnx.Rngs | nnx.RngStream | bool = True,
+    ):
+        how = {"time_major": time_major, "return_carry": return_carry, "reverse": reverse, "keep_order": keep_order}
         axes = nnx.StateAxes({Penalty: 0, ...: nnx.Carry}) if state_axes is None else state_axes
-        super().__init__(cell, state_axes=axes, **kwargs)
+        super().__init__(cell, **how, unroll=unroll, state_axes=axes, broadcast_rngs=broadcast_rngs, rngs=rngs)
 
     def __call__(
         self,
@@ -227,8 +251,9 @@ class RNN(Portable, Copied, nnx.RNN):
         seq_lengths: ArrayLike | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
-        **kwargs: Any,
     ) -> Any:
         """Applies the cell to every step.
 
@@ -236,10 +261,11 @@ class RNN(Portable, Copied, nnx.RNN):
           inputs: `[n, t, i]`, or `[t, n, i]` if `time_major`.
           initial_carry: a carry of the cell; by default its `initialize_carry`.
           seq_lengths: number of valid steps of each example, `[n]`; None where no sequence is padded.
-          return_carry: whether to return the last carry too; this and the next replace Flax's attributes.
+          return_carry: whether to return the last carry too; this and the next three replace Flax's attributes.
           time_major: whether time is the first axis of inputs and outputs.
+          reverse: whether the steps are taken from the last to the first.
+          keep_order: whether the outputs of reversed steps lie in the order of the inputs.
           rngs: random keys for a carry.
-          **kwargs: the other arguments of the call of `flax.nnx.RNN`.
 
         Returns:
           The outputs, `[n, t, c]` or `[t, n, c]`; or the last carry and the outputs.
@@ -263,7 +289,8 @@ class RNN(Portable, Copied, nnx.RNN):
         for v in sown:  # a scan writes only what exists
             v["l1"] = jnp.zeros(inputs.shape[time], jnp.float32)
         given = {"initial_carry": carry, "seq_lengths": seq_lengths, "time_major": major, "rngs": rngs}
-        last, outputs = super().__call__(inputs, return_carry=True, **given, **kwargs)
+        given |= {"reverse": reverse, "keep_order": keep_order}
+        last, outputs = super().__call__(inputs, return_carry=True, **given)
         for v, old in zip(sown, before, strict=True):
             v["l1"] = cells.mean_penalty(cell, v["l1"], seq_lengths, old)
         if not returned:

@@ -10,18 +10,26 @@ the keys of a pure dictionary.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import PathParts
+from flax.typing import (
+    ConvGeneralDilatedT,
+    DotGeneralT,
+    PaddingLike,
+    PathParts,
+    PrecisionLike,
+    PromoteDtypeFn,
+)
 from jax.sharding import PartitionSpec, Sharding
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._layers import weights
 from normjax._layers.describe import Initializer, ones
 from normjax._layers.pickling import Portable
+from normjax.nnx._signature import Constructor, spelled_out
 from normjax.nnx.host import NO_METADATA, Copied, Metadata
 from normjax.reparametrize import Weight
 from normjax.weights import weight_norm
@@ -61,6 +69,38 @@ class ByPath(nnx.Dict):
             super()._graph_node_set_key(key, value)
 
 
+class _Options(TypedDict, total=False):
+    """Keyword arguments that `nnx.Linear` and `nnx.Conv` share."""
+
+    use_bias: bool
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    precision: PrecisionLike
+    kernel_init: Initializer
+    bias_init: Initializer
+    promote_dtype: PromoteDtypeFn
+    preferred_element_type: DTypeLike | None
+    kernel_metadata: Metadata
+    bias_metadata: Metadata
+
+
+class LinearOptions(_Options, total=False):
+    """The keyword arguments of `nnx.Linear`."""
+
+    dot_general: DotGeneralT
+
+
+class ConvOptions(_Options, total=False):
+    """The keyword arguments of `nnx.Conv`."""
+
+    padding: PaddingLike
+    input_dilation: int | Sequence[int] | None
+    kernel_dilation: int | Sequence[int] | None
+    feature_group_count: int
+    mask: jax.Array | None
+    conv_general_dilated: ConvGeneralDilatedT
+
+
 def _with_params(module: nnx.Module, change: Callable[[PathParts, nnx.Variable], jax.Array | None]) -> Any:
     """A twin of the module with other parameters: `change(path, variable)`, None to keep one.
 
@@ -77,6 +117,7 @@ class Host(weights.Reparametrized, Copied, nnx.Module):
 
     kernel: nnx.Param[jax.Array]
     param_dtype: DTypeLike
+    __signature__ = Constructor()
 
     def _make(self, rngs: nnx.Rngs, metadata: Metadata, **options: Weight | bool | str | None) -> None:
         """Adds what is learned and stored beside Flax's."""
@@ -112,7 +153,7 @@ class Linear(weights.Dense, Host, nnx.Linear):  # noqa: D101
         bound: str = "rms",
         scale_metadata: Metadata = NO_METADATA,
         rngs: nnx.Rngs,
-        **flax: Any,
+        **flax: Unpack[LinearOptions],
     ):
         nnx.Linear.__init__(self, in_features, out_features, rngs=rngs, **flax)
         self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
@@ -138,7 +179,7 @@ class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
         bound: str = "rms",
         scale_metadata: Metadata = NO_METADATA,
         rngs: nnx.Rngs,
-        **flax: Any,
+        **flax: Unpack[ConvOptions],
     ):
         nnx.Conv.__init__(self, in_features, out_features, kernel_size, strides, rngs=rngs, **flax)
         self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
@@ -148,8 +189,15 @@ class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
         return nnx.Conv.__call__(self._product(), inputs, out_sharding)
 
 
+Linear.__init__ = spelled_out(Linear.__init__, nnx.Linear.__init__)
+Conv.__init__ = spelled_out(Conv.__init__, nnx.Conv.__init__)
+
+
 class WeightNorm(Portable, Copied, nnx.WeightNorm):
-    """Weight norm around a layer: arguments and numbers of `flax.nnx.WeightNorm`.
+    """Weight norm around a layer: arguments and outputs of `flax.nnx.WeightNorm`, whose kernel each call overwrites.
+
+    Here the kernel stays what the layer made and the optimizer makes of it, as in the paper and in torch. Steps differ so: one
+    turns a kernel of norm r by 1 / r ** 2 of what it turns a kernel of norm 1.
 
     Args:
       layer_instance: the layer.
@@ -169,6 +217,8 @@ class WeightNorm(Portable, Copied, nnx.WeightNorm):
     >>> layer(jnp.ones((2, 3))).shape, layer.scales["kernel"].shape
     ((2, 4), (4,))
     """
+
+    __signature__ = Constructor()
 
     if not TYPE_CHECKING:  # to a reader the constructor is Flax's; its scales are bare arrays, which nothing trains
 
@@ -204,9 +254,10 @@ class WeightNorm(Portable, Copied, nnx.WeightNorm):
 
 
 class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
-    """Spectral norm around a layer: arguments, variables and numbers of `flax.nnx.SpectralNorm`.
+    """Spectral norm around a layer: arguments, variables and outputs of `flax.nnx.SpectralNorm`.
 
-    Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change.
+    Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change, as
+    in the paper and in torch; Flax overwrites them at every call, so that gradients and steps differ.
 
     Args:
       layer_instance: the layer.

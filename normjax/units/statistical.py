@@ -17,7 +17,7 @@ from normjax._expect.arrays import (
     zero_masked,
 )
 from normjax._expect.expectation import expect
-from normjax._leaves import inverse_power
+from normjax._leaves import inverse_power, split_eps
 from normjax._normalize.evaluate import affine, equation
 from normjax.field import Field
 from normjax.theory import Normalizer, Stats
@@ -60,7 +60,7 @@ def evonorm_b0(
     *,
     batch: Field | str = "n ...",
     instance: Field | str = "...",
-    eps: float = 1e-5,
+    eps: ArrayLike = 1e-5,
     unbiased: bool = False,
     nonlinear: bool = True,
     stats: Stats | None = None,
@@ -97,10 +97,11 @@ def evonorm_b0(
     x, work, weights = _prepared(x, "evonorm_b0", mask)
     if not nonlinear:
         return EvoNormed(affine(work, layout, scale, bias).astype(dtype or x.dtype), Stats())
+    number, _ = split_eps(eps)
     if stats is None or stats.var is None:
-        stats = equation(x, evonorm_row(batch, eps), layout, mask=mask).stats
+        stats = equation(x, evonorm_row(batch, number), layout, mask=mask).stats
     var = align_statistic(stats.var, x, "var", work.dtype)
-    own = equation(x, evonorm_row(instance, eps), layout, mask=mask).stats
+    own = equation(x, evonorm_row(instance, number), layout, mask=mask).stats
     own = (running.unbiased(own) if unbiased else own).var
     v = align_parameter(v, work, layout, "v", work.dtype)
     d = jnp.maximum(_root(var + eps), v * work + _root(own + eps))
@@ -114,7 +115,7 @@ def evonorm_s0(
     layout: str = "n ... c",
     *,
     field: Field | str = "... c/32",
-    eps: float = 1e-5,
+    eps: ArrayLike = 1e-5,
     unbiased: bool = False,
     nonlinear: bool = True,
     scale: ArrayLike | None = None,
@@ -145,11 +146,12 @@ def evonorm_s0(
     x, work, _ = _prepared(x, "evonorm_s0", mask)
     if not nonlinear:
         return affine(work, layout, scale, bias).astype(dtype or x.dtype)
-    row = evonorm_row(field, eps)
-    divided = equation(x, row, layout, mask=mask, dtype=work.dtype)
+    number, eps = split_eps(eps)
+    row = evonorm_row(field, number)
+    divided = equation(x, row, layout, mask=mask, eps=eps, dtype=work.dtype)
     if unbiased:
         var = running.unbiased(divided.stats).var
-        divided = equation(x, row, layout, mask=mask, dtype=work.dtype, stats=Stats(divided.stats.mean, var))
+        divided = equation(x, row, layout, mask=mask, eps=eps, dtype=work.dtype, stats=Stats(divided.stats.mean, var))
     y = divided.y * jax.nn.sigmoid(align_parameter(v, work, layout, "v", work.dtype) * work)
     return affine(y, layout, scale, bias).astype(dtype or x.dtype)
 
@@ -162,7 +164,7 @@ def grn(
     *,
     space: Field | str = "...",
     channels: Field | str = "c",
-    eps: float = 1e-6,
+    eps: ArrayLike = 1e-6,
     mask: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:

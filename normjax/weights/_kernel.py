@@ -1,5 +1,6 @@
 """The equation on a kernel, evaluated; scales, masks and fields of kernels."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype
 from normjax._expect.binding import bind
 from normjax._expect.sharding import shards_of
-from normjax._leaves import inverse_power, one_of
+from normjax._leaves import inverse_power, one_of, split_eps
 from normjax._normalize.evaluate import normalize
 from normjax.field import Field, FieldError
 from normjax.theory import Normalizer
@@ -28,34 +29,40 @@ def evaluate(
     scale: ArrayLike | None,
     mask: ArrayLike | None,
     eps_rule: str = "moment",
+    eps: ArrayLike = 0.0,
 ) -> jax.Array:
-    """The row n on a kernel; with a rule other than "moment", eps is a number for each output that the moment gives."""
+    """The row n on a kernel with this eps in place of its own.
+
+    With a rule other than "moment", what is added to the moment is another number for each output, which the moment gives.
+    """
     one_of("eps_rule", eps_rule, EPS_RULES)
+    number, traced = split_eps(eps)
+    n, eps = dataclasses.replace(n, eps=number), number if traced is None else traced
     field = n.mean if n.var is None else n.var
     assert field is not None
     scale = None if scale is None else align_kernel_scale(scale, kernel, layout, field, statistics_dtype(kernel.dtype))
     mask = None if mask is None else valid_weights(kernel, mask)
-    if eps_rule == "moment" or not n.eps:
-        return normalize(kernel, n, layout, scale=scale, mask=mask).y
+    if eps_rule == "moment" or (traced is None and not number):
+        return normalize(kernel, n, layout, scale=scale, mask=mask, eps=traced).y
     stats = normalize(kernel, n, layout, mask=mask).stats
     m = n.gain * stats.var
     if eps_rule == "floor":
-        eps = jnp.maximum(n.eps - m, 0)
+        added = jnp.maximum(eps - m, 0)
     elif n.power == 0.5:  # (sqrt(m) + eps) ** 2 = m + ...
-        eps = n.eps**2 + 2 * n.eps * root(m, 0.5)
+        added = eps**2 + 2 * eps * root(m, 0.5)
     elif n.power == 1:
-        eps = n.eps
+        added = eps
     else:
-        eps = (n.eps + root(m, n.power)) ** (1 / n.power) - m
-    return normalize(kernel, n, layout, stats=stats, scale=scale, mask=mask, eps=eps).y
+        added = (eps + root(m, n.power)) ** (1 / n.power) - m
+    return normalize(kernel, n, layout, stats=stats, scale=scale, mask=mask, eps=added).y
 
 
-def lp_norm(kernel: jax.Array, p: float, eps: float, layout: str, field: AnyField) -> Normalizer:
+def lp_norm(kernel: jax.Array, p: float, layout: str, field: AnyField) -> Normalizer:
     """The Lp norm over a field, as a row."""
     if not p > 0:
         raise ValueError(f"p, the order of a norm, is a positive number or inf; found {p!r}")
     gain, power = (1.0, 1.0) if p == math.inf else (fan_in(kernel, layout, field), 1 / p)
-    return Normalizer(None, field, eps=eps, gain=gain, power=power, order=p)
+    return Normalizer(None, field, eps=0.0, gain=gain, power=power, order=p)
 
 
 def fan_in(kernel: jax.Array, layout: str, field: AnyField) -> float:

@@ -46,7 +46,7 @@ def weight_norm(
     scale: ArrayLike | None = None,
     *,
     p: float = 2,
-    eps: float = 0.0,
+    eps: ArrayLike = 0.0,
     eps_rule: str = "moment",
     layout: str = KERNEL,
     field: AnyField = INPUTS,
@@ -75,14 +75,14 @@ def weight_norm(
     [[0.5], [-1.0]]
     """
     kernel = _kernel.zero_masked_kernel(kernel, mask)
-    return _kernel.evaluate(kernel, _kernel.lp_norm(kernel, p, eps, layout, field), layout, scale, None, eps_rule)
+    return _kernel.evaluate(kernel, _kernel.lp_norm(kernel, p, layout, field), layout, scale, None, eps_rule, eps)
 
 
 def centred_weight_norm(
     kernel: ArrayLike,
     scale: ArrayLike | None = None,
     *,
-    eps: float = 0.0,
+    eps: ArrayLike = 0.0,
     eps_rule: str = "moment",
     layout: str = KERNEL,
     field: AnyField = INPUTS,
@@ -106,8 +106,8 @@ def centred_weight_norm(
     """
     kernel = _kernel.floating_kernel(kernel)
     if mask is None:
-        n = Normalizer(field, field, eps=eps, gain=_kernel.fan_in(kernel, layout, field))
-        return _kernel.evaluate(kernel, n, layout, scale, None, eps_rule)
+        n = Normalizer(field, field, gain=_kernel.fan_in(kernel, layout, field))
+        return _kernel.evaluate(kernel, n, layout, scale, None, eps_rule, eps)
     # In two steps, since each output has a fan-in of its own: after the centring, masked weights are zeros to a sum.
     v = weight_centring(kernel.astype(statistics_dtype(kernel.dtype)), layout=layout, field=field, mask=mask)
     return weight_norm(v, scale, eps=eps, eps_rule=eps_rule, layout=layout, field=field).astype(kernel.dtype)
@@ -119,7 +119,7 @@ def bounded_weight_norm(
     *,
     rho: ArrayLike,
     p: float = 2,
-    eps: float = 0.0,
+    eps: ArrayLike = 0.0,
     eps_rule: str = "moment",
     layout: str = KERNEL,
     field: AnyField = INPUTS,
@@ -159,7 +159,7 @@ def bounded_weight_norm(
         scale = _kernel.align_kernel_scale(scale, kernel, layout, field, work)
         scale = jnp.broadcast_to(scale, _kernel.rows_shape(kernel, layout, field))
         g = g * normalize(scale, Normalizer(None, outputs, eps=0.0), layout).y
-    return _kernel.evaluate(kernel, _kernel.lp_norm(kernel, p, eps, layout, field), layout, g, None, eps_rule)
+    return _kernel.evaluate(kernel, _kernel.lp_norm(kernel, p, layout, field), layout, g, None, eps_rule, eps)
 
 
 def norm_bound(
@@ -191,7 +191,7 @@ def norm_bound(
     """
     one_of("rule", rule, BOUNDS)
     kernel = _kernel.zero_masked_kernel(kernel, mask)
-    n = _kernel.lp_norm(kernel, p, 0.0, layout, field)
+    n = _kernel.lp_norm(kernel, p, layout, field)
     norms = _kernel.root(n.gain * normalize(kernel, n, layout).stats.var, n.power)
     rho = expect(norms if rule == "mean" else norms**2, outputs, layout)
     if rho.size != 1:

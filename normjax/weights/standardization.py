@@ -19,7 +19,7 @@ def weight_standardization(
     kernel: ArrayLike,
     scale: ArrayLike | None = None,
     *,
-    eps: float = 1e-10,
+    eps: ArrayLike = 1e-10,
     eps_rule: str = "moment",
     unbiased: bool = False,
     layout: str = KERNEL,
@@ -49,7 +49,7 @@ def weight_standardization(
             raise ValueError("unbiased=True divides by fan-in - 1, which a mask makes another number for each output")
         count = _kernel.fan_in(kernel, layout, field)
         gain = count / (count - 1) if count > 1 else 1.0  # one weight is refused below
-    return _kernel.evaluate(kernel, Normalizer(field, field, eps=eps, gain=gain), layout, scale, mask, eps_rule)
+    return _kernel.evaluate(kernel, Normalizer(field, field, gain=gain), layout, scale, mask, eps_rule, eps)
 
 
 def scaled_weight_standardization(
@@ -57,7 +57,7 @@ def scaled_weight_standardization(
     scale: ArrayLike | None = None,
     *,
     gain: float | Callable[[jax.Array], jax.Array] = RELU_GAIN,
-    eps: float = 1e-10,
+    eps: ArrayLike = 1e-10,
     eps_rule: str = "moment",
     layout: str = KERNEL,
     field: AnyField = INPUTS,
@@ -92,4 +92,4 @@ def scaled_weight_standardization(
     g = (activation_gain(gain) if callable(gain) else gain) * inverse_power(count, 0.5)
     if scale is not None:
         g = g * _kernel.align_kernel_scale(scale, kernel, layout, field, work)
-    return _kernel.evaluate(kernel, Normalizer(field, field, eps=eps), layout, g, mask, eps_rule)
+    return _kernel.evaluate(kernel, Normalizer(field, field), layout, g, mask, eps_rule, eps)

@@ -1,0 +1,42 @@
+"""The arguments of nnx classes as `inspect.signature` and `help` show them.
+
+The metaclass of nnx takes anything, and constructors hand Flax's arguments on to Flax by `**`; neither tells a reader.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class Constructor:
+    """The `__signature__` of a class and of its subclasses: the arguments of whatever constructor each has."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is not None:  # a layer is a callable, whose signature is that of its call
+            raise AttributeError("__signature__")
+        signature = inspect.signature(owner.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def spelled_out(
+    init: Callable[..., None], flax: Callable[..., None], fields: Iterable[dataclasses.Field[Any]] = ()
+) -> Callable[..., None]:
+    """A constructor that hands its `**` on to Flax's: it shows Flax's arguments, its own, and fields, in place of the `**`.
+
+    An argument that both have is the constructor's own.
+    """
+    own = inspect.signature(init).parameters
+    known = {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
+    for f in fields:
+        known[f.name] = inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+    merged = {**inspect.signature(flax).parameters, **known}
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+
+    ordered = sorted(merged.values(), key=lambda p: (p.kind, p.kind is p.KEYWORD_ONLY and p.name == "rngs"))
+    __init__.__signature__ = inspect.Signature(ordered)  # pyright: ignore[reportFunctionMemberAccess]
+    return __init__

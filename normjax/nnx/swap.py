@@ -1,0 +1,45 @@
+"""Our layers in the place of Flax's in an nnx model that somebody else wrote."""
+
+from typing import TypeVar
+
+import jax
+from flax import nnx
+
+from normjax.nnx import flax_names, weights
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+OURS: dict[type, type] = {
+    nnx.BatchNorm: flax_names.BatchNorm,
+    nnx.GroupNorm: flax_names.GroupNorm,
+    nnx.InstanceNorm: flax_names.InstanceNorm,
+    nnx.LayerNorm: flax_names.LayerNorm,
+    nnx.RMSNorm: flax_names.RMSNorm,
+    nnx.SpectralNorm: weights.SpectralNorm,
+    nnx.WeightNorm: weights.WeightNorm,
+}
+
+
+def swap_layers(model: Model) -> Model:
+    """Makes Flax's normalization layers in the model ours, where they stand, and returns the model.
+
+    The layers are `BatchNorm`, `GroupNorm`, `InstanceNorm`, `LayerNorm`, `RMSNorm`, `SpectralNorm` and `WeightNorm`,
+    wherever the model has them: in lists, in dicts, shared. They keep their variables, so that checkpoints load before and
+    after, and references to them hold; only the scales of a `WeightNorm`, which in Flax are bare arrays, become
+    `nnx.Param`s. Subclasses of these layers stay what they are. Call it before the model is split, or an optimizer made of
+    it; `swap_layers(nnx.clone(model))` leaves the model as it is.
+
+    Args:
+      model: any nnx module.
+
+    >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(1)))
+    >>> type(swap_layers(model).layers[1]).__module__
+    'normjax.nnx.flax_names'
+    """
+    for _, node in list(nnx.iter_graph(model)):
+        if ours := OURS.get(type(node)):
+            object.__setattr__(node, "__class__", ours)
+            if isinstance(node, nnx.WeightNorm) and node.scales is not None:
+                scales = {path: nnx.Param(s) if isinstance(s, jax.Array) else s for path, s in node.scales.items()}
+                node.scales = nnx.data(scales)
+    return model
