@@ -12,7 +12,7 @@ first weights and the order of the examples of each seed, the learning rate and 
 Write `batch*` in quotes in a shell, or `batch-star`; its folder is called batch-star too.
 
 It prints a table and leaves runs/compare/<row>/seed-<k>/ (config.json, metrics.jsonl, checkpoint),
-report.md, report.html and the pictures. A folder holds one setting: rows that are there with other
+report.md, report.html, metrics.csv and the pictures. A folder holds one setting: rows that are there with other
 options, or without --resume at all, are refused; --overwrite deletes them first.
 
 Hardware and time: two CPU cores, two minutes, compilation included.

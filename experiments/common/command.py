@@ -185,10 +185,11 @@ def begin(
         cli.fail(f"cannot read or prepare the data in {options.data_dir or data.DEFAULT_DATA_DIR}: {error}")
     try:
         if writes:
-            for path in touched():
+            mine = touched()
+            for path in mine:
                 locked.enter_context(locks.held(path))
             folders.check(experiment, staying, rows, options.resume)  # another command may have ended meanwhile
-            _delete(experiment, rows, deleted, configs, touched() if fresh else [])
+            _delete(experiment, rows, deleted, configs, mine if fresh else [])
     except runs.RunError as error:
         cli.fail(str(error))
     except OSError as error:

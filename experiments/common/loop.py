@@ -87,7 +87,7 @@ def train(
     Raises:
       RunError: what a folder holds cannot be read, or nothing can be written.
     """
-    begin = place.from_process_0(lambda: np.array(runs.starts(folders)), np.zeros(len(folders), np.int64))
+    begin = np.array(place.from_process_0(lambda: np.array(runs.starts(folders)), np.zeros(len(folders), np.int64)))
     for step in sorted(set(begin.tolist()), reverse=True):
         group, others = np.flatnonzero(begin == step), np.maximum(begin, 0).sum() - max(step, 0) * np.sum(begin == step)
 
