@@ -118,6 +118,26 @@ def test_what_is_no_running_statistic_is_updated_part_by_part_and_statistics_are
         assert (before[...], after[...]) == (0, 8)
 
 
+class Scanned(nn.Module):
+    """Flax's batch norm side by side, in a lifted layer."""
+
+    @nn.compact
+    def __call__(self, x, shift=0.0):
+        axes: Any = {"params": 0, "batch_stats": 0}
+        each = nn.vmap(nn.BatchNorm, in_axes=0, variable_axes=axes, split_rngs={"params": True}, axis_size=2)
+        return each(use_running_average=False, momentum=0.9)(jnp.stack([x, 3 * x]))
+
+
+@pytest.mark.slow
+def test_flax_batch_norms_side_by_side_merge_too():
+    found = []
+    with jax.numpy_rank_promotion("allow"):
+        for parts in (1, 4):
+            state, step = make(Scanned(), micro_batches=parts)
+            found.append(jit(step)(state, {"x": X})[0].stats)
+    close(*found)
+
+
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_gradients_and_metrics_of_many_parts_keep_their_digits_in_bfloat16(api):
     ones = {"kernel_init": nn.initializers.ones, "param_dtype": jnp.bfloat16, "use_bias": False}

@@ -113,6 +113,16 @@ def test_optimizers_that_ask_for_the_loss_are_given_it(api, name):
         state = after
 
 
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_the_first_state_may_be_donated_whatever_the_optimizer_keeps_of_it(api):
+    tx = optax.lbfgs(memory_size=1)
+    if api == "linen":
+        state = train.linen_init(nn.Dense(1), tx, jax.random.key(0), X)
+    else:
+        state = train.nnx_init(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), tx)[1]
+    jit(lambda state: state, donate_argnums=0)(state)
+
+
 def spy():
     """A transformation that asks for the loss, and keeps what it is told."""
 

@@ -10,6 +10,7 @@ import jax
 from flax import errors, nnx
 from flax import linen as nn
 
+from normjax._leaves import is_number
 from normjax._paths import PyTree
 from normjax.linen import BatchNorm
 from normjax.linen import recurrent as cells
@@ -60,7 +61,7 @@ def _told(module: PyTree, stored: bool, args: PyTree, kwargs: PyTree) -> tuple[P
 
 
 def note_momentum(
-    momenta: dict[tuple[str, ...], list[float]],
+    momenta: dict[tuple[str, ...], float],
     call: Call,
     args: PyTree,
     kwargs: PyTree,
@@ -69,7 +70,8 @@ def note_momentum(
     """Notes how Flax's own batch norms average, which leave no record; under a mask their parts do not weigh alike."""
     module = context.module
     if isinstance(module, nn.BatchNorm) and not isinstance(module, LEAVING) and context.method_name == "__call__":
-        momenta.setdefault(module.path, []).append(math.nan if kwargs.get("mask") is not None else module.momentum)
+        masked = kwargs.get("mask") is not None or module.path in momenta and math.isnan(momenta[module.path])
+        momenta[module.path] = math.nan if masked or not is_number(module.momentum) else module.momentum
     return call(*args, **kwargs)
 
 

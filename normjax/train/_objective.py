@@ -1,5 +1,6 @@
 """What a step asks of a model of either library, and what is minimized of its answer; this file knows no Flax."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -7,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax._leaves import is_number
 from normjax._paths import PyTree, path_name, path_parts
 from normjax.penalty import total_penalty
 from normjax.running.records import OwnAverage
@@ -57,15 +57,15 @@ class Found(NamedTuple):
     seen: PyTree
 
 
-def with_averages(seen: PyTree, momenta: Mapping[tuple[PyTree, ...], list[float]]) -> PyTree:
-    """What the layers saw, and beside it the momentum of Flax's own batch norms by path, once for each of their calls."""
+def with_averages(seen: PyTree, momenta: Mapping[tuple[PyTree, ...], float]) -> PyTree:
+    """What the layers saw, and beside it the momentum of Flax's own batch norms by path; NaN is not known."""
     seen = jax.tree.map(lambda a: a, seen)  # a copy
-    for path, calls in momenta.items():
+    for path, momentum in momenta.items():
         node = seen
         for name in path:
             node = node.setdefault(name, {})
-        if len(calls) == 1 and is_number(calls[0]) and calls[0] == calls[0]:
-            node.setdefault("batch", OwnAverage(float(calls[0])))
+        if not math.isnan(momentum):
+            node.setdefault("batch", OwnAverage(float(momentum)))
     return seen
 
 

@@ -45,8 +45,10 @@ class State(NamedTuple):
 
 
 def start_state(params: PyTree, stats: PyTree, tx: optax.GradientTransformation) -> State:
-    """The State before the first step."""
-    return State(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+    """The State before the first step; an optimizer that keeps the parameters keeps a copy, so that both can be donated."""
+    known = {id(a) for a in jax.tree.leaves((params, stats))}
+    opt_state = jax.tree.map(lambda a: jnp.copy(a) if id(a) in known else a, tx.init(params))
+    return State(jnp.zeros((), jnp.int32), params, stats, opt_state)
 
 
 class Step(Protocol):

@@ -189,7 +189,7 @@ class _LinenModel:
         started = unflatten_dict({(*path, "l1"): jnp.zeros((), jnp.float32) for path in leaving.started})
         variables = {"params": params, **stats, **sown, "losses": started}
         watched = functools.partial(watch, self.stored, leaving, met)
-        momenta: dict[tuple[str, ...], list[float]] = {}
+        momenta: dict[tuple[str, ...], float] = {}
 
         def call(*args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
             """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from normjax._leaves import is_number
 from normjax._paths import PyTree
 from normjax.nnx import BatchNorm, Moments, Penalty
 from normjax.nnx import recurrent as cells
@@ -241,12 +242,12 @@ class _NnxModel(Generic[M]):
         penalty = weighted_penalty(penalties, self.penalty_weights, params)
         return Pass(value, metrics, penalty, after, with_averages(seen, self._momenta(model)))
 
-    def _momenta(self, model: M) -> dict[tuple[Hashable, ...], list[float]]:
+    def _momenta(self, model: M) -> dict[tuple[Hashable, ...], float]:
         """How Flax's own batch norms average, which leave no record, by path."""
         if not (self.records and self.train):
             return {}
         flax = ((path, m) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm))
-        return {path: [m.momentum] for path, m in flax if not isinstance(m, BatchNorm)}
+        return {path: m.momentum for path, m in flax if is_number(m.momentum) and not isinstance(m, BatchNorm)}
 
     def keep(self, before: nnx.State, after: nnx.State) -> nnx.State:
         return nnx.merge_state(after, nnx.filter_state(before, nnx.BatchStat))
