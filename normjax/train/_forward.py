@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from normjax._paths import PyTree, path_name
 
@@ -59,6 +60,12 @@ def _traces(run: Callable[[Leaving], object], leaving: Leaving) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def beside(loss: ArrayLike, penalty: jax.Array) -> jax.Array:
+    """The penalty as wide as the loss that it is added to."""
+    with jax.numpy_dtype_promotion("standard"):
+        return penalty.astype(jnp.result_type(loss, penalty))
 
 
 def in_their_dtypes(before: PyTree, after: PyTree) -> PyTree:

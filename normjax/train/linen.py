@@ -21,7 +21,7 @@ from normjax.linen.host import Keeping
 from normjax.penalty import total_penalty
 from normjax.running import merge_trees, recalibrated
 from normjax.train import _step
-from normjax.train._forward import PENALTY, RECORD, Leaving, Left, in_their_dtypes, run_through_branches
+from normjax.train._forward import PENALTY, RECORD, Leaving, Left, beside, in_their_dtypes, run_through_branches
 from normjax.train._metadata import bare
 from normjax.train._step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
@@ -134,7 +134,8 @@ def linen_recalibrate(
     >>> state.stats["batch_stats"]["mean"], state.stats["batch_stats"]["var"]
     (Array([4.], dtype=float32), Array([5.], dtype=float32))
     """
-    return _step.make_recalibration(_LinenModel(model, loss, stored=False, train=False, records=True), BatchSharding(mesh, axis))
+    whole = _LinenModel(model, loss, stored=False, train=False, records=True)
+    return _step.make_recalibration(whole, BatchSharding(mesh, axis))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +175,7 @@ class _LinenModel:
             return (output, changed) if asked else output
 
         value, metrics = self.loss(call, batch, self.train)
-        penalty = total_penalty(variables["losses"], self.penalty_weights)
+        penalty = beside(value, total_penalty(variables["losses"], self.penalty_weights))
         after = in_their_dtypes(stats, {name: variables[name] for name in stats})
         return Pass(value, metrics, penalty, after, variables.get("moments", {}))
 
@@ -216,12 +217,13 @@ def _watch(
 
 
 def _told(module: PyTree, stored: bool, args: PyTree, kwargs: PyTree) -> tuple[PyTree, PyTree]:
-    """The arguments of a call that makes a module normalize with stored statistics, or not, whatever the model asks of it."""
+    """The arguments of a call in which a module normalizes with stored statistics, or not, whatever the model asks of it."""
     name, signature = "use_running_average", inspect.signature(type(module).__call__)
     takes, built = name in signature.parameters, module.use_running_average is not None
+    hands_on = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
     bound = signature.bind(module, *args, **kwargs) if takes else None
     given = kwargs.get(name) if bound is None else bound.arguments.get(name)
-    if built or (given is None and not takes):
+    if built or not (takes or hands_on):
         object.__setattr__(module, name, stored)  # the layer is bound afresh at every apply
     if given is None and (built or not takes):
         return args, kwargs

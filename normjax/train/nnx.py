@@ -19,7 +19,7 @@ from normjax.nnx.host import Keeping
 from normjax.penalty import total_penalty
 from normjax.running import merge_trees, recalibrated
 from normjax.train import _step
-from normjax.train._forward import PENALTY, RECORD, Leaving, Left, in_their_dtypes, run_through_branches
+from normjax.train._forward import PENALTY, RECORD, Leaving, Left, beside, in_their_dtypes, run_through_branches
 from normjax.train._step import Batch, Evaluation, Loss, Pass, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
 
@@ -53,14 +53,18 @@ def nnx_update(model: nnx.Module, state: State) -> None:
     """
     given = [part for part in (state.params, state.stats) if isinstance(part, nnx.State)]
     if len(given) < 2:
-        raise ValueError("nnx_update takes a State of `nnx_init` and `nnx_step`; found one whose parts are no nnx.State")
+        raise ValueError(
+            "nnx_update takes a State of `nnx_init` and `nnx_step`; found one whose parts are no nnx.State"
+        )
     own, new = (
         {path: variable.shape for part in parts for path, variable in nnx.to_flat_state(part)}
         for parts in (nnx.split(model, nnx.Param, ...)[1:], given)
     )
     if other := [path for path in {**own, **new} if own.get(path) != new.get(path)]:
         name, found = ".".join(map(str, other[0])), [sizes.get(other[0], "missing") for sizes in (own, new)]
-        raise ValueError(f"the State is of another model: {name} is {found[0]} in the model and {found[1]} in the State")
+        raise ValueError(
+            f"the State is of another model: {name} is {found[0]} in the model and {found[1]} in the State"
+        )
     nnx.update(model, *(jax.tree.map(jnp.copy, part) for part in given))
 
 
@@ -195,7 +199,7 @@ class _NnxModel(Generic[M]):
         def forward(model: M) -> tuple[ArrayLike, _step.Metrics]:
             for path, module in nnx.iter_modules(model):
                 kept = tuple(v for v in module.__captures__ if (path, types[type(v)]) not in leaving.silent)
-                if isinstance(module, nnx.List) or not kept:  # a list cannot be sorted with this name beside its numbers
+                if isinstance(module, nnx.List) or not kept:  # numbers beside this name cannot be sorted, as remat does
                     del module.__captures__
                 else:
                     module.__captures__ = nnx.data(kept)
@@ -206,7 +210,8 @@ class _NnxModel(Generic[M]):
         (value, metrics), *sown = captured(model)
         penalties, seen = map(nnx.to_pure_dict, (*sown, nnx.State({}))[:2])
         after = in_their_dtypes(stats, nnx.split(model, nnx.Param, ...)[2])
-        return Pass(value, metrics, total_penalty(penalties, self.penalty_weights), after, seen)
+        penalty = beside(value, total_penalty(penalties, self.penalty_weights))
+        return Pass(value, metrics, penalty, after, seen)
 
     def keep(self, before: nnx.State, after: nnx.State) -> nnx.State:
         return nnx.merge_state(after, nnx.filter_state(before, nnx.BatchStat))
