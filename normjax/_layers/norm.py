@@ -132,7 +132,9 @@ class Norm(Rowed):
     """Any normalizer as a layer.
 
     Statistics that depend on other examples are stored (which moments, the fields say: see `normjax.running`); all other
-    rows need no `use_running_average`. The output has the dtype of the input.
+    rows need no `use_running_average`. The output has the dtype of the input. A field that holds a single element, such as a
+    training batch of one, is refused as by `normalize` and by PyTorch: its output would be the bias, whatever x is. Layers
+    under Flax's names take it as Flax's do.
 
     Attributes:
       normalizer: a Normalizer or the name of a row of TABLE.
@@ -156,7 +158,8 @@ class Norm(Rowed):
       renorm: limits (r_max, d_max) of batch renormalization, see `normjax.running.corrections`; here or at the call,
         where they may be arrays. None is plain.
       l1: weight alpha of the L1 penalty alpha * mean |v|, which linen sows as `l1` into the collection `losses` when it is
-        mutable, never while initializing, and nnx captures as `Penalty`. 0 leaves none.
+        mutable, never while initializing, and nnx captures as `Penalty`. Calls add up: who feeds a returned state back
+        takes `losses` out of it. 0 leaves none.
       l1_axis_name: mapped axes that share one mean of |v|; by default those of the fields.
       stats_names: in linen, names of the axes of every stored statistic, as in `nn.with_partitioning`.
 

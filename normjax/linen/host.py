@@ -144,7 +144,7 @@ class Keeping(RunningLayer, Host, kw_only=True):
 
 
 def leave_record(layer: nn.Module, seen: BatchRecord) -> None:
-    """Sows what a layer saw of a batch into `moments`, where that is asked for by name: Flax's layers leave nothing."""
+    """Sows what a layer saw of a batch into `moments`, where that is asked for by name: Flax's leave no such thing."""
     assert layer.scope is not None
     asked = layer.scope.mutable
     by_name = isinstance(asked, str | Collection) and in_filter(asked, "moments")  # not by `True`, nor by a DenyList

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from normjax._expect.arrays import statistics_dtype
 from normjax.theory import Stats
@@ -46,16 +45,12 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     (Array(6.5, dtype=float32), Array(32.75, dtype=float32))
     """
 
-    def wide(values: jax.Array) -> np.dtype:
-        return jnp.finfo(values.dtype).dtype
-
     def mean_of(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Around the first value: a mean large beside its spread keeps its digits.
         weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
         total = jnp.sum(weights, 0, keepdims=True)
-        share = (weights.astype(wide(values)) / jnp.where(total > 0, total, 1).astype(wide(values))).astype(
-            values.dtype
-        )
+        real = jnp.finfo(values.dtype).dtype
+        share = (weights.astype(real) / jnp.where(total > 0, total, 1).astype(real)).astype(values.dtype)
         first = jnp.where(jnp.isfinite(values[:1]), values[:1], 0)
         shifted = jnp.where(weights > 0, values - first, jnp.zeros((), values.dtype))
         return jnp.where(total > 0, first + jnp.sum(share * shifted, 0, keepdims=True), 0), total

@@ -151,8 +151,8 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
         new = {name: value if value is None else _as_stored(value, stored[name]) for name, value in new.items()}
         for name in ("mean", "var"):
             if (old := stored.get(f"{name}_count")) is not None:
-                batches = jnp.sum(getattr(whole.stats, f"{name}_weight") > 0, 0)
-                new[f"{name}_count"] = jnp.where(batches > 0, batches, old).astype(old.dtype)
+                batches = jnp.sum(getattr(whole.stats, f"{name}_weight") > 0, 0).astype(old.dtype)
+                new[f"{name}_count"] = jnp.where(batches > 0, batches, old)
     below = {k: (v, seen.get(k, {}), f"{path}.{k}" if path else k) for k, v in before.items() if k not in stored}
     return {k: new[k] if k in stored else recalibrated(*below[k]) for k in before}
 

@@ -45,12 +45,13 @@ def watch(
 
 
 def _told(module: PyTree, stored: bool, args: PyTree, kwargs: PyTree) -> tuple[PyTree, PyTree]:
-    """The arguments of a call that makes a module normalize with stored statistics, or not, whatever the model asks."""
+    """The arguments of a call in which a module normalizes with stored statistics, or not, whatever the model asks of it."""
     name, signature = "use_running_average", inspect.signature(type(module).__call__)
     takes, built = name in signature.parameters, module.use_running_average is not None
+    hands_on = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
     bound = signature.bind(module, *args, **kwargs) if takes else None
     given = kwargs.get(name) if bound is None else bound.arguments.get(name)
-    if built or (given is None and not takes):
+    if built or not (takes or hands_on):
         object.__setattr__(module, name, stored)  # the layer is bound afresh at every apply
     if given is None and (built or not takes):
         return args, kwargs

@@ -226,9 +226,7 @@ class _NnxModel(Generic[M]):
         def forward(model: M) -> tuple[Value, Metrics]:
             for path, module in nnx.iter_modules(model):
                 kept = tuple(v for v in module.__captures__ if (path, types[type(v)]) not in leaving.silent)
-                if (
-                    isinstance(module, nnx.List) or not kept
-                ):  # a list cannot be sorted with this name beside its numbers
+                if isinstance(module, nnx.List) or not kept:  # numbers beside this name cannot be sorted, as remat does
                     del module.__captures__
                 else:
                     module.__captures__ = nnx.data(kept)
