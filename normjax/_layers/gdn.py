@@ -13,8 +13,9 @@ from normjax._layers.describe import Initializer, Layer, Parameter, Shape, descr
 class GDN(Layer):
     """Divides each channel by a learned pool of all channels of its position, or multiplies by it (`inverse`: IGDN).
 
-    `alpha=1, epsilon=1` is the form of Johnston et al. 2019. What is learned is stored as `beta_raw`, `gamma_raw`,
-    `alpha_raw` and `epsilon_raw`, see `normjax.gdn.nonnegative`.
+    `alpha=1, epsilon=1` is the form of Johnston et al. 2019. The parameters are `beta_raw`, `[c]`, and `gamma_raw`, `[c, c]`
+    (row i weighs what divides channel i), and, where they are learned, the scalars `alpha_raw` and `epsilon_raw`: square
+    roots, `sqrt(beta + offset ** 2)`, of which `normjax.gdn.nonnegative` gives back beta and gamma themselves.
 
     Attributes:
       alpha: exponent inside the pool; the initial value of a learned one, which stays above 1.

@@ -73,7 +73,9 @@ class Cell(_Asked):
       normalizer: a Normalizer of layout "n c", the name of a row of TABLE, or None for Flax's own cell.
       place: "inside", "separate" or "separate_raw", see `normjax.recurrent`.
       per_gate: whether W x and U h are normalized gate by gate, where they are normalized apart.
-      bias_at: "after", "before" or "both", where W x and U h are normalized apart.
+      bias_at: "after", "before" or "both", where W x and U h are normalized apart. With "before" each of the two linear
+        maps has a bias of its own: beside Flax's, an LSTM learns `input_bias`, `[4 * c]` (gates i f g o), for W x, and a
+        SimpleCell `hidden_bias`, `[c]`, for U h.
       momentum: weight of the old value in the running average.
       max_steps: number of steps with stored statistics of their own; None shares one of all steps.
       use_scale: whether a site learns a factor; or the names of those that do.
@@ -190,7 +192,8 @@ class LSTMCell(Cell):
 
     `normalizer` says what is averaged and `place` where, both by name; `recurrent.ren2017`, `ba2016` and
     `cooijmans2017` give the published cells as arguments. The other options are those of
-    `normjax._layers.recurrent.Cell`. The linear maps are two matrix products.
+    `normjax._layers.recurrent.Cell`. The linear maps are two matrix products, with the gates in the order i f g o, as in
+    PyTorch; g is the candidate, which Keras calls c.
 
     Attributes:
       forget_bias: added to the forget gate after any norm; Flax and Ren et al. 2017 have 0.
@@ -222,7 +225,7 @@ class GRUCell(Cell):
 
     `normalizer` says what is averaged and `place` where, both by name; `recurrent.ba2016` gives the published cell as
     arguments. The other options are those of `normjax._layers.recurrent.Cell`. Flax's nnx cell lacks the candidate's
-    bias of U h, which its linen cell has; so do ours.
+    bias of U h, which its linen cell has; so do ours. The gates lie in the order r z n, as in PyTorch; n is the candidate.
 
     Source: Ba et al. 2016, supplementary material.
 

@@ -20,6 +20,7 @@ Call: TypeAlias = Callable[..., PyTree]
 Args: TypeAlias = tuple[PyTree, ...]
 Kwargs: TypeAlias = dict[str, PyTree]
 Leaves: TypeAlias = dict[str, jax.Array]  # the arrays of one call, by their place in its output
+Path: TypeAlias = tuple[Hashable, ...]  # of a layer: attributes and numbers
 Calls: TypeAlias = dict[str, tuple[Leaves, ...]]  # those of each layer, call after call
 
 
@@ -80,6 +81,15 @@ def is_meant(layers: Layers[Module], name: str, module: Module) -> bool:
 def layer_name(path: Iterable[Hashable]) -> str:
     """The name of the layer at a path of attributes and numbers; "." for the model itself."""
     return "/".join(map(str, path)) or "."
+
+
+def layer_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """The names of layers by path, each another: where a slash in a name makes two alike, that one is quoted."""
+    names: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: any("/" in str(part) for part in path)):  # in order but for these
+        plain = layer_name(path)
+        names["/".join(map(repr, path)) if plain in names else plain] = path
+    return {path: name for name, path in names.items()}
 
 
 def pass_through(keep: Callable[[PyTree], PyTree], at: str, call: Call, args: Args, kwargs: Kwargs) -> PyTree:

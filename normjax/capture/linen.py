@@ -55,14 +55,18 @@ def linen_capture(
     def captured(
         variables: Mapping[str, PyTree], /, *args: PyTree, mutable: CollectionFilter = False, **kwargs: PyTree
     ) -> Captured:
+        places: dict[str, probe.Path] = {}  # of the layers, by name
         given = {name: value for name, value in variables.items() if name not in (SOWN, ZEROS)}
 
         def run(zeros: Calls | None, matches: Matches) -> Run:
-            with_zeros = given if zeros is None else {**given, ZEROS: _as_collection(zeros)}
+            with_zeros = given if zeros is None else {**given, ZEROS: _as_collection(zeros, places)}
             with nn.intercept_methods(_Recorder(layers, at, by_name, matches).watch):
                 output, state = model.apply(with_zeros, *args, mutable=union_filters(mutable, sown), **kwargs)
-            met, reached, rest = _from_collection(state.get(SOWN) or {})
-            calls = {name: each for name, each in met.items() if not by_name or probe.is_meant(layers, name, model)}
+            met, reached, rest = _from_collection(state.get(SOWN) or {}, places)
+            plain = {name: probe.layer_name(places[name]) for name in met}
+            calls = {
+                name: each for name, each in met.items() if not by_name or probe.is_meant(layers, plain[name], model)
+            }
             if mutable is not False:
                 kept = {name: value for name, value in state.items() if name not in (SOWN, ZEROS)}
                 output = (output, {**kept, SOWN: rest} if rest else kept)
@@ -116,22 +120,25 @@ class _Recorder:
         return value
 
 
-def _as_collection(zeros: Calls) -> dict[str, PyTree]:
+def _as_collection(zeros: Calls, places: Mapping[str, probe.Path]) -> dict[str, PyTree]:
     """The zeros as linen stores them: nested by path, one variable for each call."""
     flat = {}
     for name, calls in zeros.items():
-        path = () if name == "." else tuple(name.split("/"))
-        flat |= {(*path, f"{_KEPT}{number}"): leaves for number, leaves in enumerate(calls)}
+        flat |= {(*places[name], f"{_KEPT}{number}"): leaves for number, leaves in enumerate(calls)}
     return unflatten_dict(flat)
 
 
-def _from_collection(collection: Mapping[str, PyTree]) -> tuple[Calls, set[str], dict[str, PyTree]]:
+def _from_collection(
+    collection: Mapping[str, PyTree], places: dict[str, probe.Path]
+) -> tuple[Calls, set[str], dict[str, PyTree]]:
     """What was sown: here by layer, the layers that zeros reached, and what the model itself had sown."""
     calls, reached, rest = {}, set(), {}
     flat: dict[tuple[str, ...], PyTree] = flatten_dict(collection)
+    names = probe.layer_names(dict.fromkeys(path[:-1] for path in flat if path[-1] in (_KEPT, _KEPT_WITH_ZEROS)))
+    places.update((name, path) for path, name in names.items())
     for (*path, key), value in flat.items():
         if key in (_KEPT, _KEPT_WITH_ZEROS):
-            name = probe.layer_name(path)
+            name = names[tuple(path)]
             calls[name] = tuple(dict(leaves) for leaves in value)
             reached |= {name} if key == _KEPT_WITH_ZEROS else set()
         else:

@@ -1,7 +1,7 @@
 """The probe of nnx models: layers of a copy get a class whose call sows what passes."""
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -60,18 +60,19 @@ def nnx_capture(
 
         def run(zeros: Calls | None, matches: Matches) -> Run:
             copy = nnx.clone(model)
-            paths = {}
-            for path, module in list(nnx.iter_modules(copy)):
-                name = probe.layer_name(path)
-                paths[name], matches.called[name] = path, None
+            modules = list(nnx.iter_modules(copy))
+            names = probe.layer_names(path for path, _ in modules)
+            for path, module in modules:
+                name = names[path]
+                matches.called[name] = None
                 if callable(module) and probe.is_meant(layers, name, module):
                     matches.matched[name] = None
                     module.__class__ = _watched(type(module), at)
             if zeros is None:
                 output, sown = nnx.capture(forward, _Activation)(copy)
             else:
-                output, sown, *_ = nnx.capture(forward, _Activation, _Zero, init=_as_state(zeros, paths))(copy)
-            return Run(output, _from_sown(sown), set(paths))
+                output, sown, *_ = nnx.capture(forward, _Activation, _Zero, init=_as_state(zeros, names))(copy)
+            return Run(output, _from_sown(sown, names), set(names.values()))
 
         return probe.capture(run, layers, loss)
 
@@ -105,20 +106,20 @@ def _keep(layer: nnx.Module, value: PyTree) -> PyTree:
     return probe.map_floating(pass_on, value)
 
 
-def _as_state(zeros: Calls, paths: dict[str, tuple[Hashable, ...]]) -> nnx.State:
+def _as_state(zeros: Calls, names: dict[probe.Path, str]) -> nnx.State:
     """The zeros as nnx stores them: nested by path, one variable for each call and place."""
     flat = {}
-    for name, path in paths.items():
+    for path, name in names.items():
         for number, leaves in enumerate(zeros.get(name, ())):
             flat |= {(*path, f"zero{number}{place}"): _Zero(leaf) for place, leaf in leaves.items()}
     return nnx.from_flat_state(flat)
 
 
-def _from_sown(sown: nnx.State) -> Calls:
+def _from_sown(sown: nnx.State, names: dict[probe.Path, str]) -> Calls:
     """What nnx captured, by layer and call."""
     found: dict[str, dict[int, Leaves]] = {}
     for path, variable in nnx.to_flat_state(sown):
         number, bracket, place = str(path[-1]).partition("[")
-        calls = found.setdefault(probe.layer_name(path[:-1]), {})
+        calls = found.setdefault(names[path[:-1]], {})
         calls.setdefault(int(number), {})[bracket + place] = variable.get_value()
     return {name: tuple(calls[number] for number in sorted(calls)) for name, calls in found.items()}

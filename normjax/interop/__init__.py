@@ -6,7 +6,8 @@
 
 Between the libraries stands one `Record` a layer, under its path ("layer1/0/bn1", slashes in every library). Entries that
 belong to no normalization layer come back as `rest`, in the form and under the path in which they came; conv kernels are
-transposed by somebody else; weights under weight norm or spectral norm have `read_weights` and `write_weights`. Nothing here imports any of the libraries. normjax's own layers are "linen" and "nnx".
+transposed by somebody else. Weights under weight norm or spectral norm have `read_weights` and `write_weights`, recurrent
+cells `read_cells` and `write_cells`. Nothing here imports any of the libraries. normjax's own layers are "linen" and "nnx".
 
 |            | linen, nnx             | torch               | keras             | haiku             | equinox              |
 |------------|------------------------|---------------------|-------------------|-------------------|----------------------|
@@ -40,8 +41,20 @@ neither (batch, group, instance), so that a missing one is written as ones or ze
 from normjax.interop._boxes import text_keys
 from normjax.interop._layer import Record
 from normjax.interop._libraries import FOREVER, KINDS
+from normjax.interop._weight import WeightRecord
+from normjax.interop.cells import CellRecord, read_cells, write_cells
 from normjax.interop.convert import arguments, read, write
-from normjax.interop.weights import WeightRecord, read_weights, write_weights
+from normjax.interop.weights import read_weights, write_weights
 
-__all__ = ["FOREVER", "KINDS", "Record", "arguments", "read", "text_keys", "write"]
-__all__ += ["WeightRecord", "read_weights", "write_weights"]
+__all__ = [
+    "FOREVER",
+    "KINDS",
+    "CellRecord",
+    "Record",
+    "WeightRecord",
+    "arguments",
+    "read",
+    "read_cells",
+    "read_weights",
+]
+__all__ += ["text_keys", "write", "write_cells", "write_weights"]

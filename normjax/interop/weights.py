@@ -5,15 +5,15 @@
     layer = normjax.linen.WeightNorm(nn.Conv(8, (3, 3)), feature_axes=records["conv1"].feature_axes, epsilon=0.0)
 
 PyTorch keeps `weight_g` and `weight_v`, or `parametrizations.weight.original0` and `original1`, of weight norm; and
-`weight_orig`, `weight_u`, `weight_v`, or `parametrizations.weight.original`, `.0._u`, `.0._v`, of spectral norm. Its axes come
-in another order: a Linear's `[o, i]` is Flax's `[i, o]`, a Conv's `[o, i, h, w]` is `[h, w, i, o]`, and a ConvTranspose's
-`[i, o, h, w]` is `[h, w, o, i]`, which `nn.ConvTranspose` takes with `transpose_kernel=True`. PyTorch's `dim=0` is the feature
-axis -1, `dim=1` is -2, and `dim=None` is None, one norm for all.
+`weight_orig`, `weight_u`, `weight_v`, or `parametrizations.weight.original`, `.0._u`, `.0._v`, of spectral norm. Its axes
+come in another order: a Linear's `[o, i]` is Flax's `[i, o]`, a Conv's `[o, i, h, w]` is `[h, w, i, o]`, and a
+ConvTranspose's `[i, o, h, w]` is `[h, w, o, i]`, which `nn.ConvTranspose` takes with `transpose_kernel=True`. PyTorch's
+`dim=0` is the feature axis -1, `dim=1` is -2, and `dim=None` is None, one norm for all.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from normjax.interop._boxes import flatten, like_neighbours, text_keys, unboxed
 from normjax.interop._checks import check_entries
 from normjax.interop._layer import Array
 from normjax.interop._libraries import refuse
+from normjax.interop._weight import WeightRecord, keepdims, rows, sigma
 from normjax.interop.convert import Entries, Options, nest, said_of
 
 LIBRARIES = ("torch", "linen", "nnx")
@@ -33,52 +34,6 @@ _SPELLINGS = {  # of PyTorch: the entries of (weight norm's scale and kernel), (
         ("parametrizations.{}.original", "parametrizations.{}.0._u", "parametrizations.{}.0._v"),
     ),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class WeightRecord:
-    """One weight as a function of what is learned, with Flax's axes.
-
-    Attributes:
-      kind: "weight", scale * kernel / norm of the kernel, or "spectral", kernel / sigma.
-      kernel: the free kernel, `[... i o]`, or `[... o i]` of a ConvTranspose. [u]
-      scale: the norm of each feature, `[o]` or a scalar, for "weight". [u]
-      u: left singular vector as it is stored, `[o]`, for "spectral".
-      sigma: the singular value that the stored vectors give, with which the weight is what PyTorch evaluates with. [u]
-      v: right singular vector in PyTorch's order, None where it is not stored.
-      feature_axes: the axis of the kernel that the scale, or u, lies along; None for one norm of all.
-      bias: the layer's own, None where it has none.
-      name: PyTorch's name of the weight.
-      spelling: PyTorch's: "parametrizations" or "hooks".
-
-    Source: Salimans & Kingma 2016, equation 2; Miyato et al. 2018, algorithm 1.
-
-    >>> WeightRecord("weight", np.array([[3.0], [4.0]]), scale=np.array([10.0])).weight().ravel().tolist()
-    [6.0, 8.0]
-    """
-
-    kind: str
-    kernel: Array
-    scale: Array = None
-    u: Array = None
-    sigma: Array = None
-    v: Array = None
-    feature_axes: int | None = -1
-    bias: Array = None
-    name: str = "weight"
-    spelling: str = "parametrizations"
-
-    def weight(self) -> np.ndarray:
-        """The weight that enters the product, of the kernel's shape, as PyTorch has it in evaluation; zeros stay zeros.
-
-        Source: Salimans & Kingma 2016, equation 2; Miyato et al. 2018, algorithm 1.
-        """
-        if self.kind == "spectral":
-            return self.kernel / self.sigma
-        others, shape = _others(self.kernel.ndim, self.feature_axes)
-        norm = np.sqrt(np.sum(np.square(self.kernel), others, keepdims=True))
-        scale = np.reshape(self.scale, [-1 if axis in shape else 1 for axis in range(self.kernel.ndim)])
-        return np.where(norm > 0, scale * self.kernel / np.where(norm > 0, norm, 1), 0).astype(self.kernel.dtype)
 
 
 def read_weights(
@@ -183,28 +138,26 @@ def _find_flax(flat: Mapping[tuple[Any, ...], Any], library: str) -> dict[str, t
     """Where the wrappers of Flax, and ours, keep which part, by layer."""
     found = {}
     for path in flat:
+        wrapper, name = (
+            path[:-1],
+            str(path[-1]),
+        )  # the wrapper ends with its attribute in nnx, begins with a collection here
         if library == "nnx":
-            *before, collection, last = ("", *map(str, path))[-2:] if len(path) < 2 else path
-            kind = {("scales", "kernel"): "weight", ("batch_stats", "kernel/u"): "spectral"}.get(
-                (str(collection), str(last))
-            )
-            inner, wrapper = (*before, "layer_instance"), (*before, collection)
-            at = lambda part, w=wrapper: (*w, f"kernel/{part}")  # noqa: E731
+            kind = {("scales", "kernel"): "weight", ("batch_stats", "kernel/u"): "spectral"}.get((*wrapper[-1:], name))
+            layer, prefix = wrapper[:-1], ""
+            inner = (*layer, "layer_instance")
         else:
-            collection, *before, last = path
-            held = re.fullmatch(r"(.+)/kernel/(scale|u)", str(last))
-            kind = held and {("params", "scale"): "weight", ("batch_stats", "u"): "spectral"}.get(
-                (str(collection), held[2])
-            )
-            instance = held[1].split("/") if held else []
-            outer = before if ("params", *before, *instance, "kernel") in flat else before[:-1]
-            inner = ("params", *outer, *instance)
-            at = lambda part, p=path, i=held: (*p[:-1], f"{i[1]}/kernel/{part}")  # noqa: E731
+            prefix, _, part = name.rpartition("kernel/")
+            kind = {("params", "scale"): "weight", ("batch_stats", "u"): "spectral"}.get((*wrapper[:1], part))
+            layer, instance = wrapper[1:], prefix.removesuffix("/").split("/")
+            own = ("params", *layer, *instance)  # of a layer that the wrapper was given as an attribute; or beside it
+            inner = own if (*own, "kernel") in flat else ("params", *layer[:-1], *instance)
         if not kind or (*inner, "kernel") not in flat:
             continue
-        paths = {"scale": path} if kind == "weight" else {"u": path, "sigma": at("sigma")}
+        sigma = (*wrapper, f"{prefix}kernel/sigma")
+        paths = {"scale": path} if kind == "weight" else {"u": path, "sigma": sigma}
         paths |= {"kernel": (*inner, "kernel")} | ({"bias": (*inner, "bias")} if (*inner, "bias") in flat else {})
-        found["/".join(map(str, before))] = WeightRecord(kind, None), paths
+        found["/".join(map(str, layer))] = WeightRecord(kind, None), paths
     return found
 
 
@@ -219,7 +172,7 @@ def _finished(where: str, record: WeightRecord, said: Mapping[str, Any], library
     scalar = record.kind == "weight" and np.ndim(record.scale) == 0
     fits = [axis - kernel.ndim for axis in range(kernel.ndim) if kernel.shape[axis] == length][::-1]
     if torch and record.kind == "weight" and not scalar:  # its shape says the axis, but where the length is one
-        fits = [axis for axis in fits if record.scale.shape == _keepdims(kernel.shape, axis, axes)] or fits
+        fits = [axis for axis in fits if record.scale.shape == keepdims(kernel.shape, axis, axes)] or fits
     if "feature_axes" in said:
         feature = said["feature_axes"]
     elif scalar:
@@ -228,39 +181,13 @@ def _finished(where: str, record: WeightRecord, said: Mapping[str, Any], library
         refuse(where, f"{length} numbers for a kernel of shape {kernel.shape}", "as many as an axis has")
     else:
         feature = (
-            fits[0] if record.kind == "weight" or not torch else max(fits[:2], key=lambda a: _sigma(kernel, a, record))
+            fits[0] if record.kind == "weight" or not torch else max(fits[:2], key=lambda a: sigma(kernel, a, record))
         )
     record = replace(record, kernel=kernel.copy(), feature_axes=feature)
     if record.kind == "weight":
         return replace(record, scale=np.reshape(record.scale, () if feature is None else (-1,)))
     u = np.reshape(record.u, -1)
-    return replace(record, u=u, sigma=_sigma(kernel, feature, record) if torch else record.sigma)
-
-
-def _keepdims(shape: tuple[int, ...], feature: int, axes: Iterable[int]) -> tuple[int, ...]:
-    """The shape that PyTorch gives to a scale along a feature axis of Flax's."""
-    kept = [1] * len(shape)
-    kept[list(axes)[feature]] = shape[feature]
-    return tuple(kept)
-
-
-def _rows(kernel: np.ndarray, feature: int | None) -> np.ndarray:
-    """The kernel as PyTorch's matrix `[features, all others]`."""
-    assert feature is not None
-    theirs = np.transpose(kernel, (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)))
-    dim = {-1: 0, -2: 1}.get(feature, feature + kernel.ndim + 2)
-    return np.moveaxis(theirs, dim, 0).reshape(theirs.shape[dim], -1)
-
-
-def _sigma(kernel: np.ndarray, feature: int | None, record: WeightRecord) -> np.ndarray:
-    """The singular value that the stored vectors give, as PyTorch computes it in evaluation."""
-    return np.reshape(record.u, -1) @ (_rows(kernel, feature) @ np.reshape(record.v, -1))
-
-
-def _others(ndim: int, feature: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes that a norm is taken over, and those that it is not."""
-    kept = () if feature is None else (feature % ndim,)
-    return tuple(axis for axis in range(ndim) if axis not in kept), kept
+    return replace(record, u=u, sigma=sigma(kernel, feature, record) if torch else record.sigma)
 
 
 def _numbers(where: str, part: str, value: Any) -> np.ndarray:
@@ -282,10 +209,10 @@ def _to_torch(layer: str, record: WeightRecord, said: Mapping[str, Any]) -> dict
     norm, spectral = _SPELLINGS[spelling]
     if record.kind == "weight":
         axes = (*range(2, ndim), 1, 0)
-        shape = () if record.feature_axes is None else _keepdims(kernel.shape, record.feature_axes, axes)
+        shape = () if record.feature_axes is None else keepdims(kernel.shape, record.feature_axes, axes)
         values = dict(zip(norm, (np.reshape(record.scale, shape), theirs), strict=True))
     else:
-        v = _rows(kernel, record.feature_axes).T @ record.u if record.v is None else record.v
+        v = rows(kernel, record.feature_axes).T @ record.u if record.v is None else record.v
         v = v / max(np.linalg.norm(v), 1e-12) if record.v is None else v
         values = dict(zip(spectral, (theirs, record.u, v), strict=True))
     bias = {} if record.bias is None else {(f"{before}bias",): record.bias}

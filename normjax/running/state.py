@@ -15,7 +15,7 @@ from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import axes, bind
 from normjax._leaves import one_of
 from normjax.field import EXAMPLES, Field, FieldError
-from normjax.theory import Normalizer, Stats
+from normjax.theory import Normalizer, Stats, row
 
 AVERAGES = ("exponential", "debiased", "cumulative")
 
@@ -43,7 +43,7 @@ class Running(NamedTuple):
 NOTHING = Running()  # no stored statistics
 
 
-def stores(normalizer: Normalizer) -> tuple[bool, bool]:
+def stores(normalizer: Normalizer | str) -> tuple[bool, bool]:
     """Whether the mean is stored, and whether the moment is: each where its own field mixes examples.
 
     Args:
@@ -55,6 +55,7 @@ def stores(normalizer: Normalizer) -> tuple[bool, bool]:
     >>> stores(Normalizer("n ...", "c"))
     (True, False)
     """
+    normalizer = row(normalizer)
     mean, var = (f is not None and f.mixes_examples for f in (normalizer.mean, normalizer.var))
     return mean, var
 
@@ -88,7 +89,7 @@ class Slot(NamedTuple):
 
 
 def slots(
-    normalizer: Normalizer,
+    normalizer: Normalizer | str,
     layout: str,
     shape: tuple[int | None, ...],
     averaging: str = "exponential",
@@ -99,7 +100,7 @@ def slots(
     Lengths of the shape may be None where they are not known yet; averages other than "exponential" store counts too.
 
     Args:
-      normalizer: the row that stores them.
+      normalizer: the row that stores them, or its name in TABLE.
       layout: name of each axis of the array.
       shape: of the array, axes as named by `layout`.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative".
@@ -114,7 +115,7 @@ def slots(
     ['mean', 'var', 'mean_count', 'var_count']
     """
     one_of("averaging", averaging, AVERAGES)
-    by_name = {}
+    normalizer, by_name = row(normalizer), {}
     wide = statistics_dtype(dtype)
     real = jnp.finfo(wide).dtype
     for name, fill, field, kind in (("mean", 0.0, normalizer.mean, wide), ("var", 1.0, normalizer.var, real)):
@@ -127,7 +128,7 @@ def slots(
 
 
 def initial(
-    normalizer: Normalizer,
+    normalizer: Normalizer | str,
     layout: str,
     shape: tuple[int, ...],
     averaging: str = "exponential",
@@ -136,7 +137,7 @@ def initial(
     """The statistics before the first batch, of this shape: means of zero and moments of one, as `slots` has them.
 
     Args:
-      normalizer: the row that stores them.
+      normalizer: the row that stores them, or its name in TABLE.
       layout: name of each axis of the array.
       shape: of the array, axes as named by `layout`.
       averaging: of the running statistics, "exponential", "debiased" or "cumulative".
@@ -149,12 +150,12 @@ def initial(
     return Running(**{name: slot.make() for name, slot in slots(normalizer, layout, shape, averaging, dtype).items()})
 
 
-def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
+def as_stats(running: Running, normalizer: Normalizer | str, layout: str, shape: tuple[int, ...]) -> Stats:
     """Stored statistics laid out beside an array of this shape, against which they broadcast, as `normalize` takes them.
 
     Args:
       running: what is stored.
-      normalizer: the row that stores them.
+      normalizer: the row that stores them, or its name in TABLE.
       layout: name of each axis of the array.
       shape: of the array, axes as named by `layout`.
 
@@ -162,7 +163,7 @@ def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple
     >>> as_stats(Running(jnp.zeros(3), jnp.ones(3)), TABLE["batch"], "n c ...", (8, 3, 4, 4)).mean.shape
     (1, 3, 1, 1)
     """
-    laid = []
+    normalizer, laid = row(normalizer), []
     for name, value, field in (("mean", running.mean, normalizer.mean), ("var", running.var, normalizer.var)):
         if value is None or field is None:
             laid.append(None)
@@ -179,14 +180,14 @@ def as_stats(running: Running, normalizer: Normalizer, layout: str, shape: tuple
     return Stats(*laid)
 
 
-def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int, ...]) -> Stats:
+def observe(stats: Stats, normalizer: Normalizer | str, layout: str, shape: tuple[int, ...]) -> Stats:
     """The statistics of a batch of this shape in the shapes of `slots`, with the weight behind each; blocks of n merged.
 
     They are those that `normalize` returned for the row, with their weights, each broadcasting against the batch.
 
     Args:
       stats: moments with their weights, each broadcasting against the array.
-      normalizer: the row that stores them.
+      normalizer: the row that stores them, or its name in TABLE.
       layout: name of each axis of the array.
       shape: of the array, axes as named by `layout`.
 
@@ -197,6 +198,7 @@ def observe(stats: Stats, normalizer: Normalizer, layout: str, shape: tuple[int,
     >>> observe(normalize(x, "ghost").stats, TABLE["ghost"], "n ... c", x.shape).mean.tolist()
     [15.0, 16.0]
     """
+    normalizer = row(normalizer)
     merged: list[tuple[jax.Array | None, jax.Array | None]] = []
     triples = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
     for field, value, weight in triples:

@@ -174,6 +174,9 @@ def norm_bound(
 ) -> jax.Array:
     """The constant rho of `bounded_weight_norm`, from the initial kernel V: a scalar [u], float32 or wider.
 
+    It is the norm of one output. The published code keeps the norm of the whole kernel, ||V||_F, in its buffer `init_norm`,
+    and divides by sqrt(N_out) where it is used: that number is sqrt(N_out) times this one, with "rms".
+
     Args:
       kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
       rule: "rms", the paper's ||V||_F / sqrt(N_out), is the root mean square of the norms; "mean" (bwn_alt.py) their mean.
