@@ -299,6 +299,63 @@ def test_outputs_gradients_and_statistics_equal_flax(api, name, shape, row):
             assert_not_further(mine["infer"]["y"], theirs["infer"]["y"], y)
 
 
+@pytest.mark.parametrize("api", APIS)
+@each(ONE_OF_EACH)
+def test_what_is_not_finite_behind_a_mask_gives_the_bias_and_reaches_nothing_else(api, name, shape, row):
+    """Beside it, other masked elements are normalized; nothing of a wrong one is in any output, statistic or gradient."""
+    ours, _, make = APIS[api]
+    params, stats = variables_of(name, shape, row)
+    mask, x, cotangent = mask_of(name, shape, row), array(shape, mean=2.0), array(shape, 7)
+    hidden = np.argwhere(~mask)[:4]
+    wrong = np.zeros(shape, bool)
+    wrong[tuple(hidden.T)] = True
+    poison = np.array([np.nan, np.inf, -np.inf, 3e38], np.float32)
+    poisoned = x.copy()
+    poisoned[tuple(hidden.T)] = poison[: len(hidden)]
+    of = functools.partial(everything, ours, make, name, shape, row, params, stats)
+    clean, got = jit(lambda x, y, g: [of(a, g, mask) for a in (x, y)])(x, poisoned, np.where(wrong, 0, cotangent))
+    at = [size if axis in geometry(name, shape, row)[1] else 1 for axis, size in enumerate(shape)]
+    bias = np.broadcast_to(np.reshape(params["bias"], at) if "bias" in params else 0, shape)
+    lost = wrong & ~np.isfinite(poisoned)
+    for part, want in zip(got.values(), clean.values(), strict=True):
+        assert_equal(jnp.where(lost, part["y"], 0), jnp.where(lost, bias, 0).astype(jnp.float32))
+        for tree in (part, want):
+            tree["y"] = jnp.where(wrong, 0, tree["y"])
+        assert_close(part, want, 1e-6)
+
+
+@each([("LayerNorm", (3, 4), Row()), ("BatchNorm", (3, 4), Row()), ("GroupNorm", (2, 3, 8), Row(num_groups=4))])
+def test_what_is_masked_whole_gives_the_bias(name, shape, row):
+    params, stats = variables_of(name, shape, row)
+    mask = np.ones(shape, bool)
+    mask[(slice(None), 1) if name == "BatchNorm" else 0] = False
+    x = array(shape)
+    y, after = linen_function(our_linen, name, shape, row)(params, stats, x, mask)
+    assert_close(jnp.where(mask, 0, y), jnp.where(mask, 0, jnp.broadcast_to(params["bias"], shape)))
+    assert all((after[key][1] == stats[key][1]).all() for key in after)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_an_epsilon_and_a_momentum_that_only_a_run_knows_give_flax_s_numbers(api):
+    ours, flax, make = APIS[api]
+    x, sweep = array((6, 5), mean=1.0), np.array([1e-5, 0.3, 2.0], np.float32)
+    mask = mask_of("BatchNorm", (6, 5), Row())
+    for name, shape, row in ONE_OF_EACH:
+        params, stats = variables_of(name, shape, row)
+        x, mask = array(shape, mean=1.0), mask_of(name, shape, row) if name in ("BatchNorm", "LayerNorm") else None
+
+        def run(library, value, name=name, shape=shape, row=row, params=params, stats=stats, x=x, mask=mask):
+            options = Row(row | {"epsilon": value} | ({"momentum": value / 4} if name == "BatchNorm" else {}))
+            with settings(library):
+                return make(library, name, shape, options)(params, stats, x, mask)
+
+        got, want = (jit(jax.vmap(functools.partial(run, library)))(sweep) for library in (ours, flax))
+        assert_close(got, want)
+        once = run(ours, sweep[1])  # a scalar of NumPy
+        assert_close(once, jax.tree.map(lambda a: a[1], want))
+        assert_close(run(ours, jnp.asarray(sweep[1])), once)
+
+
 def assert_not_further(ours, flax, exact, slack=4 * EPS):
     exact = np.asarray(exact)
     bound = slack * np.abs(exact).max()

@@ -267,6 +267,63 @@ def test_a_second_nnx_layer_made_alike_is_the_same_to_jit_whatever_functions_sta
     pickle.dumps(one)
 
 
+def ones_of(key, shape, dtype):
+    return jnp.ones(shape, dtype)
+
+
+def as_they_are(arrays, *, dtype=None):
+    return arrays
+
+
+MADE_ALIKE: dict[str, Any] = {
+    **{name: lambda rngs, name=name: of_nnx(name) for name in LAYERS},
+    **{
+        name: lambda rngs, name=name: getattr(nnx, name)(32, promote_dtype=as_they_are, scale_init=ones_of, rngs=rngs)
+        for name in ("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm")
+    },
+    **{
+        name: lambda rngs, name=name: nnx.RNN(
+            getattr(nnx, name)(3, 4, normalizer="token", promote_dtype=as_they_are, scale_init=ones_of, rngs=rngs)
+        )
+        for name in ("GRUCell", "LSTMCell", "OptimizedLSTMCell", "SimpleCell")
+    },
+    "Linear": lambda rngs: nnx.Linear(3, 4, promote_dtype=as_they_are, scale_init=ones_of, rngs=rngs),
+    "Conv": lambda rngs: nnx.Conv(3, 4, (3,), kernel_init=ones_of, rngs=rngs),
+    "WeightNorm": lambda rngs: nnx.WeightNorm(fx.Linear(3, 4, rngs=rngs), promote_dtype=as_they_are, rngs=rngs),
+    "SpectralNorm": lambda rngs: nnx.SpectralNorm(fx.Linear(3, 4, rngs=rngs), rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("name", MADE_ALIKE)
+def test_two_layers_made_alike_are_one_to_jit_and_to_tree_map(name):
+    one, two = (MADE_ALIKE[name](fx.Rngs(0)) for _ in range(2))
+    assert fx.graphdef(one) == fx.graphdef(two)
+    assert hash(fx.graphdef(one)) == hash(fx.graphdef(two))
+    jax.tree.map(lambda a, b: None, fx.state(one), fx.state(two))
+    if "Cell" not in name:  # whose activations are compiled functions of JAX, which cannot be pickled
+        assert fx.graphdef(pickle.loads(pickle.dumps(one))) == fx.graphdef(one)
+    for option in [option for option in dir(type(one)) if option.endswith("_init") and option[0] != "_"]:
+        assert not inspect.ismethod(getattr(one, option, None)), f"{option} is bound"
+
+
+def test_nnx_classes_show_the_arguments_of_flax_with_their_defaults():
+    for name in nnx.__all__:
+        if name in ("Moments", "Penalty"):  # variables
+            continue
+        shown = inspect.signature(getattr(nnx, name)).parameters
+        assert not [p.name for p in shown.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)], name
+        theirs = inspect.signature(getattr(fx, name).__init__).parameters if hasattr(fx, name) else {}
+        for p in list(theirs.values())[1:]:
+            mine = shown[p.name]
+            assert (mine.kind, mine.default) == (p.kind, p.default) or (name, p.name) in OTHER_DEFAULTS, (name, p.name)
+    layer = nnx.DyT(3, rngs=fx.Rngs(0))
+    assert list(inspect.signature(layer).parameters) == ["x"]
+    assert inspect.signature(nnx.GRUCell.__init__).parameters["normalizer"].default is None
+
+
+OTHER_DEFAULTS = {("WeightNorm", "scale_init")}  # one function under two names
+
+
 def test_nnx_takes_features_first_and_says_so():
     for make in (nnx.Norm, nnx.BatchRenorm, nnx.DyT):
         with pytest.raises(

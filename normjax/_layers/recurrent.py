@@ -1,8 +1,8 @@
 """Normalized recurrent cells, described once, without Flax: options, documentation and a step.
 
 A cell has the arguments, parameters and carry of Flax's; with `normalizer=None` it is Flax's, under Flax's `RNN` too (ours
-holds the state of a sequence that is over). What follows Flax's arguments is by name only, and says what is normalized, and where.
-Each site (`normjax.recurrent.sites`) is a submodule `norm_<site>`.
+holds the state of a sequence that is over). What follows Flax's arguments is by name only, and says what is normalized,
+and where. Each site (`normjax.recurrent.sites`) is a submodule `norm_<site>`.
 
 The faces, `linen/recurrent.py` and `nnx/recurrent.py`, add Flax's cell and its variables: `class GRUCell(recurrent.GRUCell,
 Host, nn.GRUCell)`.

@@ -19,8 +19,8 @@ from flax import struct as struct
 from flax import training as training
 from flax import traverse_util as traverse_util
 
-from normjax.flax import linen as linen
-from normjax.flax import nnx as nnx
+import normjax.flax.linen as linen  # noqa: F401 (by `from`, these would be those that the star has brought)
+import normjax.flax.nnx as nnx  # noqa: F401
 
 if not _typing.TYPE_CHECKING:  # a checker would take every name for known
     import flax as _flax

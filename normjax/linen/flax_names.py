@@ -53,8 +53,8 @@ class BatchNorm(nn.BatchNorm):
     ) -> jax.Array:
         """Normalizes x by its or the stored statistics.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        the bias if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         reading = flax_names.read_batch_norm(self, np.shape(x), self.axis)
@@ -87,8 +87,8 @@ class LayerNorm(nn.LayerNorm):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x over `reduction_axes` and `axis_name`.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        the bias if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
@@ -106,8 +106,8 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Divides x by its root mean square over `reduction_axes`.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives 0
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        0 if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
         return _normalized(self, x, reading, mask).y
@@ -127,8 +127,8 @@ class GroupNorm(nn.GroupNorm):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes groups of channels of x, `[n ... c]`.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        the bias if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         groups = flax_names.group_count(np.shape(x)[-1], self.num_groups, self.group_size)
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, groups)
@@ -149,8 +149,8 @@ class InstanceNorm(nn.InstanceNorm):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes each channel of each example of x.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        the bias if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 

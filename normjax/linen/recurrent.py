@@ -105,7 +105,7 @@ class LSTMCell(cells.LSTMCell, Host, nn.LSTMCell):  # noqa: D101
         return Weights(w, u, self._second_bias("input_bias", 4), bias)
 
 
-class OptimizedLSTMCell(LSTMCell):
+class OptimizedLSTMCell(LSTMCell, nn.OptimizedLSTMCell):
     """`LSTMCell` under the name that changing the import line asks for; Flax's two have one set of parameters too."""
 
 

@@ -55,8 +55,8 @@ class BatchNorm(nnx.BatchNorm):
     ) -> jax.Array:
         """Normalizes x by its or the stored statistics.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        the bias if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         average = self.use_running_average if use_running_average is None else use_running_average
         if average is None:
@@ -91,8 +91,8 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x over `reduction_axes` and `axis_name`.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        the bias if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         return _normalized(self, x, flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes), mask).y
 
@@ -111,8 +111,8 @@ class RMSNorm(nnx.RMSNorm):
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
         """Divides x by its root mean square over `reduction_axes`.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives 0
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        0 if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         reading = flax_names.read(self, np.shape(x), self.reduction_axes, self.feature_axes, centre=False)
         return _normalized(self, x, reading, mask).y
@@ -132,8 +132,8 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes groups of channels of x, `[n ... c]`.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        the bias if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, self.num_groups)
         return _normalized(self, x, reading, mask).y
@@ -153,8 +153,8 @@ class InstanceNorm(nnx.InstanceNorm):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes each channel of each example of x.
 
-        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives the bias
-        if it is not finite or none are left. Numbers from 0 on weight the others.
+        Where `mask` is False, x counts in no statistic; it is normalized by those of the others, as in Flax, and gives
+        the bias if it is not finite or none are left. Numbers from 0 on weight the others.
         """
         return _normalized(self, x, flax_names.read_instance_norm(self, np.shape(x), self.feature_axes), mask).y
 

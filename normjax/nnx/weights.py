@@ -196,8 +196,8 @@ Conv.__init__ = spelled_out(Conv.__init__, nnx.Conv.__init__)
 class WeightNorm(Portable, Copied, nnx.WeightNorm):
     """Weight norm around a layer: arguments and outputs of `flax.nnx.WeightNorm`, whose kernel each call overwrites.
 
-    Here the kernel stays what the layer made and the optimizer makes of it, as in the paper and in torch. Steps differ so: one
-    turns a kernel of norm r by 1 / r ** 2 of what it turns a kernel of norm 1.
+    Here the kernel stays what the layer made and the optimizer makes of it, as in the paper and in torch. So steps differ:
+    one turns a kernel of norm r by 1 / r ** 2 of what it turns a kernel of norm 1.
 
     Args:
       layer_instance: the layer.
