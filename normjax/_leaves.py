@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -45,6 +46,27 @@ def finite(name: str, value: object) -> float:
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is a finite number of at least 0; found {value!r}")
     return value
+
+
+def known_numbers(value: object) -> np.ndarray | None:
+    """The numbers of an array that this process can read without waiting for an accelerator; None inside of `jit`.
+
+    >>> known_numbers(jnp.ones(2)).tolist(), jax.jit(lambda x: x * (known_numbers(x) is None))(jnp.ones(1)).tolist()
+    ([1.0, 1.0], [1.0])
+    """
+    if isinstance(value, Tracer):
+        return None
+    if isinstance(value, jax.Array) and any(device.platform != "cpu" for device in value.devices()):
+        return None
+    return None if isinstance(value, jax.Array) and not value.is_fully_addressable else np.asarray(value)
+
+
+def refuse_unless(name: str, accepted: str, value: object, accepts: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Raises ValueError for known numbers of which one is not accepted; says the first."""
+    numbers = known_numbers(value)
+    if numbers is None or (right := accepts(numbers)).all():
+        return
+    raise ValueError(f"{name} {accepted}; found {numbers[~right].ravel()[0]}")
 
 
 def shortest_repr(instance: "DataclassInstance") -> str:

@@ -9,8 +9,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype
 from normjax._expect.binding import bind
+from normjax._expect.expectation import OverFields
+from normjax._expect.ranges import scale_of
 from normjax._expect.sharding import shards_of
 from normjax._leaves import inverse_power, one_of
+from normjax._normalize.balance import exponent
 from normjax._normalize.evaluate import normalize
 from normjax.field import Field, FieldError
 from normjax.theory import Normalizer
@@ -33,21 +36,43 @@ def evaluate(
     one_of("eps_rule", eps_rule, EPS_RULES)
     field = n.mean if n.var is None else n.var
     assert field is not None
-    scale = None if scale is None else align_kernel_scale(scale, kernel, layout, field, statistics_dtype(kernel.dtype))
+    work = statistics_dtype(kernel.dtype)
+    scale = None if scale is None else align_kernel_scale(scale, kernel, layout, field, work)
     mask = None if mask is None else valid_weights(kernel, mask)
-    if eps_rule == "moment" or not n.eps:
+    if n.var is not None and not n.eps:
         return normalize(kernel, n, layout, scale=scale, mask=mask).y
+    dtype, kernel = kernel.dtype, kernel.astype(work)
+    s, eps = _near_one(kernel if mask is None else jnp.where(mask, kernel, 0), n, layout, field, eps_rule)
+    kernel = kernel * s.astype(work)
+    if n.var is None:
+        back = 1 / s.astype(work)
+        return normalize(kernel, n, layout, scale=back if scale is None else back * scale, mask=mask).y.astype(dtype)
+    if eps_rule == "moment":
+        return normalize(kernel, n, layout, scale=scale, mask=mask, eps=eps).y.astype(dtype)
     stats = normalize(kernel, n, layout, mask=mask).stats
     m = n.gain * stats.var
     if eps_rule == "floor":
-        eps = jnp.maximum(n.eps - m, 0)
+        eps = jnp.maximum(eps - m, 0)
     elif n.power == 0.5:  # (sqrt(m) + eps) ** 2 = m + ...
-        eps = n.eps**2 + 2 * n.eps * root(m, 0.5)
-    elif n.power == 1:
-        eps = n.eps
-    else:
-        eps = (n.eps + root(m, n.power)) ** (1 / n.power) - m
-    return normalize(kernel, n, layout, stats=stats, scale=scale, mask=mask, eps=eps).y
+        eps = eps**2 + 2 * eps * root(m, 0.5)
+    elif n.power != 1:
+        eps = (eps + root(m, n.power)) ** (1 / n.power) - m
+    return normalize(kernel, n, layout, stats=stats, scale=scale, mask=mask, eps=eps).y.astype(dtype)
+
+
+def _near_one(
+    kernel: jax.Array, n: Normalizer, layout: str, field: AnyField, eps_rule: str
+) -> tuple[jax.Array, jax.Array]:
+    """The power of two that brings the largest weight of each output near one, and the eps of the kernel times it.
+
+    The scaled eps is at most about 1: a kernel that is small beside its eps stays small.
+    """
+    E = OverFields(layout, kernel.shape)
+    s = scale_of(kernel, Field.parse(field), E)
+    p = 1.0 if eps_rule == "root" else exponent(n)
+    if n.eps:
+        s = jnp.minimum(s, 2.0 ** math.floor(-math.log2(n.eps) / p))
+    return s, n.eps * s**p
 
 
 def lp_norm(kernel: jax.Array, p: float, eps: float, layout: str, field: AnyField) -> Normalizer:
