@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import jax
@@ -54,6 +54,27 @@ def split_eps(eps: Any) -> tuple[float, Any]:
         return 1.0, eps  # a row is static; while eps is given, its own number is not read
     number: Any = eps.item() if isinstance(eps, np.ndarray | jax.Array) and eps.size == 1 else eps
     return number, None
+
+
+def known_numbers(value: object) -> np.ndarray | None:
+    """The numbers of an array that this process can read without waiting for an accelerator; None inside of `jit`.
+
+    >>> known_numbers(jnp.ones(2)).tolist(), jax.jit(lambda x: x * (known_numbers(x) is None))(jnp.ones(1)).tolist()
+    ([1.0, 1.0], [1.0])
+    """
+    if isinstance(value, Tracer):
+        return None
+    if isinstance(value, jax.Array) and any(device.platform != "cpu" for device in value.devices()):
+        return None
+    return None if isinstance(value, jax.Array) and not value.is_fully_addressable else np.asarray(value)
+
+
+def refuse_unless(name: str, accepted: str, value: object, accepts: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Raises ValueError for known numbers of which one is not accepted; says the first."""
+    numbers = known_numbers(value)
+    if numbers is None or (right := accepts(numbers)).all():
+        return
+    raise ValueError(f"{name} {accepted}; found {numbers[~right].ravel()[0]}")
 
 
 def shortest_repr(instance: "DataclassInstance") -> str:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from normjax._expect.arrays import require_float, statistics_dtype
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype
 from normjax._expect.binding import bind
-from normjax._expect.expectation import expect
+from normjax._expect.expectation import OverFields, expect
+from normjax._expect.ranges import scale_of
 from normjax._leaves import inverse_power
 from normjax._normalize.evaluate import normalize
 from normjax._paths import path_name
@@ -120,9 +121,13 @@ def data_dependent_start(
     (Array([0.5], dtype=float32), Array([-1.5], dtype=float32))
     """
     t = require_float(t, "data_dependent_start")
-    stats = normalize(t, Normalizer(field, field, eps=0.0), layout, mask=mask).stats
+    t = t.astype(statistics_dtype(t.dtype))
+    n = Normalizer(field, field, eps=0.0)
+    E = OverFields(layout, t.shape, weights=as_weights(mask, t))
+    s = scale_of(t, Field.parse(field), E)  # exact, so that squares of small and of large outputs are floats
+    stats = normalize(t * s.astype(t.dtype), n, layout, mask=mask).stats
     scale = inverse_power(stats.var, 0.5)
-    return scale.ravel(), (-stats.mean * scale).ravel()
+    return (scale * s).ravel(), (-stats.mean * scale.astype(t.dtype)).ravel()
 
 
 def takes_bound(weight: Weight) -> bool:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from normjax._expect import average
+from normjax._expect import average, extremes
 from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import Bound, Plan, axes, bind
+from normjax._expect.ranges import towards_one
 from normjax._leaves import safe_root
 from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
 from normjax.field import Field, FieldError
@@ -102,8 +103,19 @@ class Kernels:
         >>> Kernels(field="... i").squared_norm(jnp.array([[3.0, 0.0], [4.0, 1.0]]))
         Array([[25.,  1.]], dtype=float32)
         """
-        plan = Plan(self._bound(w.shape))
-        return average.total(lax.square(w.astype(statistics_dtype(w.dtype))), plan)
+        return lax.square(self.wide_norm(w))
+
+    def wide_norm(self, w: jax.Array) -> jax.Array:
+        """The norm of one kernel that the layout fits, of its rank: length 1 on axes that the field covers whole.
+
+        Slope 0 at 0. Squares are taken of the kernel times a power of two, so that its size is no matter.
+
+        >>> Kernels(field="... i").wide_norm(jnp.array([[3e-30, 0.0], [4e-30, 1e30]]))
+        Array([[5.e-30, 1.e+30]], dtype=float32)
+        """
+        w, plan = w.astype(statistics_dtype(w.dtype)), Plan(self._bound(w.shape))
+        s = towards_one(extremes.pooled_maximum(lax.stop_gradient(jnp.abs(w)), plan))
+        return safe_root(average.total(lax.square(w * s), plan)) / s
 
     def norm(self, w: jax.Array) -> jax.Array:
         """The Euclidean norm of one kernel, float32 or wider, slope 0 at 0: a scalar for "... i o", `[o]` for "... i".
@@ -111,7 +123,7 @@ class Kernels:
         >>> Kernels(field="... i").norm(jnp.array([[3.0, 0.0], [4.0, 1.0]]))
         Array([5., 1.], dtype=float32)
         """
-        return jnp.squeeze(safe_root(self.squared_norm(w)), self._bound(w.shape).whole)
+        return jnp.squeeze(self.wide_norm(w), self._bound(w.shape).whole)
 
     def align_norm(self, norm: jax.Array, w: jax.Array) -> jax.Array:
         """A norm, of the shape that `norm` gives or a scalar for all, so that it broadcasts against the kernel.

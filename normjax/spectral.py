@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import require_float, statistics_dtype
 from normjax._expect.binding import axes
+from normjax._expect.ranges import lifting, towards_one
 from normjax._leaves import inverse_power
 from normjax.field import FieldError
 
@@ -55,7 +56,8 @@ def spectral_norm(
       kernel: array of a real floating dtype, `[... i o]` or as the layout says.
       u: array of as many elements as the outputs, `[o]` or `[1, o]`, not all 0; random at the start. [no units]
       steps: power iterations, each v = W u / |W u| and then u = v W / |v W|.
-      eps: added to the squared norms of the iteration.
+      eps: added to the squared norms of the iteration; for a kernel (or u) whose largest magnitude is below 1/256, to the
+        squared norms of the kernel brought there, so that a small kernel is normalized as any other.
       layout: name of each axis of the kernel.
       outputs: names of the axes that are the columns of the matrix; the others are its rows.
 
@@ -78,15 +80,20 @@ def spectral_norm(
             f'{kernel.shape}, layout "{layout}", outputs "{outputs}"'
         )
     work = matrix.dtype
-    still, u = lax.stop_gradient(matrix), lax.stop_gradient(given.reshape(-1).astype(work))
-    u = u if steps else _unit(u, eps)
-    v = _unit(_times(still, u), eps)
+    # The iteration is that of the kernel times a power of two, which over- and underflows nowhere.
+    u = lax.stop_gradient(given.reshape(-1).astype(work))
+    (s, of_kernel), (s_of_u, of_u) = _near_one(matrix), _near_one(u)
+    matrix, u = matrix * s, u * s_of_u
+    still = lax.stop_gradient(matrix)
+    u = u if steps else _unit(u, eps * of_u)
+    v = _unit(_times(still, u), eps * of_kernel * (of_u if steps else 1))
     for step in range(steps):
-        u = _unit(_times(still.T, v), eps)
-        v = _unit(_times(still, u), eps) if step + 1 < steps else v
+        u = _unit(_times(still.T, v), eps * of_kernel)
+        v = _unit(_times(still, u), eps * of_kernel) if step + 1 < steps else v
     sigma = _times(_times(matrix, u), v)
-    normed = kernel.astype(work) / jnp.where(sigma != 0, sigma, 1)
-    return Spectral(normed.astype(kernel.dtype), u.reshape(given.shape).astype(given.dtype), sigma)
+    normed = kernel.astype(work) * s / jnp.where(sigma != 0, sigma, 1)
+    normed = jnp.where(sigma != 0, normed, kernel.astype(work))
+    return Spectral(normed.astype(kernel.dtype), u.reshape(given.shape).astype(given.dtype), sigma / s)
 
 
 def _as_matrix(kernel: jax.Array, layout: str, outputs: str) -> jax.Array:
@@ -104,6 +111,16 @@ def _as_matrix(kernel: jax.Array, layout: str, outputs: str) -> jax.Array:
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:
     """A product that no accelerator rounds to fewer bits: the iteration is a statistic."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _near_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The power of two that brings the largest |x| near one, and the factor of the eps that belongs to its squares.
+
+    The eps stays what it is for an x of the usual size, as in Flax; for one below 1/256 it shrinks with the squares of x.
+    """
+    largest = jnp.max(jnp.abs(x), initial=0)
+    s = towards_one(largest)
+    return s, lax.square(s / lifting(largest))
 
 
 def _unit(x: jax.Array, eps: ArrayLike) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax._expect import average
 from normjax._expect.arrays import Weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import Plan, bind
+from normjax._leaves import nan_if_infinite
 from normjax._normalize.evaluate import equation, normalize
 from normjax.field import FieldError
 from normjax.running import require_unbiased, stores
@@ -241,6 +242,6 @@ def pool(stats: Stats, normalizer: Normalizer | str, layout: str = "n ... c") ->
     weight = jnp.broadcast_to(jnp.asarray(stats.mean_weight).astype(var.dtype), mean.shape)
     weights = Weights(weight, weight > 0)
     centre, total = average.average(mean, plan, weights)
-    spread = var + jnp.square(jnp.abs(zero_masked(mean - centre, weights)))
+    spread = nan_if_infinite(var + jnp.square(jnp.abs(zero_masked(mean - centre, weights))))
     both = average.average(spread, plan, weights)[0]
     return Stats(centre, both, total, total)

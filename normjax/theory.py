@@ -25,16 +25,8 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from normjax._leaves import (
-    Frozen,
-    as_python,
-    check_window,
-    finite,
-    inverse_power,
-    is_number,
-    nan_if_infinite,
-    shortest_repr,
-)
+from normjax import _leaves
+from normjax._leaves import Frozen, as_python, check_window, finite, inverse_power, is_number, shortest_repr
 from normjax.field import Field, Parsed
 
 
@@ -204,10 +196,10 @@ def statistics(
     (Array([-1.,  1.], dtype=float32), Array([2.], dtype=float32), Array([1.], dtype=float32))
     """
     if mean is None and n.mean is not None:
-        mean = nan_if_infinite(E(x, n.mean))
+        mean = _leaves.nan_if_infinite(E(x, n.mean))
     v = x if mean is None else E.only(x - mean)
     if moment is None and n.var is not None:
-        moment = nan_if_infinite(E(v, n.var, n.order), n.gain)
+        moment = _leaves.nan_if_infinite(E(v, n.var, n.order), n.gain)
     return v, mean, moment
 
 

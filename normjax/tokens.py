@@ -4,15 +4,17 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax._expect.arrays import as_weights, require_float, statistics_dtype
+from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import axes
+from normjax._expect.ranges import towards_one
 from normjax._leaves import one_of, split_eps
 from normjax._normalize.evaluate import Normalized, equation, normalize
 from normjax.field import Field, FieldError
-from normjax.theory import TABLE, Normalizer, Stats
+from normjax.theory import TABLE, Normalizer, Stats, is_positive
 
 
 def l2(features: int, field: Field | str = "c", *, eps: float = 1e-10) -> Normalizer:
@@ -71,7 +73,11 @@ def partial_rms(
     value = None if weights is None else weights.value
     if value is not None and value.shape[axis] != 1:
         value = lax.slice_in_dim(value, 0, first, axis=axis)
-    var = equation(lax.slice_in_dim(x, 0, first, axis=axis), n, layout, mask=value).stats.var
+    part = lax.slice_in_dim(x, 0, first, axis=axis)
+    if eps is None and not is_positive(n):  # the squares alone divide, so that they must be floats
+        s = towards_one(jnp.max(jnp.abs(zero_masked(part, as_weights(value, part))), axis, keepdims=True))
+        x, part = x * s, part * s
+    var = equation(part, n, layout, mask=value).stats.var
     return normalize(x, n, layout, stats=Stats(var=var), scale=scale, bias=bias, mask=mask, eps=eps)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.binding import axes
+from normjax._leaves import refuse_unless
 from normjax.field import FieldError
 
 
@@ -46,8 +47,14 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> Weights | None:
     mask = jnp.asarray(mask)
     if mask.ndim > x.ndim or any(m not in (1, s) for m, s in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
         raise FieldError(f"a mask must broadcast against the array: found shapes {mask.shape} and {x.shape}")
+    if not jnp.issubdtype(mask.dtype, np.bool_):
+        refuse_unless("a mask", "is made of booleans, or of weights that are finite and at least 0", mask, _is_weight)
     mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
     return Weights(mask.astype(jnp.finfo(x.dtype).dtype), mask.astype(bool))
+
+
+def _is_weight(numbers: np.ndarray) -> np.ndarray:
+    return (numbers >= 0) & (numbers < np.inf)
 
 
 def zero_masked(x: jax.Array, weights: Weights | None) -> jax.Array:

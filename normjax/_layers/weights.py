@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
+from normjax._expect.ranges import lifting
 from normjax._layers.describe import Initializer, ones
 from normjax._layers.pickling import Portable
 from normjax.reparametrize import Weight, by_number, initial_bound, matching_scale, takes_bound
@@ -124,9 +125,15 @@ def scale_shape(shape: Sequence[int], feature_axes: Axes | None) -> tuple[int, .
 def weight_normed(
     value: jax.Array, scale: jax.Array | None, feature_axes: Axes | None, epsilon: ArrayLike, dtype: DTypeLike | None
 ) -> jax.Array:
-    """A parameter as `WeightNorm` has it: at norm `scale` along its feature axes."""
-    layout, field, _ = by_number(value.ndim, feature_axes)
-    new = weight_norm(_wide(value), scale, eps=epsilon, layout=layout, field=field)
+    """A parameter as `WeightNorm` has it: at norm `scale` along its feature axes.
+
+    Weights whose largest magnitude is below 1/256 are brought there first, or epsilon would be all that there is.
+    """
+    layout, field, features = by_number(value.ndim, feature_axes)
+    wide = _wide(value)
+    others = tuple(axis for axis in range(value.ndim) if axis not in features)
+    wide = wide * lifting(jnp.max(jnp.abs(wide), others, keepdims=True, initial=0)).astype(wide.dtype)
+    new = weight_norm(wide, scale, eps=epsilon, layout=layout, field=field)
     return _as_flax(new, dtype, value, *(() if scale is None else (scale,)))
 
 

@@ -33,7 +33,7 @@ def scales_alike(n: Normalizer, E: OverFields) -> bool:
 
 
 def scaled_to_one(x: jax.Array, n: Normalizer, E: OverFields) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The factor s of x, the eps that belongs to s * x, and the factor of its output; None for an eps of 0 and a factor 1."""
+    """The factor s of x, the eps that belongs to s * x (None for 0), and the factor of its output (None for 1)."""
     assert n.var is not None
     p = exponent(n)
     s = scale_of(x, n.var, E)
@@ -84,7 +84,7 @@ def balanced(
 ) -> tuple[Normalizer, jax.Array, jax.Array | None, jax.Array | None]:
     """Row, moment, eps and scale of the same output, to the last bit, with a denominator whose derivative is in range."""
     factor: jax.Array | float
-    if is_positive(n, eps) and n.power != 1:
+    if is_positive(n, eps) and n.power in (0.5, 0.75):  # a general power of what is far from one is less exact
         k = 2.0 ** (-STEP * math.floor((120 / (n.power + 1) + math.log2(n.eps)) / STEP))
         n, factor = dataclasses.replace(n, eps=n.eps * k, gain=n.gain * k), k**n.power
     elif n.floor is None:

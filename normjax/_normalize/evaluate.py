@@ -13,6 +13,7 @@ from normjax._expect.arrays import align_parameter, align_statistic, as_weights,
 from normjax._expect.binding import axes, bind
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
+from normjax._leaves import refuse_unless
 from normjax._normalize import balance, derivative
 from normjax._normalize.tangents import Parts
 from normjax.field import FieldError
@@ -50,6 +51,11 @@ def normalize(
     cannot be negative or cancel. Where the denominator is zero (eps = 0 and v = 0), y and its gradient are zero. Masked
     elements are selected away before any arithmetic, so a NaN there reaches nothing.
 
+    Where a statistic, or what the row makes of it, is too large for its dtype, y and the gradients are NaN, never zero.
+    Squares of float32 and bfloat16 add up to at most 3e38: keep |v| * sqrt(n) of n elements below 1.8e19, and below 1e17 for
+    gradients to all digits. `jax.config.update("jax_debug_nans", True)` finds the place; scaling x, and eps with it, is the
+    cure. A row whose own eps is 0 takes v of any size, large and small, at the cost of one more pass over x.
+
     Arrays that are sharded over devices under `jit` are normalized as wholes. Inside `shard_map`, `pmap` and `vmap` an
     array is one shard or one example; a field reaches beyond it along the axes that it maps: `"@data n ..."`, `"h:5@rows"`.
 
@@ -67,8 +73,10 @@ def normalize(
 
     Raises:
       FieldError: field, layout, shapes or mapped axes do not fit, or A holds a single element.
-      TypeError: x holds integers.
-      ValueError: no row has this name.
+      TypeError: x holds integers, to whose dtype y would be rounded. (Layers with Flax's names take them as float32, as
+        Flax's do; no other layer does.)
+      ValueError: no row has this name; eps or a given var is negative, or a mask is negative or not finite (seen where the
+        numbers are known: outside of `jit`, and not on an accelerator).
 
     Source: Ren et al. 2017, equations 4 to 6; the other rows as named in TABLE.
 
@@ -85,6 +93,10 @@ def normalize(
     """
     normalizer = row(normalizer)
     x = require_float(x, "normalize")
+    if eps is not None:
+        refuse_unless("eps", "is a number of at least 0", eps, lambda numbers: numbers >= 0)
+    if stats is not None and stats.var is not None:
+        refuse_unless("the var of statistics", "is at least 0", stats.var, lambda numbers: ~(numbers < 0))
     try:
         if mask is None and (stats is None or stats.mean is None):
             _refuse_single_element(normalizer, layout, x.shape)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import Weights, as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import axes
-from normjax._leaves import inverse_power
+from normjax._leaves import nan_if_infinite
 from normjax.field import FieldError
 
 
@@ -46,8 +46,9 @@ def gdn(
     [[0.375, 0.5]]
     """
     x, work, q = _start(x, beta, gamma, layout, alpha, epsilon, mask, "gdn")
-    number = _number(epsilon)
-    d = _power(q, -jnp.asarray(epsilon)) if number is None else inverse_power(q, number)
+    # Not q ** -epsilon, whose derivative underflows where q is large.
+    divides = q != 0
+    d = jnp.where(divides, 1 / jnp.where(divides, _power(nan_if_infinite(q), epsilon), 1), 0)
     return (work * d.astype(work.dtype)).astype(x.dtype)
 
 

@@ -11,7 +11,7 @@ from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import axes, bind
 from normjax._expect.expectation import expect
 from normjax._expect.sharding import local_blocks
-from normjax._leaves import inverse_power
+from normjax._leaves import inverse_power, nan_if_infinite
 from normjax._normalize.evaluate import affine
 from normjax.field import EXAMPLES, Field, FieldError
 from normjax.propagate import Belief
@@ -87,7 +87,7 @@ def pooled_prior(prior: Belief, n: Normalizer, layout: str, x: jax.Array, blocks
             wide = [size if i == channel else mean.shape[i] for i, size in enumerate(x.shape)]
             mean, var = (jnp.broadcast_to(s, wide) for s in (mean, var))
         middle = expect(mean, Field(spans), layout)
-        mean, var = middle, expect(var + lax.square(mean - middle), Field(spans), layout)
+        mean, var = middle, nan_if_infinite(expect(var + lax.square(mean - middle), Field(spans), layout))
     return Belief(*(blocks.for_each_block(s) for s in (mean, var)))
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from normjax._leaves import nan_if_infinite
 from normjax.propagate import Belief
 
 
@@ -24,7 +25,8 @@ def mix_beliefs(prior: Belief, batch: Belief, gain: ArrayLike) -> Belief:
     q = jnp.asarray(gain).astype(prior.mean.dtype)
     apart = batch.mean - prior.mean
     mean = prior.mean + q * apart
-    return Belief(mean, prior.var + q * (batch.var - prior.var) + q * (1 - q) * lax.square(apart))
+    var = prior.var + q * (batch.var - prior.var) + q * (1 - q) * lax.square(apart)
+    return Belief(mean, nan_if_infinite(var))
 
 
 def logit(gain: float) -> float:

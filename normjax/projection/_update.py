@@ -74,10 +74,10 @@ def after_update(p: jax.Array, u: jax.Array) -> jax.Array:
     return p.astype(work) + u.astype(work)
 
 
-def update_to_norm(p: jax.Array, u: jax.Array, squared: jax.Array, norm: jax.Array) -> jax.Array:
-    """The update that leaves `norm` where u would leave the root of `squared`; u itself where there is no such factor."""
-    known = (squared > 0) & jnp.isfinite(squared) & (norm > 0)
-    factor = jnp.where(known, norm.astype(squared.dtype) / jnp.sqrt(jnp.where(known, squared, 1)), 1)
+def update_to_norm(p: jax.Array, u: jax.Array, otherwise: jax.Array, norm: jax.Array) -> jax.Array:
+    """The update that leaves `norm` where u would leave the norm `otherwise`; u itself where there is no such factor."""
+    known = (otherwise > 0) & jnp.isfinite(otherwise) & (norm > 0)
+    factor = jnp.where(known, norm.astype(otherwise.dtype) / jnp.where(known, otherwise, 1), 1)
     after = after_update(p, u)
     return (factor.astype(after.dtype) * after - p.astype(after.dtype)).astype(u.dtype)
 

@@ -1,5 +1,6 @@
 """Scale and bias of normalizers: projected, or pulled to 1 and 0."""
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import statistics_dtype
+from normjax._expect.ranges import towards_one
 from normjax._leaves import safe_root
 from normjax._paths import ByPath, arrays_by_path, paths_and_shapes
 from normjax.projection import _update
@@ -37,15 +39,15 @@ def project_affine(where: object = None) -> optax.GradientTransformationExtraArg
 
     def init(params: optax.Params) -> ProjectState:
         groups = _normalizers(params, where, caller)
-        norms = {module: safe_root(_joint_square(parts.values())) for module, parts in groups.items()}
+        norms = {module: _joint_norm(parts.values()) for module, parts in groups.items()}
         return ProjectState(_update.first_step(), _update.require_nonzero(norms, caller))
 
     def change(params: optax.Params, ps: ByPath, us: ByPath, state: ProjectState) -> tuple[ByPath, ProjectState]:
         _update.require_parameters([f"{module}/scale".lstrip("/") for module in state.norms], ps, caller)
         changed, groups = {}, _normalizers(params, where, caller)
         for module, norm in state.norms.items():
-            squared = _joint_square(_update.after_update(ps[name], us[name]) for name in groups[module])
-            changed |= {name: _update.update_to_norm(ps[name], us[name], squared, norm) for name in groups[module]}
+            otherwise = _joint_norm(_update.after_update(ps[name], us[name]) for name in groups[module])
+            changed |= {name: _update.update_to_norm(ps[name], us[name], otherwise, norm) for name in groups[module]}
         return changed, ProjectState(_update.next_step(state.step), state.norms)
 
     return _update.as_transformation(caller, _update.no_norms, init, change)
@@ -86,10 +88,12 @@ def pull_affine(strength: ArrayLike, where: object = None) -> optax.GradientTran
     return _update.as_transformation(caller, optax.EmptyState, init, change)
 
 
-def _joint_square(parts: Iterable[jax.Array]) -> jax.Array:
-    """The squared norm of several arrays together, float32 or wider."""
-    squares = [jnp.sum(lax.square(part.astype(statistics_dtype(part.dtype)))) for part in parts]
-    return jnp.asarray(sum(squares))
+def _joint_norm(parts: Iterable[jax.Array]) -> jax.Array:
+    """The norm of several arrays together, float32 or wider."""
+    wide = [part.astype(statistics_dtype(part.dtype)) for part in parts]
+    sizes = [jnp.max(jnp.abs(part), initial=0) for part in wide]
+    s = towards_one(functools.reduce(jnp.maximum, sizes))
+    return safe_root(jnp.asarray(sum(jnp.sum(lax.square(part * s)) for part in wide))) / s
 
 
 def _normalizers(params: object, where: object, caller: str) -> dict[str, ByPath]:

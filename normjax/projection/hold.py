@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
+from normjax._expect.ranges import towards_one
 from normjax._leaves import safe_root
 from normjax._paths import ByPath
 from normjax.projection import _update
@@ -159,7 +160,9 @@ def _project(
     def target(name: str, norm: jax.Array) -> jax.Array:
         if not isinstance(rho, str):
             return given(name, norm)
-        return norm if rho == "initial" else jnp.mean(norm) if rho == "mean" else safe_root(jnp.mean(lax.square(norm)))
+        s = towards_one(jnp.max(norm, initial=0))
+        root = safe_root(jnp.mean(lax.square(norm * s))) / s
+        return norm if rho == "initial" else jnp.mean(norm) if rho == "mean" else root
 
     def init(params: optax.Params) -> ProjectState:
         chosen = _update.select(kernels, params, caller)
@@ -175,15 +178,15 @@ def _project(
         step, changed, held = _update.next_step(state.step), {}, dict(state.norms)
         for name in state.norms or _update.select(kernels, params, caller):
             p, u = ps[name], us[name]
-            squared = kernels.squared_norm(_update.after_update(p, u))
+            otherwise = kernels.wide_norm(_update.after_update(p, u))
             if isinstance(rho, str):
                 norm = record.at(step, name, kernels, p, caller) if record else state.norms[name]
             else:
                 norm = held[name] = given(name, jax.eval_shape(kernels.norm, p))  # of now: it may be a hyperparameter
-            norm = kernels.align_norm(norm, p).astype(squared.dtype)
+            norm = kernels.align_norm(norm, p).astype(otherwise.dtype)
             if schedule is not None:
-                norm = norm * _update.value_at(schedule, step, squared.dtype)
-            new = _update.update_to_norm(p, u, squared, norm)
+                norm = norm * _update.value_at(schedule, step, otherwise.dtype)
+            new = _update.update_to_norm(p, u, otherwise, norm)
             changed[name] = new if isinstance(every, int) and every == 1 else jnp.where(step % every == 0, new, u)
         return changed, ProjectState(step, held)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from normjax._expect.arrays import statistics_dtype
+from normjax._leaves import nan_if_infinite
 from normjax.theory import Stats
 
 
@@ -60,7 +61,7 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     if stats.mean is not None:
         mean, mean_weight = mean_of(stats.mean, stats.mean_weight)
         if mergeable and moments is not None:
-            moments = moments + jnp.abs(stats.mean - mean) ** 2  # around the merged mean
+            moments = nan_if_infinite(moments + jnp.abs(stats.mean - mean) ** 2)  # around the merged mean
     if moments is not None:
         var, var_weight = mean_of(moments, stats.var_weight)
     return Stats(*(None if s is None else s[0] for s in (mean, var, mean_weight, var_weight)))

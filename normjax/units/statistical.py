@@ -17,7 +17,7 @@ from normjax._expect.arrays import (
     zero_masked,
 )
 from normjax._expect.expectation import expect
-from normjax._leaves import inverse_power, split_eps
+from normjax._leaves import inverse_power, nan_if_infinite, split_eps
 from normjax._normalize.evaluate import affine, equation
 from normjax.field import Field
 from normjax.theory import Normalizer, Stats
@@ -193,7 +193,7 @@ def grn(
     x, work, _ = _prepared(x, "grn", mask)
     stats = equation(x, Normalizer(None, space), layout, mask=mask).stats
     count = jnp.asarray(stats.var_weight, work.dtype)
-    g = _root(stats.var * count)  # eps is beside the sum's root, so the mean's root would not do
+    g = _root(nan_if_infinite(stats.var * count))  # eps is beside the sum's root, so the mean's root would not do
     mean = expect(g, channels, layout, mask=None if mask is None else count > 0)
     share = g * inverse_power(mean + eps, 1.0)
     return (affine(work * share, layout, scale, bias) + work).astype(dtype or x.dtype)
@@ -208,5 +208,5 @@ def _prepared(x: ArrayLike, caller: str, mask: ArrayLike | None) -> tuple[jax.Ar
 
 
 def _root(q: jax.Array) -> jax.Array:
-    """The square root, with slope 0 at 0; infinite where squares overflow, so that what it divides is 0."""
+    """The square root, with slope 0 at 0."""
     return jnp.where(q != 0, jnp.sqrt(jnp.where(q != 0, q, 1)), 0)

@@ -6,12 +6,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype
 from normjax._expect.binding import bind
+from normjax._expect.expectation import OverFields
+from normjax._expect.ranges import scale_of
 from normjax._expect.sharding import shards_of
 from normjax._leaves import inverse_power, one_of, split_eps
+from normjax._normalize.balance import exponent
 from normjax._normalize.evaluate import normalize
 from normjax.field import Field, FieldError
 from normjax.theory import Normalizer
@@ -40,21 +44,44 @@ def evaluate(
     n, eps = dataclasses.replace(n, eps=number), number if traced is None else traced
     field = n.mean if n.var is None else n.var
     assert field is not None
-    scale = None if scale is None else align_kernel_scale(scale, kernel, layout, field, statistics_dtype(kernel.dtype))
+    work = statistics_dtype(kernel.dtype)
+    scale = None if scale is None else align_kernel_scale(scale, kernel, layout, field, work)
     mask = None if mask is None else valid_weights(kernel, mask)
-    if eps_rule == "moment" or (traced is None and not number):
-        return normalize(kernel, n, layout, scale=scale, mask=mask, eps=traced).y
+    if n.var is not None and traced is None and not number:
+        return normalize(kernel, n, layout, scale=scale, mask=mask).y
+    dtype, kernel = kernel.dtype, kernel.astype(work)
+    s, eps = _near_one(kernel if mask is None else jnp.where(mask, kernel, 0), n, eps, layout, field, eps_rule)
+    kernel = kernel * s.astype(work)
+    if n.var is None:
+        back = 1 / s.astype(work)
+        return normalize(kernel, n, layout, scale=back if scale is None else back * scale, mask=mask).y.astype(dtype)
+    if eps_rule == "moment":
+        return normalize(kernel, n, layout, scale=scale, mask=mask, eps=eps).y.astype(dtype)
     stats = normalize(kernel, n, layout, mask=mask).stats
     m = n.gain * stats.var
     if eps_rule == "floor":
-        added = jnp.maximum(eps - m, 0)
+        eps = jnp.maximum(eps - m, 0)
     elif n.power == 0.5:  # (sqrt(m) + eps) ** 2 = m + ...
-        added = eps**2 + 2 * eps * root(m, 0.5)
-    elif n.power == 1:
-        added = eps
-    else:
-        added = (eps + root(m, n.power)) ** (1 / n.power) - m
-    return normalize(kernel, n, layout, stats=stats, scale=scale, mask=mask, eps=added).y
+        eps = eps**2 + 2 * eps * root(m, 0.5)
+    elif n.power != 1:
+        eps = (eps + root(m, n.power)) ** (1 / n.power) - m
+    return normalize(kernel, n, layout, stats=stats, scale=scale, mask=mask, eps=eps).y.astype(dtype)
+
+
+def _near_one(
+    kernel: jax.Array, n: Normalizer, eps: ArrayLike, layout: str, field: AnyField, eps_rule: str
+) -> tuple[jax.Array, jax.Array]:
+    """The power of two that brings the largest weight of each output near one, and the eps of the kernel times it.
+
+    The scaled eps is at most about 1: a kernel that is small beside its eps stays small.
+    """
+    E = OverFields(layout, kernel.shape)
+    s = scale_of(kernel, Field.parse(field), E)
+    p = 1.0 if eps_rule == "root" else exponent(n)
+    eps = jnp.asarray(eps).astype(s.dtype)
+    steps = jnp.clip(jnp.floor(-jnp.log2(eps) / p), -126, 126).astype(np.int32)  # 126 for an eps of zero
+    s = jnp.minimum(s, jnp.ldexp(jnp.ones((), s.dtype), steps))
+    return s, eps * s**p
 
 
 def lp_norm(kernel: jax.Array, p: float, layout: str, field: AnyField) -> Normalizer:

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import statistics_dtype
 from normjax._expect.expectation import expect
+from normjax._expect.ranges import towards_one
 from normjax._leaves import one_of
 from normjax._normalize.evaluate import normalize
 from normjax.field import FieldError
@@ -195,11 +196,15 @@ def norm_bound(
     one_of("rule", rule, BOUNDS)
     kernel = _kernel.zero_masked_kernel(kernel, mask)
     n = _kernel.lp_norm(kernel, p, layout, field)
-    norms = _kernel.root(n.gain * normalize(kernel, n, layout).stats.var, n.power)
+    kernel = kernel.astype(statistics_dtype(kernel.dtype))
+    s = towards_one(
+        jnp.max(jnp.abs(kernel), initial=0)
+    )  # exact, so that powers of small and of large weights are floats
+    norms = _kernel.root(n.gain * normalize(kernel * s.astype(kernel.dtype), n, layout).stats.var, n.power)
     rho = expect(norms if rule == "mean" else norms**2, outputs, layout)
     if rho.size != 1:
         raise FieldError(
             f'one bound is asked for: outputs "{outputs}" beside field "{field}" leave {rho.size} numbers of a '
             f'kernel of shape {kernel.shape}, layout "{layout}"'
         )
-    return (rho if rule == "mean" else _kernel.root(rho, 0.5)).reshape(())
+    return ((rho if rule == "mean" else _kernel.root(rho, 0.5)) / s).reshape(())
