@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
 from normjax._layers.statistics import as_held, stored_dtype
-from normjax.linen.host import leave_record
+from normjax.linen.host import _leave_record
 from normjax.running import NOTHING, Running
 
 
@@ -64,7 +64,7 @@ class BatchNorm(nn.BatchNorm):
         if out.record is not None and not self.is_initializing():
             for variable, value in ((mean, out.running.mean), (var, out.running.var)):
                 variable.value = as_held(value, variable.value.dtype)
-            leave_record(self, out.record)
+            _leave_record(self, out.record)
         return out.y
 
 

@@ -8,7 +8,7 @@ masked elements never leak, and a masked output is the bias. Integers become flo
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,15 @@ class BatchNorm(nnx.BatchNorm):
     ([[-1.0], [1.0]], [0.5])
     """
 
-    @functools.wraps(nnx.BatchNorm.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        wide = stored_dtype(self, None)
-        for variable, dtype in ((self.mean, wide), (self.var, jnp.finfo(wide).dtype)):
-            if variable.dtype != dtype:
-                variable.set_value(variable[...].astype(dtype))
+    if not TYPE_CHECKING:  # its arguments are Flax's
+
+        @functools.wraps(nnx.BatchNorm.__init__)
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            wide = stored_dtype(self, None)
+            for variable, dtype in ((self.mean, wide), (self.var, jnp.finfo(wide).dtype)):
+                if variable.dtype != dtype:
+                    variable.set_value(variable[...].astype(dtype))
 
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
