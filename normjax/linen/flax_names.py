@@ -63,7 +63,7 @@ class BatchNorm(nn.BatchNorm):
         out = _normalized(self, x, reading, mask, Running(mean.value, var.value), average, self.momentum)
         if out.record is not None and not self.is_initializing():
             for variable, value in ((mean, out.running.mean), (var, out.running.var)):
-                variable.value = as_held(value, variable.value.dtype)
+                variable.value = variable.value if value is None else as_held(value, variable.value.dtype)
             _leave_record(self, out.record)
         return out.y
 
