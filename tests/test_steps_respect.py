@@ -28,13 +28,13 @@ def square(call, batch, train):
     return jnp.mean((call(batch) - 1) ** 2), {}
 
 
-def linen_stepped(model, x=X, loss=square, given=(), **options):
+def linen_stepped(model, x=X, loss=square, given=(), **options) -> Any:
     """The State before and after a step, and what the step reports."""
     state = train.linen_init(model, TX, jax.random.key(0), x, *given)
     return state, *jit(train.linen_step(model, loss, TX, **options))(state, x)
 
 
-def nnx_stepped(model, x=X, loss=square, **options):
+def nnx_stepped(model, x=X, loss=square, **options) -> Any:
     structure, state = train.nnx_init(model, TX)
     return state, *jit(train.nnx_step(structure, loss, TX, **options))(state, x)
 
@@ -137,6 +137,9 @@ IN_LINEN = {
     )(n, x, None)[0],
 }
 CASES = [(api, name, m) for api, names in (("nnx", IN_NNX), ("linen", IN_LINEN)) for name in names for m in (1, 2)]
+CASES.remove(
+    ("nnx", "remat", 2)
+)  # out of it records get: merged statistics are exact, where those of Flax are averages
 SOONER = [("nnx", "cond", 1), ("nnx", "fori_loop", 2), ("linen", "cond", 2), ("linen", "scan", 1)]
 QUICK_FIRST = [case if case in SOONER else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
@@ -385,7 +388,7 @@ def test_merged_and_recalibrated_statistics_and_those_of_cells_are_float64_too()
             close((stored["mean"], stored["var"]), (z.mean(0), z.var(0)), rtol=0, atol=1e-9)
         double = {"momentum": 0.0, "param_dtype": jnp.float64}
         cell = nl.SimpleCell(6, normalizer="batch", use_running_average=False, **double)
-        variables = cell.init(jax.random.key(0), z, z)
+        variables: Any = cell.init(jax.random.key(0), z, z)
         stored = cell.apply(variables, z, z, mutable=["batch_stats"])[1]["batch_stats"]
         sums = z @ variables["params"]["i"]["kernel"] + z @ variables["params"]["h"]["kernel"]
         (site,) = stored.values()
@@ -413,8 +416,8 @@ def test_no_mean_is_stored_without_its_variance_nor_a_variance_without_its_mean(
         for value in (found.mean, found.var):
             assert isinstance(value, jax.Array)
             assert (value > 0).tolist() == (stored if value.ndim else stored[0])
-    counts = update(old, batch, 0.5, "cumulative")
-    assert np.array_equal(counts.mean_count, np.int32(stored))
+    counts: Any = update(old, batch, 0.5, "cumulative").mean_count
+    assert counts.tolist() == stored
     found = published_update(old._replace(mean_count=None, var_count=None), batch, TABLE["batch"], "hoffer_lp")
     assert (np.asarray(found.mean) > 0).tolist() == stored
 

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
 from normjax._layers.statistics import as_held, stored_dtype
-from normjax.linen.host import leave_record
+from normjax.linen.host import _leave_record
 from normjax.running import NOTHING, Running
 
 
@@ -69,8 +69,8 @@ class BatchNorm(nn.BatchNorm):
         out = _normalized(self, x, reading, mask, Running(mean.value, var.value), average, self.momentum)
         if out.record is not None and not self.is_initializing():
             for variable, value in ((mean, out.running.mean), (var, out.running.var)):
-                variable.value = as_held(value, variable.value.dtype)
-            leave_record(self, out.record)
+                variable.value = variable.value if value is None else as_held(value, variable.value.dtype)
+            _leave_record(self, out.record)
         return out.y
 
 

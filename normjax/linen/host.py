@@ -135,7 +135,7 @@ class Keeping(RunningLayer, Host, kw_only=True):
 
     @nn.nowrap
     def _leave(self, seen: BatchRecord) -> None:
-        leave_record(self, seen)
+        _leave_record(self, seen)
 
     @nn.nowrap
     def _penalize(self, value: Callable[[], jax.Array]) -> None:
@@ -143,7 +143,7 @@ class Keeping(RunningLayer, Host, kw_only=True):
         self.sow("losses", "l1", term, lambda old, new: old + new.astype(old.dtype), lambda: jnp.zeros((), term.dtype))
 
 
-def leave_record(layer: nn.Module, seen: BatchRecord) -> None:
+def _leave_record(layer: nn.Module, seen: BatchRecord) -> None:
     """Sows what a layer saw of a batch into `moments`, where that is asked for by name: Flax's leave no such thing."""
     assert layer.scope is not None
     asked = layer.scope.mutable

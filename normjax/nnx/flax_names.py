@@ -10,7 +10,7 @@ have real variances.
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +42,15 @@ class BatchNorm(nnx.BatchNorm):
 
     __signature__ = Constructor()
 
-    @functools.wraps(nnx.BatchNorm.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        wide = stored_dtype(self, None)
-        for variable, dtype in ((self.mean, wide), (self.var, jnp.finfo(wide).dtype)):
-            if variable.dtype != dtype:
-                variable.set_value(variable[...].astype(dtype))
+    if not TYPE_CHECKING:  # its arguments are Flax's
+
+        @functools.wraps(nnx.BatchNorm.__init__)
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            wide = stored_dtype(self, None)
+            for variable, dtype in ((self.mean, wide), (self.var, jnp.finfo(wide).dtype)):
+                if variable.dtype != dtype:
+                    variable.set_value(variable[...].astype(dtype))
 
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None

@@ -46,12 +46,12 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
     )
     mixed = [_mixed(old, new, count, momentum, averaging) for old, new, _, count in moments]
     finite = [
-        None if m is None else _finite(m, old, new) | (False if weight is None else weight <= 0)
+        None if m is None or old is None else _finite(m, old, new) | (False if weight is None else weight <= 0)
         for m, (old, new, weight, _) in zip(mixed, moments, strict=True)
     ]
     values, counts = [], []
     for m, valid, (old, _, weight, count) in zip(mixed, _together(*finite), moments, strict=True):
-        if m is not None and valid is not None:
+        if m is not None and valid is not None and old is not None:
             valid = _sharded_like(valid if weight is None else valid & (weight > 0), m)
             old = jax.lax.stop_gradient(jnp.where(valid, m, old.astype(m.dtype)))
             count = None if count is None else count + valid.astype(count.dtype)

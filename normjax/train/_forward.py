@@ -5,7 +5,7 @@ of a branch or the body of a loop (`cond`, `switch`, `while_loop`, `scan`) nothi
 that JAX refuses the branch or the loop. A penalty is then started from zero; a record is not left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -15,14 +15,15 @@ from normjax._paths import PyTree, path_name
 
 Result = TypeVar("Result")
 PENALTY, RECORD = "penalty", "record"
-Left = tuple[tuple[str, ...], str]  # the path of a layer, and what it leaves: PENALTY or RECORD
+Path = tuple[Hashable, ...]
+Left = tuple[Path, str]  # the path of a layer, and what it leaves: PENALTY or RECORD
 
 
 class Leaving(NamedTuple):
     """What layers do about what they leave."""
 
     silent: frozenset[Left] = frozenset()  # what is not left
-    started: frozenset[tuple[str, ...]] = frozenset()  # layers whose penalty starts from zero before they are called
+    started: frozenset[Path] = frozenset()  # layers whose penalty starts from zero before they are called
 
 
 def run_through_branches(run: Callable[[Leaving], Result], layers: Callable[[], frozenset[Left]]) -> Result:
@@ -40,7 +41,7 @@ def run_through_branches(run: Callable[[Leaving], Result], layers: Callable[[], 
         started = frozenset(path for path, what in stuck if what == PENALTY)
         rest = Leaving(frozenset(one for one in stuck if one[1] == RECORD), started)
         if not stuck or not _traces(run, rest):
-            names = ", ".join(repr("/".join(path)) for path in sorted(started or {path for path, _ in known}))
+            names = ", ".join(sorted(repr("/".join(map(str, path))) for path in started or {path for path, _ in known}))
             raise ValueError(
                 f"the L1 penalty of layer {names} cannot get out of the branch or the loop that the layer is called in: "
                 "build it with l1=0, and add `normjax.penalty.l1_penalty` of what it returns to the loss"

@@ -186,7 +186,7 @@ class _LinenModel:
     ) -> Pass:
         """One forward pass, in which layers leave what they are to leave."""
         sown = {"losses": {}, **({"moments": {}} if self.records else {})}  # as the last call left them
-        started = unflatten_dict({(*path, "l1"): jnp.zeros((), jnp.float32) for path in leaving.started})
+        started: PyTree = unflatten_dict({(*path, "l1"): jnp.zeros((), jnp.float32) for path in leaving.started})
         variables = {"params": params, **stats, **sown, "losses": started}
         watched = functools.partial(watch, self.stored, leaving, met)
         momenta: dict[tuple[str, ...], float] = {}

@@ -1,9 +1,9 @@
 """Training, evaluation and recalibration of nnx models."""
 
 import functools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from normjax.nnx.host import Keeping
 from normjax.running import merge_trees, recalibrated
 from normjax.train import _step
 from normjax.train._batch import Batch
-from normjax.train._forward import PENALTY, RECORD, Leaving, Left, in_their_dtypes, run_through_branches
+from normjax.train._forward import PENALTY, RECORD, Leaving, Left, Path, in_their_dtypes, run_through_branches
 from normjax.train._objective import Pass, weighted_penalty, with_averages
 from normjax.train._report import Loss, Metrics, Value, ask, require_loss
 from normjax.train._step import Evaluation, Recalibration, State, Step
@@ -224,7 +224,8 @@ class _NnxModel(Generic[M]):
         model, types = self.view(params, stats), {Penalty: PENALTY, **({Moments: RECORD} if self.records else {})}
 
         def forward(model: M) -> tuple[Value, Metrics]:
-            for path, module in nnx.iter_modules(model):
+            modules: list[tuple[Path, Any]] = list(nnx.iter_modules(model))
+            for path, module in modules:
                 kept = tuple(v for v in module.__captures__ if (path, types[type(v)]) not in leaving.silent)
                 if isinstance(module, nnx.List) or not kept:  # numbers beside this name cannot be sorted, as remat does
                     del module.__captures__
@@ -232,7 +233,7 @@ class _NnxModel(Generic[M]):
                     module.__captures__ = nnx.data(kept)
             return ask(self.loss, model, batch, self.train, key)
 
-        zeros = {(*path, "l1"): Penalty(jnp.zeros((), jnp.float32)) for path in leaving.started}
+        zeros: dict[Any, Penalty] = {(*path, "l1"): Penalty(jnp.zeros((), jnp.float32)) for path in leaving.started}
         captured = nnx.capture(forward, *types, init=nnx.from_flat_state(zeros))
         (value, metrics), *sown = captured(model)
         penalties, seen = map(nnx.to_pure_dict, (*sown, nnx.State({}))[:2])
@@ -265,6 +266,6 @@ class _NnxModel(Generic[M]):
         return after
 
 
-def _is_open(flag: str, path: tuple[Hashable, ...], module: object) -> bool:
+def _is_open(flag: str, path: Path, module: object) -> bool:
     """Whether a module was not built to normalize with stored statistics, or to drop nothing, whatever the mode."""
     return getattr(module, flag, None) is not True
