@@ -70,7 +70,7 @@ def note_momentum(
     """Notes how Flax's own batch norms average, which leave no record; under a mask their parts do not weigh alike."""
     module = context.module
     if isinstance(module, nn.BatchNorm) and not isinstance(module, LEAVING) and context.method_name == "__call__":
-        masked = kwargs.get("mask") is not None or module.path in momenta and math.isnan(momenta[module.path])
+        masked = kwargs.get("mask") is not None or (module.path in momenta and math.isnan(momenta[module.path]))
         momenta[module.path] = math.nan if masked or not is_number(module.momentum) else module.momentum
     return call(*args, **kwargs)
 
