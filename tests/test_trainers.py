@@ -61,7 +61,7 @@ def by_hand(objective, tx, state):
     """The parameters after a step of an optimizer that is given the loss."""
     value, grads = jax.value_and_grad(objective)(state.params)
     given = {"value": value, "grad": grads, "value_fn": objective}
-    updates, _ = optax.with_extra_args_support(tx).update(grads, state.opt_state, state.params, **given)
+    updates, _ = tx.update(grads, state.opt_state, state.params, **given)
     return value, optax.apply_updates(state.params, updates)
 
 

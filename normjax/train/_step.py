@@ -1,6 +1,7 @@
 """Steps, epochs, evaluation and recalibration for models of either library, of which each answers as `Model`."""
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
@@ -45,10 +46,15 @@ class State(NamedTuple):
 
 
 def start_state(params: PyTree, stats: PyTree, tx: optax.GradientTransformation) -> State:
-    """The State before the first step; an optimizer that keeps the parameters keeps a copy, so that both can be donated."""
+    """The State before the first step, in which no array stands twice, so that it can be donated."""
     known = {id(a) for a in jax.tree.leaves((params, stats))}
-    opt_state = jax.tree.map(lambda a: jnp.copy(a) if id(a) in known else a, tx.init(params))
-    return State(jnp.zeros((), jnp.int32), params, stats, opt_state)
+
+    def own(a: jax.Array) -> jax.Array:
+        a = jnp.copy(a) if id(a) in known else a  # some optimizers keep the parameters, or one array of zeros twice
+        known.add(id(a))
+        return a
+
+    return State(jnp.zeros((), jnp.int32), params, stats, jax.tree.map(own, tx.init(params)))
 
 
 class Step(Protocol):
@@ -113,7 +119,9 @@ def make_step(
         raise ValueError(f"micro_batches is at least 1; found {micro_batches!r}")
     model.check()
     require_transformation(tx)
-    optimizer = optax.with_extra_args_support(tx)
+    # Some transformations that pass on what they are given do not say so in their type: `optax.MultiSteps`.
+    kinds = {argument.kind for argument in inspect.signature(tx.update).parameters.values()}
+    optimizer: PyTree = tx if inspect.Parameter.VAR_KEYWORD in kinds else optax.with_extra_args_support(tx)
 
     def step(state: State, batch: Batch, key: jax.Array | None = None) -> tuple[State, Metrics]:
         require_state(state, "step(state, batch, key=None)")
