@@ -282,7 +282,8 @@ class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
             how = self.n_steps, self.epsilon, self.feature_axes, self.dtype
             out = weights.spectral_normed(variable[...], u[...], sigma[...], *how)
             if update:
-                u[...], sigma[...] = out.u, out.sigma
+                u.set_value(out.u)  # not in place: what msgpack restored is an array of NumPy that refuses writes
+                sigma.set_value(out.sigma)
             return out.kernel
 
         return _with_params(self.layer_instance, change)(x, **kwargs)
