@@ -9,6 +9,7 @@ import warnings
 
 import flax.linen
 import flax.nnx
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,18 @@ import pytest
 
 import normjax.linen
 import normjax.nnx
-from normjax.interop import FOREVER, KINDS, Record, arguments, read, write
+from normjax.interop import (
+    FOREVER,
+    KINDS,
+    Record,
+    arguments,
+    read,
+    read_cells,
+    read_weights,
+    write,
+    write_cells,
+    write_weights,
+)
 
 LIBRARIES = ("linen", "nnx", "torch", "keras", "haiku", "equinox")
 F = np.float32
@@ -441,6 +453,114 @@ COUNTED = {"mean": MEAN, "var": VAR, "mean_count": np.array([1, 2]), "var_count"
 def test_refusal_names_the_layer_what_was_found_and_what_is_accepted(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+BOX = flax.linen.with_partitioning
+FORMS = {  # what a checkpoint with boxes looks like when it comes back
+    "as it is": lambda variables: variables,
+    "state dict": flax.serialization.to_state_dict,
+    "msgpack": lambda variables: flax.serialization.msgpack_restore(flax.serialization.to_bytes(variables)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("half", [False, True])
+def test_boxes_are_read_as_arrays_and_come_back(form, half):
+    init = flax.linen.initializers
+    bias = init.zeros if half else BOX(init.zeros, ("e",))
+    layer = normjax.linen.LayerNorm(scale_init=BOX(init.ones, ("e",)), bias_init=bias)
+    entries = FORMS[form](layer.init(jax.random.key(0), jnp.ones((2, 6))))
+    records, rest = read(entries, "linen")
+    np.testing.assert_array_equal(records[""].scale, np.ones(6))
+    back = write(records, "linen", rest=rest)
+    assert jax.tree.structure(back) == jax.tree.structure(entries)
+    np.testing.assert_array_equal(write(records, "torch")["weight"], np.ones(6))
+
+
+@pytest.mark.parametrize("key", [int, str])
+def test_numbers_for_keys_stay_ints_or_text(key):
+    entries = {"layers": {key(0): AFFINE, key(1): {"kernel": SCALE}}}
+    records, rest = read(entries, "nnx")
+    assert_same(write(records, "nnx", rest=rest), entries)
+    own = {name: Record(record.kind, record.scale, record.bias) for name, record in records.items()}
+    assert_same(write(own, "nnx", rest=rest), entries)
+
+
+E = np.ones(3, F)
+NO_LAYERS = {
+    "a list": (lambda: read([1], "torch"), TypeError, "a torch checkpoint is a dictionary"),
+    "an outer dictionary": (lambda: read({"state_dict": TORCH}, "torch"), ValueError, "pass entries['state_dict']"),
+    "lengths": (
+        lambda: read({"n.weight": E, "n.bias": E[:2]}, "torch", {"n": {"kind": "layer"}}),
+        ValueError,
+        "one shape",
+    ),
+    "negative": (
+        lambda: read({"n": {"mean": E, "var": -E}}, "nnx"),
+        ValueError,
+        "a negative variance or NaN in 3 of 3",
+    ),
+    "nan": (lambda: read({"n": {"mean": E, "var": E * F("nan")}}, "nnx"), ValueError, "a negative variance or NaN"),
+    "text": (lambda: read({"params": {"n": {"scale": "a", "bias": "b"}}}, "linen"), ValueError, "str 'a' for 'scale'"),
+}
+
+
+@pytest.mark.parametrize("name", NO_LAYERS)
+def test_what_is_no_layer_is_refused(name):
+    call, kind, text = NO_LAYERS[name]
+    with pytest.raises(kind, match=re.escape(text)):
+        call()
+
+
+# PyTorch's entries by hand: of w = g v / |v| with v = (3, 4), and of a matrix whose singular vectors are the axes.
+V, G = np.array([[3, 4]], F), np.array([[10]], F)
+MATRIX, LEFT, RIGHT = np.array([[4, 0, 0], [0, 1, 0]], F), np.array([1, 0], F), np.array([1, 0, 0], F)
+SPELLINGS = [
+    ({"fc.weight_g": G, "fc.weight_v": V, "fc.bias": G[0]}, 2 * V),
+    ({"fc.parametrizations.weight.original0": G, "fc.parametrizations.weight.original1": V, "fc.bias": G[0]}, 2 * V),
+    ({"fc.weight_orig": MATRIX, "fc.weight_u": LEFT, "fc.weight_v": RIGHT}, MATRIX / 4),
+    (
+        {
+            "fc.parametrizations.weight.original": MATRIX,
+            "fc.parametrizations.weight.0._u": LEFT,
+            "fc.parametrizations.weight.0._v": RIGHT,
+        },
+        MATRIX / 4,
+    ),
+]
+
+
+@pytest.mark.parametrize(("entries", "weight"), SPELLINGS)
+def test_weights_of_torch_are_read_in_both_spellings_and_evaluate_in_our_wrappers(entries, weight):
+    records, rest = read_weights(entries | {"o": E}, "torch")
+    np.testing.assert_allclose(records["fc"].weight(), weight.T, rtol=1e-6)
+    assert_same(write_weights(records, "torch", rest=rest), entries | {"o": E})
+    x, record = np.array([[1, 2, 3]], F)[:, : weight.shape[1]], records["fc"]
+    wrapper = "WeightNorm" if record.kind == "weight" else "SpectralNorm"
+    options = {} if record.kind == "weight" else {"update_stats": False}
+    dense = {"use_bias": record.bias is not None}
+    want = x @ weight.T + (0 if record.bias is None else record.bias)
+    layer = getattr(normjax.linen, wrapper)(flax.linen.Dense(len(weight), **dense))
+    np.testing.assert_allclose(layer.apply(write_weights({"": record}, "linen"), x, **options), want, rtol=1e-6)
+    inner = flax.nnx.Linear(*weight.shape[::-1], **dense, rngs=flax.nnx.Rngs(0))
+    twin = getattr(normjax.nnx, wrapper)(inner, rngs=flax.nnx.Rngs(0))
+    state = flax.nnx.state(twin)
+    flax.nnx.replace_by_pure_dict(state, write_weights({"": record}, "nnx"))
+    flax.nnx.update(twin, state)
+    np.testing.assert_allclose(twin(x, **options), want, rtol=1e-6)
+    assert_same(write_weights(read_weights(state, "nnx")[0], "nnx"), flax.nnx.to_pure_dict(state))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "cell"), [("LSTM", "LSTMCell"), ("GRU", "GRUCell"), ("RNN", "SimpleCell")])
+def test_cells_of_torch_are_the_same_function(name, cell):
+    torch, x = library("torch"), np.random.default_rng(0).normal(size=(2, 5, 3)).astype(F)
+    theirs = getattr(torch.nn, name)(3, 4, batch_first=True)
+    records, rest = read_cells(theirs.state_dict(), "torch")
+    assert rest == {}
+    rnn = normjax.linen.RNN(getattr(normjax.linen, cell)(4))
+    got = rnn.apply(write_cells({"cell": records["l0"]}, "linen"), x)
+    np.testing.assert_allclose(got, theirs(torch.as_tensor(x))[0].detach().numpy(), atol=1e-6)
 
 
 # ---- the libraries' own layers --------------------------------------------------------------------------------------

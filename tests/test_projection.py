@@ -406,3 +406,30 @@ MISTAKES = {
 def test_mistake_is_named(name):
     attempt, message = MISTAKES[name]
     refuses(attempt, (ValueError, TypeError), message)
+
+
+INJECTED = {
+    "project": (optax.inject_hyperparams(project), {"rho": 2.0}, None),
+    "a schedule": (optax.inject_hyperparams(project), {"rho": lambda count: 2.0}, None),
+    "bounded_norm": (optax.inject_hyperparams(bounded_norm), {"rho": 2.0}, (0,)),
+    "an array": (project, {"rho": np.array(2)}, None),
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_the_norm_may_be_an_array_or_a_hyperparameter(name):
+    make, options, axes = INJECTED[name]
+    params = {"kernel": jnp.arange(6.0).reshape(3, 2) + 1}
+    tx = optax.chain(optax.sgd(0.1), make(Kernels(output=()), **options))
+    updates, _ = jax.jit(tx.update)({"kernel": jnp.ones((3, 2))}, tx.init(params), params)
+    after = np.asarray(optax.apply_updates(params, updates)["kernel"], float)
+    np.testing.assert_allclose(np.linalg.norm(after, axis=None if axes is None else 0), 2.0, rtol=1e-6)
+
+
+def test_hidden_output_layers_and_masks_are_named():
+    params = {"a": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+    hidden = optax.masked(project(Kernels(output="head")), {"a": True, "head": False})
+    with pytest.raises(ValueError, match=r"optax.masked or optax.partition hides .* say output=\(\)"):
+        hidden.init(params)
+    with pytest.raises(ValueError, match="a mask says True or False for every parameter"):
+        project(Kernels(where={"a": True})).init(params)

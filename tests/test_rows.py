@@ -799,7 +799,7 @@ ERRORS = [
     (
         lambda: published_start(TABLE["batch"], "n c", (2, 2), "lubanna"),
         ValueError,
-        "dialect is one of 'flax', 'lubana', 'hoffer', 'hoffer_lp'; found 'lubanna'",
+        "dialect is one of 'flax', 'torch', 'ren', 'kalman', 'lubana', 'hoffer', 'hoffer_lp'; found 'lubanna'",
     ),
     (
         lambda: published_update(running.Running(jnp.zeros(2)), Stats(jnp.zeros(2)), TABLE["mean_only"], "hoffer_lp"),

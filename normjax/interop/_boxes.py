@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -60,6 +61,14 @@ def flatten(entries: Mapping[Any, Any], boxes: bool = True, above: Path = ()) ->
             yield from flatten(value, boxes, (*above, key))
         elif value is not None:
             yield (*above, key), value
+
+
+def nest(flat: Mapping[Path, object]) -> dict:
+    """Nested dictionaries of values by path."""
+    out: dict = {}
+    for (*above, last), value in flat.items():
+        functools.reduce(lambda inner, key: inner.setdefault(key, {}), above, out)[last] = value
+    return out
 
 
 def like_neighbours(path: Path, others: Iterable[Path], default: bool) -> Path:

@@ -1,5 +1,6 @@
 """One normalization layer: in no library's terms, and from and to the parts that a library keeps."""
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from normjax.interop._libraries import AVERAGING, FOREVER, KINDS, numbers_of, re
 
 Array: TypeAlias = Any  # of NumPy, or None where the layer has none; whoever takes it knows which
 Said: TypeAlias = Mapping[str, Any]  # what the caller says of a layer: numbers, words and shapes by name
+Options: TypeAlias = Mapping[str, Said]  # by patterns of paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,3 +184,9 @@ def _one(where: str, count: np.ndarray) -> int:
     if np.size(count) == 0 or np.min(count) != np.max(count):
         refuse(where, f"counts of updates that differ by channel, {np.unique(count).tolist()}", "one count for all")
     return int(np.max(count))
+
+
+def said_of(layers: Options, layer: str) -> Said:
+    """What the caller says of a layer; later patterns override earlier ones."""
+    fitting = [options for pattern, options in layers.items() if fnmatch.fnmatchcase(layer, pattern)]
+    return {name: value for options in fitting for name, value in options.items()}

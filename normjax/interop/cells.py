@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from normjax._leaves import one_of
-from normjax.interop._boxes import flatten, like_neighbours, unboxed
+from normjax.interop._boxes import flatten, like_neighbours, nest, unboxed
 from normjax.interop._checks import check_entries
 from normjax.interop._layer import Array
 from normjax.interop._libraries import Path, refuse
-from normjax.interop.convert import Entries, nest
+from normjax.interop.convert import Entries
 from normjax.recurrent import GATES
 
 LIBRARIES = ("torch", "keras", "linen", "nnx")

@@ -1,7 +1,6 @@
 """Whole checkpoints: reads their normalization layers, and writes these as another library keeps them."""
 
 import fnmatch
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -9,13 +8,12 @@ import numpy as np
 
 from normjax._leaves import one_of
 from normjax.interop import _libraries as libraries
-from normjax.interop._boxes import Origin, boxed, emptied, flatten, like_neighbours, unboxed
+from normjax.interop._boxes import Origin, boxed, emptied, flatten, like_neighbours, nest, unboxed
 from normjax.interop._checks import check_entries, check_parts
-from normjax.interop._layer import Array, Found, Record, Said, other_way, to_parts, to_record
+from normjax.interop._layer import Array, Found, Options, Record, other_way, said_of, to_parts, to_record
 from normjax.interop._libraries import ADDRESSES, KINDS, Path, listed, numbers_of, refuse
 
 Entries: TypeAlias = Mapping[Any, Any]  # arrays, or whatever the library keeps, in dictionaries that may be nested
-Options: TypeAlias = Mapping[str, Said]
 NESTED, BOXED = ("linen", "nnx", "equinox"), ("linen", "nnx")  # with a key for each name; with boxes around arrays
 
 
@@ -173,12 +171,6 @@ def _array(value: Array, part: str) -> Array:
     return value.astype(np.promote_types(value.dtype, np.float32)) if part in ("mean", "var") else value
 
 
-def said_of(layers: Options, layer: str) -> Said:
-    """What the caller says of a layer; later patterns override earlier ones."""
-    fitting = [options for pattern, options in layers.items() if fnmatch.fnmatchcase(layer, pattern)]
-    return {name: value for options in fitting for name, value in options.items()}
-
-
 def _check(layers: Options, library: str, accepted: tuple[str, ...], records: Iterable[str]) -> None:
     """Refuses options that mean nothing here, and patterns that fit no normalization layer (or leave it in the rest)."""
     for pattern, options in layers.items():
@@ -186,11 +178,3 @@ def _check(layers: Options, library: str, accepted: tuple[str, ...], records: It
             refuse(f"{library} layers {pattern!r}", f"options {listed(strange)}", listed(accepted) or "none")
         if options.get("kind", "") is not None and not fnmatch.filter(records, pattern):
             refuse(f"{library} layers {pattern!r}", "no such normalization layer", listed(records) or "none")
-
-
-def nest(flat: Mapping[Path, object]) -> dict:
-    """Nested dictionaries of values by path."""
-    out: dict = {}
-    for (*above, last), value in flat.items():
-        functools.reduce(lambda inner, key: inner.setdefault(key, {}), above, out)[last] = value
-    return out

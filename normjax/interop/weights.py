@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from normjax._leaves import one_of
-from normjax.interop._boxes import flatten, like_neighbours, text_keys, unboxed
+from normjax.interop._boxes import flatten, like_neighbours, nest, text_keys, unboxed
 from normjax.interop._checks import check_entries
-from normjax.interop._layer import Array
+from normjax.interop._layer import Array, Options, said_of
 from normjax.interop._libraries import refuse
 from normjax.interop._weight import WeightRecord, keepdims, rows, sigma
-from normjax.interop.convert import Entries, Options, nest, said_of
+from normjax.interop.convert import Entries
 
 LIBRARIES = ("torch", "linen", "nnx")
 _SPELLINGS = {  # of PyTorch: the entries of (weight norm's scale and kernel), (spectral norm's kernel, u and v)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from normjax._layers import weights
+from normjax._layers.describe import Initializer, ones
 from normjax._layers.pickling import Portable
 from normjax._paths import PyTree, path_name
 
@@ -88,6 +89,8 @@ class WeightNorm(Portable, nn.WeightNorm):
     >>> jax.tree.map(jnp.shape, layer.init(jax.random.key(0), jnp.ones((2, 3))))["params"]["layer_instance/kernel/scale"]
     (4,)
     """
+
+    scale_init: Initializer | None = ones  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self):
         if isinstance(self.variable_filter, set | list):  # Flax's default is a set, which nothing can hash

@@ -8,13 +8,13 @@ parameter is keyed by its path as text, "kernel" or "layers/0/kernel", where Fla
 the keys of a pure dictionary.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import (
     ConvGeneralDilatedT,
     DotGeneralT,
@@ -220,26 +220,39 @@ class WeightNorm(Portable, Copied, nnx.WeightNorm):
 
     __signature__ = Constructor()
 
-    if not TYPE_CHECKING:  # to a reader the constructor is Flax's; its scales are bare arrays, which nothing trains
+    scale_init: None  # pyright: ignore[reportIncompatibleVariableOverride]  (it has done its work)
+    scales: Any  # by path; Flax has a dictionary of bare arrays, which nothing trains
 
-        @functools.wraps(nnx.WeightNorm.__init__)
-        def __init__(self, *args, use_scale=True, scale_init=ones, param_dtype=jnp.float32, rngs, **flax):
-            given = {"scale_init": scale_init, "param_dtype": param_dtype, "rngs": rngs, **flax}
-            super().__init__(*args, use_scale=False, **given)
-            self.use_scale, scales = use_scale, {}
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        feature_axes: weights.Axes | None = -1,
+        use_scale: bool = True,
+        scale_init: Initializer | None = ones,
+        epsilon: float = 1e-12,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        variable_filter: nnx.filterlib.Filter = nnx.PathContains("kernel"),  # noqa: B008, a value
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        rngs: nnx.Rngs,
+    ):
+        given: Any = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote_dtype}
+        given |= {"feature_axes": feature_axes, "epsilon": epsilon, "variable_filter": variable_filter}
+        super().__init__(layer_instance, use_scale=False, rngs=rngs, **given)
+        self.use_scale, scales = use_scale, dict[PathParts, nnx.Variable]()
+        # A layer made by another initializer is the same to jit and to pickle.
+        self.scale_init = None
 
-            def first(value):
-                if scale_init is None:
-                    return weights.first_scale(value, self.feature_axes, self.epsilon, param_dtype)
-                return scale_init(rngs.params(), weights.scale_shape(value.shape, self.feature_axes), param_dtype)
+        def first(value: jax.Array) -> jax.Array:
+            if scale_init is None:
+                return weights.first_scale(value, self.feature_axes, epsilon, param_dtype)
+            return scale_init(rngs.params(), weights.scale_shape(value.shape, self.feature_axes), param_dtype)
 
-            for path, variable in nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param)):
-                if use_scale and self.variable_filter(path, variable):
-                    scales[path] = nnx.Param(first(variable[...]))
-            self.scales = nnx.data(ByPath(scales) if use_scale else None)
-            self.scale_init = (
-                None  # it has done its work; a layer made by another function is the same to jit and pickle
-            )
+        for path, variable in nnx.to_flat_state(nnx.state(layer_instance, nnx.Param)):
+            if use_scale and self.variable_filter(path, variable):
+                scales[path] = nnx.Param(first(variable[...]))
+        self.scales = nnx.data(ByPath(scales) if use_scale else None)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized."""
@@ -281,25 +294,33 @@ class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
     feature_axes: weights.Axes
     batch_stats: ByPath
 
-    if not TYPE_CHECKING:  # to a reader the constructor is Flax's, and one more argument
-
-        @functools.wraps(nnx.SpectralNorm.__init__)
-        def __init__(self, *args, n_steps=1, feature_axes=-1, rngs, **flax):
-            super().__init__(*args, n_steps=0, rngs=rngs, **flax)  # which draws no u of another shape
-            self.n_steps, stats = n_steps, {}
-            self.feature_axes = feature_axes if isinstance(feature_axes, int) else tuple(feature_axes)
-            for path, variable in nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param)):
-                if n_steps < 1 or variable.ndim <= 1:
-                    continue
-                if variable.ndim > 2 and self.error_on_non_matrix:
-                    raise ValueError(f"{_text(path)!r} has {variable.ndim} axes, but error_on_non_matrix is True")
-                shape = weights.u_shape(variable.shape, self.feature_axes)
-                u = jax.nn.initializers.normal()(rngs.params(), shape, self.param_dtype)
-                stats |= {
-                    (*path, "u"): nnx.BatchStat(u),
-                    (*path, "sigma"): nnx.BatchStat(jnp.ones((), self.param_dtype)),
-                }
-            self.batch_stats = nnx.data(ByPath(stats))
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        n_steps: int = 1,
+        epsilon: float = 1e-12,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        error_on_non_matrix: bool = False,
+        update_stats: bool = True,
+        feature_axes: weights.Axes = -1,
+        rngs: nnx.Rngs,
+    ):
+        given: Any = {"dtype": dtype, "param_dtype": param_dtype, "epsilon": epsilon, "update_stats": update_stats}
+        given |= {"error_on_non_matrix": error_on_non_matrix}
+        super().__init__(layer_instance, n_steps=0, rngs=rngs, **given)  # which draws no u of another shape
+        self.n_steps, stats = n_steps, dict[PathParts, nnx.Variable]()
+        self.feature_axes = tuple(feature_axes) if isinstance(feature_axes, Sequence) else feature_axes
+        for path, variable in nnx.to_flat_state(nnx.state(layer_instance, nnx.Param)):
+            if n_steps < 1 or variable.ndim <= 1:
+                continue
+            if variable.ndim > 2 and error_on_non_matrix:
+                raise ValueError(f"Layer instance parameter is {variable.ndim}D but error_on_non_matrix is True")
+            shape = weights.u_shape(variable.shape, self.feature_axes)
+            stats[(*path, "u")] = nnx.BatchStat(jax.nn.initializers.normal()(rngs.params(), shape, param_dtype))
+            stats[(*path, "sigma")] = nnx.BatchStat(jnp.ones((), param_dtype))
+        self.batch_stats = nnx.data(ByPath(stats))
 
     def __call__(self, x: ArrayLike, update_stats: bool | None = None, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized; `update_stats` stores the new u and sigma."""
@@ -312,7 +333,8 @@ class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
             how = self.n_steps, self.epsilon, self.feature_axes, self.dtype
             out = weights.spectral_normed(variable[...], u[...], sigma[...], *how)
             if update:
-                u[...], sigma[...] = out.u, out.sigma
+                u.set_value(out.u)  # not in place: what msgpack restored is an array of NumPy that refuses writes
+                sigma.set_value(out.sigma)
             return out.kernel
 
         return _with_params(self.layer_instance, change)(x, **kwargs)

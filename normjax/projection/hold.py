@@ -1,6 +1,7 @@
 """Kernels held at a norm, or led along a schedule of norms."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -144,18 +145,8 @@ def _project(
     record: RecordedNorms | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind all three: kernels return to a target, to a record, or to a schedule times either."""
-    if not (rho in RULES if isinstance(rho, str) else _update.above_zero(rho)):
-        raise ValueError(f"{caller}: rho is 'initial', 'rms', 'mean' or a number above 0; found {rho!r}")
-    if not _update.is_count(every):
-        raise ValueError(f"{caller}: every is an integer of at least 1; found {every!r}")
-    _update.require_output(kernels, caller)
-
-    def given(name: str, norm: jax.Array) -> jax.Array:
-        """The number that was said, for the norms of this kernel."""
-        number = jnp.asarray(rho).astype(norm.dtype)
-        if number.ndim and np.broadcast_shapes(number.shape, norm.shape) != norm.shape:
-            raise ValueError(f"{caller}: rho of shape {number.shape} does not fit the norms of {name!r}, {norm.shape}")
-        return jnp.broadcast_to(number, norm.shape) if number.ndim else number
+    _require(kernels, rho, every, caller)
+    given = functools.partial(_given, rho, caller)
 
     def target(name: str, norm: jax.Array) -> jax.Array:
         if not isinstance(rho, str):
@@ -191,3 +182,20 @@ def _project(
         return changed, ProjectState(step, held)
 
     return _update.as_transformation(caller, _update.no_norms, init, change)
+
+
+def _require(kernels: Kernels, rho: str | ArrayLike, every: ArrayLike, caller: str) -> None:
+    """Raises ValueError for a norm or a number of steps that is none, as far as that is known."""
+    if not (rho in RULES if isinstance(rho, str) else _update.above_zero(rho)):
+        raise ValueError(f"{caller}: rho is 'initial', 'rms', 'mean' or a number above 0; found {rho!r}")
+    if not _update.is_count(every):
+        raise ValueError(f"{caller}: every is an integer of at least 1; found {every!r}")
+    _update.require_output(kernels, caller)
+
+
+def _given(rho: ArrayLike, caller: str, name: str, norm: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """The number that was said, for the norms of this kernel, of which shape and dtype are asked."""
+    number = jnp.asarray(rho).astype(norm.dtype)
+    if number.ndim and np.broadcast_shapes(number.shape, norm.shape) != norm.shape:
+        raise ValueError(f"{caller}: rho of shape {number.shape} does not fit the norms of {name!r}, {norm.shape}")
+    return jnp.broadcast_to(number, norm.shape) if number.ndim else number
