@@ -80,7 +80,7 @@ CASES = {
         lambda: normalize(DENSE, cast(Any, 3)),
         "a normalizer is a Normalizer or a name in TABLE, found int",
     ),
-    "negative eps": (lambda: normalize(DENSE, "token", eps=-5.0), "eps is a number of at least 0; found -5.0"),
+    "negative eps given": (lambda: normalize(DENSE, "token", eps=-5.0), "eps is a number of at least 0; found -5.0"),
     "eps that is no number": (
         lambda: normalize(DENSE, "token", eps=jnp.array(jnp.nan)),
         "eps is a number of at least 0; found nan",

@@ -1,4 +1,4 @@
-"""Inputs and kernels as large and as small as float32 and bfloat16 hold: right against NumPy float64, or NaN, never zeros."""
+"""Inputs and kernels as large and as small as float32 and bfloat16 hold: as in NumPy float64, or NaN, never zeros."""
 
 import functools
 import math
