@@ -76,7 +76,7 @@ def partial_rms(
     part = lax.slice_in_dim(x, 0, first, axis=axis)
     if eps is None and not is_positive(n):  # the squares alone divide, so that they must be floats
         s = towards_one(jnp.max(jnp.abs(zero_masked(part, as_weights(value, part))), axis, keepdims=True))
-        x, part = x * s, part * s
+        x, part = x * s.astype(x.dtype), part * s.astype(x.dtype)
     var = equation(part, n, layout, mask=value).stats.var
     return normalize(x, n, layout, stats=Stats(var=var), scale=scale, bias=bias, mask=mask, eps=eps)
 

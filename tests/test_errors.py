@@ -80,6 +80,23 @@ CASES = {
         lambda: normalize(DENSE, cast(Any, 3)),
         "a normalizer is a Normalizer or a name in TABLE, found int",
     ),
+    "negative eps given": (lambda: normalize(DENSE, "token", eps=-5.0), "eps is a number of at least 0; found -5.0"),
+    "eps that is no number": (
+        lambda: normalize(DENSE, "token", eps=jnp.array(jnp.nan)),
+        "eps is a number of at least 0; found nan",
+    ),
+    "negative variance": (
+        lambda: normalize(DENSE, "token", stats=Stats(var=jnp.array(-1.0), mean=jnp.array(0.0))),
+        "the var of statistics is at least 0; found -1.0",
+    ),
+    "negative mask": (
+        lambda: normalize(DENSE, "token", mask=-jnp.ones(64)),
+        "a mask is made of booleans, or of weights that are finite and at least 0; found -1.0",
+    ),
+    "infinite mask": (
+        lambda: l1_penalty(DENSE, mask=np.array([1.0] * 63 + [np.inf])),
+        "a mask is made of booleans, or of weights that are finite and at least 0; found inf",
+    ),
     "mask": (
         lambda: normalize(DENSE, "token", mask=jnp.ones(3)),
         "a mask must broadcast against the array: found shapes (3,) and (8, 64)",

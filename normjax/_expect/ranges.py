@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax._expect import extremes
+from normjax._expect.arrays import statistics_dtype
 from normjax._expect.expectation import OverFields
 from normjax.field import Field
 
@@ -37,9 +38,9 @@ def lifting(size: jax.Array) -> jax.Array:
 
 
 def scale_of(x: jax.Array, field: Field, E: OverFields) -> jax.Array:
-    """A power of two for each field of whole axes and blocks, real: x times it has a largest magnitude near one."""
+    """A power of two for each field of whole axes and blocks, real, float32 or wider: x times it is near one at most."""
     size = lax.stop_gradient(jnp.abs(E.only(x)))
-    return towards_one(extremes.pooled_maximum(size, E.plan(field)))
+    return towards_one(extremes.pooled_maximum(size, E.plan(field)).astype(statistics_dtype(size.dtype)))
 
 
 LARGE, SMALL = 2.0**30, 2.0**-30  # root mean squares beyond which squares are taken of v / DOWN, of v * UP

@@ -204,7 +204,8 @@ def _scaled(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: 
         scale = given.scale if back is None else back if given.scale is None else given.scale * back
         y, v, mean, moment = _parts(x * s.astype(x.dtype), n, E, given._replace(eps=eps, scale=scale), dtype)
         assert moment is not None
-        return y, v / s, None if mean is None else mean / s, balance.unscaled(moment, n, s)
+        of_v = s.astype(v.dtype)
+        return y, v / of_v, None if mean is None else mean / of_v, balance.unscaled(moment, n, s)
     if n.order != 2:
         y, v, mean, moment = _plain(x, n, E, given._replace(scale=None, bias=None), statistics_dtype(x.dtype))
         assert moment is not None
