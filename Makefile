@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
 ARGS ?=
+NEWEST ?= python3.13
 
-.PHONY: compare test slow lint smoke check
+.PHONY: compare test slow lint smoke check lowest newest
 
 compare: .venv/installed
 	$(BIN)/python -m experiments.compare $(ARGS)
@@ -25,7 +26,30 @@ smoke: .venv/installed
 
 check: lint test slow smoke
 
+# The layers and the steps with the lowest versions of jax, numpy, flax and optax that pyproject.toml allows, and with the
+# newest, which install on newer Pythons only. Each has a virtual environment of its own.
+VERSIONS = tests/test_rows.py tests/test_layers.py tests/test_flax.py tests/test_train.py
+VERSION_TESTS = -m pytest $(VERSIONS) $(ARGS)
+NEEDS = pytest chex hypothesis scipy
+
+lowest:
+	$(call python_or_stop,$(PYTHON))
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --editable . $$(.venv-lowest/bin/python .ci/lowest.py) $(NEEDS)
+	.venv-lowest/bin/python $(VERSION_TESTS) -W default::DeprecationWarning
+
+newest:
+	$(call python_or_stop,$(NEWEST))
+	$(NEWEST) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable . --upgrade --upgrade-strategy eager $(NEEDS)
+	.venv-newest/bin/python $(VERSION_TESTS)
+
+# A Python that is too old stops here, before it has made an environment that others would find.
+python_or_stop = @$(1) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else \
+	f"normjax needs Python 3.11 or newer, and {sys.executable} is Python {v}: name another, such as make PYTHON=python3.12")'
+
 .venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
+	$(call python_or_stop,$(PYTHON))
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --editable ".[experiments,test]"
 	touch $@

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ def blocks_of(count):
 
 
 def close(found, wanted, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, wanted)
+    chex.assert_trees_all_close(found, wanted, rtol=rtol, atol=atol)
 
 
 def draw(seed, *shape, scale=1.0, shift=0.0):

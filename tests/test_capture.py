@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def test_nnx_model_is_left_as_it_was():
     found = nnx_capture(model)(X)
     assert found.gradients == {}
     after = nnx.to_pure_dict(nnx.state(model))
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(after, before)
     assert [type(m) for _, m in nnx.iter_modules(model)] == classes
     assert not any(hasattr(m, "__captures__") for _, m in nnx.iter_modules(model))
     model(X)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +158,7 @@ def after(name, **options):
 
 
 def close(a, b, atol=1e-5):
-    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-5, atol=atol), a, b)
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=atol)
 
 
 def test_every_described_layer_is_in_the_table():

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,7 +234,7 @@ def test_scale_and_bias_return_to_their_joint_norm():
     for part in ("scale", "bias"):
         np.testing.assert_allclose(after["norm"][part], free["norm"][part] * 4 / joint, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(after["rms"]["scale"]), 6, rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, new["dense"], updates["dense"])
+    chex.assert_trees_all_equal(new["dense"], updates["dense"])
     only = start(project_affine("norm"), params)
     assert list(only.norms) == ["norm"]
 
@@ -250,7 +251,7 @@ def test_the_scale_of_weight_norm_is_no_normalizer_s_unless_it_is_named():
     }
     assert list(start(project_affine(), params).norms) == ["norm"]
     updates, _ = update(pull_affine(1.0), params, optax.EmptyState(), params)
-    jax.tree.map(np.testing.assert_array_equal, updates["dense"], params["dense"])
+    chex.assert_trees_all_equal(updates["dense"], params["dense"])
     assert list(start(project_affine("dense/*"), params).norms) == ["dense"]
 
 
@@ -286,7 +287,7 @@ def test_nnx_parameters_are_projected_as_linen_dictionaries_are():
     updates, _ = update(tx, grads, start(tx, params), params)
     nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, nnx.state(Tree(grads), nnx.Param))
     found = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    jax.tree.map(np.testing.assert_array_equal, found, optax.apply_updates(params, updates))
+    chex.assert_trees_all_equal(found, optax.apply_updates(params, updates))
     np.testing.assert_allclose(norms(model, WHOLE)["hidden/kernel"], size(params["hidden"]["kernel"])[0, 0], rtol=1e-6)
     assert abs(norms(model)["head/kernel"] - norms(params)["head/kernel"]) > 1e-2
 
@@ -324,7 +325,7 @@ def test_state_goes_through_optax():
         {True: project(WHOLE), False: optax.identity()}, lambda params: {name: False for name in params}
     )
     updates, _ = update(unused, params, start(unused, params), params)
-    jax.tree.map(np.testing.assert_array_equal, updates, params)
+    chex.assert_trees_all_equal(updates, params)
 
 
 ZERO = {"kernel": np.zeros((2, 3), np.float32)}

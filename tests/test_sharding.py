@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,7 +155,7 @@ def test_running_statistics_of_sharded_batches_are_global_and_keep_their_type(sp
         mesh = mesh_of(kind)
         with jax.set_mesh(mesh):
             got = jit(two_steps)(variables["batch_stats"], jax.device_put(x, NamedSharding(mesh, spec)))
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [P(None, None, None, "data"), P("data", None, None, "model")], ids=str)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -283,7 +284,7 @@ def test_all_forms_of_the_convolution_have_the_same_output_and_gradient(features
     for form in ("images", "strips"):
         (_, y), gradients = run(form)
         np.testing.assert_allclose(y, expected, atol=1e-4)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), gradients, expected_gradients)
+        chex.assert_trees_all_close(gradients, expected_gradients, rtol=1e-7, atol=1e-3)
 
 
 def test_first_weights_are_truncated_normal_of_a_thousandth():

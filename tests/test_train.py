@@ -6,6 +6,7 @@ import itertools
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ def twin(state):
 
 
 def close(a, b, rtol=1e-5):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
+    chex.assert_trees_all_close(a, b, rtol=rtol, atol=1e-6)
 
 
 def test_step_is_gradient_descent_on_the_loss_plus_the_penalty():

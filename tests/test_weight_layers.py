@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def test_rules_replace_kernels_of_linen_and_nnx_by_path():
         },
         "head": {"bias": pure["head"]["bias"], "kernel": weight_norm(pure["head"]["kernel"])},
     }
-    jax.tree.map(np.testing.assert_array_equal, reparametrize(pure, rules), exact)
+    chex.assert_trees_all_equal(reparametrize(pure, rules), exact)
 
     @quickly
     def both(params):

@@ -4,6 +4,7 @@ import functools
 import inspect
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def test_linen_weight_norm_takes_flax_s_variables_and_gives_its_numbers(name):
     for inputs in (variables, mine):
         got, want = both(inputs)
         # A bias by itself is a sign times its scale, and its gradient 0.
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -98,7 +99,7 @@ def test_linen_wrappers_store_the_kernels_that_the_layer_made():
         variables = layer.init(jax.random.key(0), X, **options)
         assert (variables["params"]["layer_instance"]["kernel"] == 3).all()
         _, after = layer.apply(variables, X, mutable=True, **options)
-        jax.tree.map(np.testing.assert_array_equal, after["params"], variables["params"])
+        chex.assert_trees_all_equal(after["params"], variables["params"])
 
 
 class Normed(nn.Module):
@@ -148,7 +149,7 @@ def test_linen_spectral_norm_takes_flax_s_variables_and_gives_its_numbers():
     got, want = quickly(lambda: (everything(ours), everything(flax)))()
     jax.tree.map(functools.partial(close, bound=1e-5), got, want)
     kept = got[1][1][1]["batch_stats"]
-    jax.tree.map(np.testing.assert_array_equal, kept, variables["batch_stats"])
+    chex.assert_trees_all_equal(kept, variables["batch_stats"])
 
 
 def as_flax(state):
@@ -175,7 +176,7 @@ def test_nnx_weight_norm_gives_flax_s_numbers_and_learns_its_scale(name):
     gradient, y = jax.grad(loss, has_aux=True)(params)
     close(y, flax(X), 1e-5)
     close(ours(X), y)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(ours)), before)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(ours)), before)
     if row.get("use_scale", True):
         assert np.abs(gradient["scales"][("kernel",)][...]).max() > 1e-3
 

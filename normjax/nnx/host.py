@@ -59,7 +59,7 @@ class _Spent:
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
-@nnx.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Bare(Layer, nnx.Module):
     """A layer without variables."""
 
@@ -111,7 +111,7 @@ def _replace(variable: nnx.Variable[jax.Array], value: jax.Array) -> None:
         variable.set_value(value)
 
 
-@nnx.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Host(Bare):
     """A layer with parameters."""
 
@@ -183,7 +183,7 @@ class Host(Bare):
             same_channels(self.features, self.layout, shape)
 
 
-@nnx.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Keeping(RunningLayer, Host):
     """A layer with running statistics, each a `BatchStat`; its options are those that the docstring of `Norm` tells."""
 

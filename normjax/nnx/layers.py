@@ -1,5 +1,6 @@
 """The faces of the layers in Flax nnx: a description of `normjax/_layers` and a host of `host.py` each."""
 
+import dataclasses
 from dataclasses import InitVar
 
 import jax
@@ -108,7 +109,7 @@ class VirtualBatchNorm(described.virtual.VirtualBatchNorm, Host): ...
 class RevIN(described.reversible.RevIN, Host): ...
 
 
-@nnx.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Conditioned(Keeping):
     """A host of layers with a condition `[n, condition_features]`."""
 
@@ -118,7 +119,7 @@ class Conditioned(Keeping):
         return (*super()._shapes(), (None, self.condition_features))
 
 
-@nnx.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Labelled(Keeping):
     """A host of layers with a map of labels: so many channels, on so many axes of space."""
 
