@@ -57,14 +57,17 @@ class Copied(nnx.Module):
 
 
 class _Spent:
-    """An initializer as an attribute: of a class its default, of a layer nothing, since it has done its work."""
+    """An initializer as an attribute: a layer has none, since it has done its work.
+
+    A class has this object, with the default; `nnx.tabulate` would take a function for a method, and replace it.
+    """
 
     def __init__(self, default: Any):
         self.default = default
 
     def __get__(self, instance: object, owner: type) -> Any:
         if instance is None:
-            return self.default
+            return self
         raise AttributeError("an initializer is not kept: its layer has been made")
 
 
