@@ -241,7 +241,7 @@ class _NnxModel(Generic[M]):
         penalty = weighted_penalty(penalties, self.penalty_weights, params)
         return Pass(value, metrics, penalty, after, with_averages(seen, self._momenta(model)))
 
-    def _momenta(self, model: M) -> dict[tuple[Hashable, ...], float]:
+    def _momenta(self, model: M) -> dict[Path, float]:
         """How Flax's own batch norms average, which leave no record, by path."""
         if not (self.records and self.train):
             return {}
