@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from normjax._expect.arrays import require_float, statistics_dtype
 from normjax._expect.binding import bind
 from normjax._expect.expectation import expect
-from normjax._leaves import inverse_power
+from normjax._leaves import integers, inverse_power
 from normjax._normalize.evaluate import normalize
 from normjax._paths import path_name
 from normjax.field import Field, Span
@@ -150,7 +150,7 @@ def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str,
     >>> by_number(3, (-1, 0))
     ('a0 a1 a2', Field.parse('a1'), (0, 2))
     """
-    numbers = () if feature_axes is None else (feature_axes,) if isinstance(feature_axes, int) else tuple(feature_axes)
+    numbers = () if feature_axes is None else integers("feature_axes", feature_axes)
     for axis in numbers:
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis {axis} is out of bounds for a parameter of {ndim} axes")

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import Weights, as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import axes
-from normjax._leaves import inverse_power
+from normjax._leaves import Within, as_python, inverse_power
 from normjax.field import FieldError
 
 
@@ -135,6 +135,7 @@ def inverse(
     work = y.astype(statistics_dtype(y.dtype))
     beta, gamma, axis = _parameters(beta, gamma, layout, work, alpha, epsilon)
     if steps is not None:
+        steps = Within(0, whole=True)("steps", steps)
 
         def step(_: int, x: jax.Array) -> jax.Array:
             return work * _power(_pool(x, beta, gamma, axis, alpha), epsilon).astype(work.dtype)
@@ -167,6 +168,7 @@ def channel_axis(layout: str, ndim: int) -> int:
 
 def _number(value: ArrayLike) -> float | None:
     """The value, if it is a plain number: its power may have a quick form."""
+    value = as_python(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

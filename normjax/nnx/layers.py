@@ -1,6 +1,7 @@
 """The faces of the layers in Flax nnx: a description of `normjax/_layers` and a host of `host.py` each."""
 
 from dataclasses import InitVar
+from typing import Annotated
 
 import jax
 from flax import nnx
@@ -8,7 +9,8 @@ from jax.typing import ArrayLike
 
 from normjax import _layers as described
 from normjax._expect.arrays import require_real
-from normjax._layers.describe import Shape, whole_shape
+from normjax._layers.describe import Count, Shape, whole_shape
+from normjax._leaves import Within
 from normjax.nnx.host import Bare, Host, Keeping
 
 Keys = nnx.Rngs | nnx.RngStream
@@ -112,7 +114,7 @@ class RevIN(described.reversible.RevIN, Host): ...
 class Conditioned(Keeping):
     """A host of layers with a condition `[n, condition_features]`."""
 
-    condition_features: int
+    condition_features: Count
 
     def _shapes(self) -> tuple[Shape, ...]:
         return (*super()._shapes(), (None, self.condition_features))
@@ -122,8 +124,8 @@ class Conditioned(Keeping):
 class Labelled(Keeping):
     """A host of layers with a map of labels: so many channels, on so many axes of space."""
 
-    label_features: int
-    space: int = 2
+    label_features: Count
+    space: Annotated[int, Within(0, whole=True)] = 2
 
     def _shapes(self) -> tuple[Shape, ...]:
         layout = self.layout.replace("...", " ".join(["..."] * self.space))
