@@ -32,7 +32,11 @@ def check_window(border: str, window: str, lean: str) -> None:
 
 
 def as_python(value: Any) -> Any:
-    """A number of NumPy as one of Python, whose repr evaluates back; anything else as it is."""
+    """A number of NumPy, or the numbers of a dataclass, as Python's, whose repr evaluates back; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: as_python(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
     alone = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if alone else value
 

@@ -110,7 +110,9 @@ def ghost_row(
         if not strict:
             return ghost_batch(1, eps=eps)
         found = f'layout "{layout}" without n' if where is None else f"{shape[where[0]]} examples"
-        raise FieldError(f"cannot split the batch into parts of {examples} examples; found {found}; examples divides the batch")
+        error = FieldError(f"cannot split the batch into parts of {examples} examples; found {found}")
+        error.add_note("`examples` divides the number of examples of every training batch")
+        raise error
     return ghost_batch(shape[where[0]] // examples, eps=eps)
 
 

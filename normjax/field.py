@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 EXAMPLES = "n"  # the axis of examples has this name in every layout
 REST = "..."
+WIDEST = 2**24  # elements of a window: the weights of one are laid out in memory
 
 _ATOM = re.compile(
     r"(?:(?P<axis>\.\.\.|[A-Za-z_]\w*)(?::(?P<window>[1-9]\d*)|/(?P<blocks>[1-9]\d*))?)?(?:@(?P<mapped>[A-Za-z_]\w*))?"
@@ -61,6 +62,11 @@ class Span:
             if size is not None and (number is None or number < 1):
                 raise FieldError(f"{name} of axis {self.axis!r} must be an integer of at least 1, found {size!r}")
             object.__setattr__(self, name, number)
+        if self.window is not None and self.window > WIDEST:
+            raise FieldError(
+                f"window of axis {self.axis!r} is at most {WIDEST} wide, found {self.window}; {self.axis!r} alone takes the "
+                "whole axis"
+            )
         if self.axis is None and (self.window or self.blocks):
             raise FieldError(f"mapped axis '@{self.mapped}' is averaged whole: no window, no blocks")
 

@@ -36,6 +36,10 @@ def l1_penalty(
     >>> l1_penalty(jnp.array([[1.0, jnp.nan], [3.0, 0.0]]), mask=jnp.array([[True, False], [True, False]]))
     Array(2., dtype=float32)
     """
+    if hasattr(centered, "centered"):
+        raise TypeError(
+            f"l1_penalty takes centred activations, normalize(...).centered; found {type(centered).__name__}"
+        )
     v, alpha = require_float(centered, "l1_penalty"), AMOUNT("alpha", alpha)
     v = v.astype(statistics_dtype(v.dtype))
     weights = as_weights(mask, v)

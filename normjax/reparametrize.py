@@ -1,5 +1,6 @@
 """Normalized kernels in models: by path in a tree of parameters, and what the layers of linen and nnx ask for."""
 
+import difflib
 import fnmatch
 import functools
 import inspect
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from normjax import weights
 from normjax._expect.arrays import require_float, statistics_dtype
 from normjax._expect.binding import bind
 from normjax._expect.expectation import expect
@@ -132,6 +134,11 @@ def takes_bound(weight: Weight) -> bool:
     >>> takes_bound(bounded_weight_norm), takes_bound(weight_norm)
     (True, False)
     """
+    if not callable(weight):
+        close = difflib.get_close_matches(str(weight), weights.__all__, 1, 0.4)
+        raise TypeError(
+            f"weight is a function, such as normjax.weights.{close[0] if close else 'weight_norm'}; found {weight!r}"
+        )
     rho = inspect.signature(weight).parameters.get("rho")
     return rho is not None and rho.default is inspect.Parameter.empty
 

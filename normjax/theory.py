@@ -39,9 +39,6 @@ class top:
 
     k: int
 
-    def __post_init__(self):
-        object.__setattr__(self, "k", as_python(self.k))
-
 
 @dataclass(frozen=True, repr=False)
 class Normalizer:

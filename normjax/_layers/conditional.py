@@ -9,7 +9,18 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import conditional
 from normjax._expect.arrays import require_float
 from normjax._layers import norm
-from normjax._layers.describe import Amount, Count, Initializer, Layer, Parameter, Shape, channel_shape, description, ones, zeros
+from normjax._layers.describe import (
+    Amount,
+    Count,
+    Initializer,
+    Layer,
+    Parameter,
+    Shape,
+    channel_shape,
+    description,
+    ones,
+    zeros,
+)
 from normjax._layers.statistics import RunningLayer
 from normjax.conditional import Modulation
 from normjax.theory import Normalizer

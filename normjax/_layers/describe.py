@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax._expect.binding import axes
+from normjax._expect.binding import as_layout, axes
 from normjax._leaves import AMOUNT, COUNT, INTEGER, SHARE, Within, as_integer
 from normjax.field import Field, FieldError
 
@@ -200,7 +200,7 @@ def whole_shape(features: int | Sequence[int | None], layout: str) -> Shape:
     """The shape of an input as far as `features` tells it: all of it, or the number of channels."""
     if not isinstance(features, int):
         return tuple(features)
-    return tuple(features if name == "c" else None for name in layout.split())
+    return tuple(features if name == "c" else None for name in as_layout(layout).split())
 
 
 def promoted(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:

@@ -113,8 +113,8 @@ class Cell(_Asked):
         n = self._row()
         if n is None and self.l1:
             raise ValueError(
-                f"l1 has no meaning without a normalizer; found l1={self.l1!r}. Normalizer(None, None) with use_scale=False, "
-                "use_bias=False normalizes nothing, and its penalty is that of the pre-activations"
+                f"l1 has no meaning without a normalizer; found l1={self.l1!r}. Normalizer(None, None), with "
+                "use_scale=False, use_bias=False, normalizes nothing, and is penalized on the pre-activations"
             )
         if n is not None:
             recurrent.start_sigma(n, self.learn_sigma, self.sigma_init)

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import reversible
-from normjax._layers.describe import Amount, Initializer, Layer, Parameter, Shape, description, ones, scale_and_bias, zeros
+from normjax._layers.describe import (
+    Amount,
+    Initializer,
+    Layer,
+    Parameter,
+    Shape,
+    description,
+    ones,
+    scale_and_bias,
+    zeros,
+)
 from normjax.reversible import Reversible
 from normjax.theory import Normalizer, Stats
 

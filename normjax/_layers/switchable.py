@@ -9,7 +9,17 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import switchable
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import Amount, Initializer, Parameter, Shape, Share, description, ones, scale_and_bias, zeros
+from normjax._layers.describe import (
+    Amount,
+    Initializer,
+    Parameter,
+    Shape,
+    Share,
+    description,
+    ones,
+    scale_and_bias,
+    zeros,
+)
 from normjax._layers.statistics import Limits, RunningLayer, Taken
 from normjax.theory import Normalizer, Stats, row
 

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import kernels
-from normjax._expect.arrays import align_parameter, align_statistic, as_weights, require_float, statistics_dtype
+from normjax._expect.arrays import (
+    align_parameter,
+    align_statistic,
+    as_weights,
+    require_float,
+    require_stats,
+    statistics_dtype,
+)
 from normjax._expect.binding import axes, bind
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
@@ -84,6 +91,7 @@ def normalize(
     """
     normalizer = row(normalizer)
     x = require_float(x, "normalize")
+    require_stats(stats)
     try:
         if mask is None and (stats is None or stats.mean is None):
             _refuse_single_element(normalizer, layout, x.shape)

@@ -100,7 +100,13 @@ def _replace(variable: nnx.Variable[jax.Array], value: jax.Array) -> None:
 
 
 def require_rngs(rngs: object, made: str) -> None:
-    """Raises TypeError unless a layer of this name is given Flax's streams of random keys."""
+    """Raises TypeError unless a layer of this name is given Flax's streams of random keys.
+
+    >>> require_rngs(0, "Norm")
+    Traceback (most recent call last):
+    ...
+    TypeError: rngs of Norm is an nnx.Rngs, as in rngs=nnx.Rngs(0); found 0
+    """
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs of {made} is an nnx.Rngs, as in rngs=nnx.Rngs(0); found {rngs!r}")
 

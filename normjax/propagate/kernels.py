@@ -1,7 +1,7 @@
 """What a dense or a convolution kernel does to means and variances that travel beside the arrays."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
