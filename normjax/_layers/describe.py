@@ -105,15 +105,18 @@ class Layer:
         return found
 
 
-def hold_to_ranges(layer: Any) -> None:
-    """Raises where an option is not among the numbers that its type tells; integers of NumPy become Python's."""
+def hold_to_ranges(layer: Any, static: Callable[[Any], Any] = lambda value: value) -> None:
+    """Raises where an option is not among the numbers that its type tells; integers of NumPy become Python's.
+
+    What replaces an option is set as `static` makes it: nnx takes an array of NumPy for data, and its attribute stays so.
+    """
     for name, (numbers, optional) in _ranges(type(layer)).items():
         value = getattr(layer, name)
         if value is None and optional:
             continue
         taken = numbers(f"{name} of {type(layer).__name__}", value)
         if taken is not value:
-            setattr(layer, name, taken)
+            setattr(layer, name, static(taken))
 
 
 @functools.cache

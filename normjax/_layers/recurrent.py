@@ -10,7 +10,7 @@ Host, nn.GRUCell)`.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +102,18 @@ class Cell(_Asked):
 
     _kind: ClassVar[str]  # its name in `recurrent.GATES`
 
+    @staticmethod
+    def _static(value: Any) -> Any:
+        """An option as it is set; nnx says that it is none of the data."""
+        return value
+
     def _step(self) -> Step:
         """One of the steps of `recurrent`, `step(norm, places, weights, *states, x)`, with the cell's activations."""
         raise NotImplementedError
 
     def _check(self) -> None:
         """Raises where options are not what they may be, or contradict each other; called when the cell is made."""
-        hold_to_ranges(self)
+        hold_to_ranges(self, self._static)
         self._places()  # refuses a place that the cell has not
         n = self._row()
         if n is None and self.l1:
@@ -118,6 +123,7 @@ class Cell(_Asked):
             )
         if n is not None:
             recurrent.start_sigma(n, self.learn_sigma, self.sigma_init)
+            recurrent.site_slots(n, 1, self.max_steps)
 
     def _row(self) -> Normalizer | None:
         return None if self.normalizer is None else row(self.normalizer)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import align_parameter, require_float, require_real, statistics_dtype
-from normjax._leaves import one_of
+from normjax._leaves import AMOUNT, one_of
 from normjax._normalize.evaluate import equation, normalize
 from normjax.kalman._blocks import believed_output, blocks_of, pooled_prior
 from normjax.kalman.mixing import mix_beliefs, require_gain
@@ -159,6 +159,7 @@ def kalman_normalize(
     weighted = blocks.for_each_block(stats.var_weight) > 0
     belief = mix_beliefs(before, batch, align_parameter(gain, x, layout, "gain", before.mean.dtype))
     if guard is not None:
+        guard = AMOUNT("guard", guard)
         # Is the mean of before / now below the guard? A batch variance of 0 is as far as can be.
         now = batch.var
         ratio = jnp.where(weighted, jnp.where(now > 0, before.var / jnp.where(now > 0, now, 1), jnp.inf), 0)

@@ -7,6 +7,9 @@ accepted and changes nothing; running statistics are never rounded to `dtype`), 
 masked elements never leak, and a masked output is the bias. Integers become floats; complex arrays have real variances.
 """
 
+import functools
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 from flax import nnx
@@ -14,6 +17,7 @@ from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
+from normjax._leaves import as_python
 from normjax.nnx.host import Moments, _replace
 from normjax.running import NOTHING, Running
 
@@ -96,6 +100,12 @@ class GroupNorm(nnx.GroupNorm):
         """Normalizes groups of channels of x, `[n ... c]`; where `mask` is False, x counts nowhere and gives the bias."""
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, self.num_groups)
         return _normalized(self, x, reading, mask).y
+
+    if not TYPE_CHECKING:  # to a reader the constructor is Flax's, which asks whether numbers are integers of Python
+
+        @functools.wraps(nnx.GroupNorm.__init__)
+        def __init__(self, num_features, num_groups=32, group_size=None, **flax):
+            super().__init__(num_features, as_python(num_groups), as_python(group_size), **flax)
 
 
 class InstanceNorm(nnx.InstanceNorm):

@@ -66,7 +66,7 @@ class Bare(Layer, nnx.Module):
 
     def __post_init__(self):
         self._freeze()
-        hold_to_ranges(self)
+        hold_to_ranges(self, nnx.static)
         self._check()
 
     def _freeze(self) -> None:
@@ -132,9 +132,9 @@ class Host(Bare):
                 f"found features={self.features!r}"
             )
         require_rngs(rngs, type(self).__name__)
-        self.features = as_features(self.features, type(self).__name__)
+        self.features = nnx.static(as_features(self.features, type(self).__name__))
         self._freeze()
-        hold_to_ranges(self)
+        hold_to_ranges(self, nnx.static)
         self._check()
         learns = self._learns(*self._shapes())
         if unknown := [name for name, given in metadata.items() if given and name not in learns]:

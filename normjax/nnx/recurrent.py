@@ -103,6 +103,7 @@ class Host(cells.Cell, nnx.RNNCellBase):
 
     _second: tuple[str, int] | None = None  # name and gates of the bias that Flax's cell does without
     _uses_running, _penalize = Keeping._uses_running, Keeping._penalize  # pyright: ignore[reportAssignmentType]
+    _static = staticmethod(nnx.static)  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
