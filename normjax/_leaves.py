@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -33,12 +34,11 @@ def check_window(border: str, window: str, lean: str) -> None:
 
 def as_python(value: Any) -> Any:
     """A number of NumPy, or the numbers of a dataclass, as Python's, whose repr evaluates back; anything else as it is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(
-            value, **{f.name: as_python(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        )
-    alone = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
-    return value.item() if alone else value
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return dataclasses.replace(value, **{f.name: as_python(getattr(value, f.name)) for f in dataclasses.fields(value)})
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -55,7 +55,7 @@ def finite(name: str, value: object) -> float:
 
 def known(value: Any) -> np.ndarray | None:
     """A number or an array as NumPy has it; None where it is traced, or lies on devices of other processes."""
-    if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+    if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
         return None
     return np.asarray(value)
 
@@ -70,10 +70,9 @@ class Within:
     Attributes:
       least: the least number.
       most: the largest; where it is infinite, infinity itself is refused.
-      whole: whether they are integers, which come back as Python's.
 
-    >>> Within(1, whole=True)("window", np.int64(3)), Within(0, 1)("momentum", 0.9)
-    (3, 0.9)
+    >>> Within(0, 1)("momentum", 0.9)
+    0.9
     >>> Within(0, 1)("momentum", 1.5)
     Traceback (most recent call last):
     ...
@@ -82,21 +81,14 @@ class Within:
 
     least: float = -math.inf
     most: float = math.inf
-    whole: bool = False
 
     def __str__(self) -> str:
         if self.most < math.inf:
-            return f"{'an integer' if self.whole else 'a number'} from {self.least} to {self.most}"
-        noun = "an integer" if self.whole else "a finite number"
-        return noun if self.least == -math.inf else f"{noun} of at least {self.least}"
+            return f"a number from {self.least} to {self.most}"
+        return "a finite number" + ("" if self.least == -math.inf else f" of at least {self.least}")
 
     def __call__(self, name: str, value: Any) -> Any:
         """The value; TypeError or ValueError, with the name of the argument, for what is not among the numbers."""
-        if self.whole:
-            number = as_integer(value)
-            if number is None:
-                raise TypeError(f"{name} is {self}; found {value!r}")
-            value = number
         found = np.asarray(None) if isinstance(value, Sequence) else known(value)
         if found is None:
             return value
@@ -108,8 +100,28 @@ class Within:
         return as_python(value)
 
 
-INTEGER = Within(whole=True)
-COUNT = Within(1, whole=True)
+class Whole(Within):
+    """The integers that an argument takes, from `least` on; they come back as Python's.
+
+    >>> Whole(1)("window", np.int64(3))
+    3
+    """
+
+    def __str__(self) -> str:
+        return "an integer" + ("" if self.least == -math.inf else f" of at least {self.least}")
+
+    def __call__(self, name: str, value: Any) -> int:
+        """The value; TypeError or ValueError, with the name of the argument, for what is not among the integers."""
+        number = as_integer(value)
+        if number is None:
+            raise TypeError(f"{name} is {self}; found {value!r}")
+        if number < self.least:
+            raise ValueError(f"{name} is {self}; found {value!r}")
+        return number
+
+
+INTEGER = Whole()
+COUNT = Whole(1)
 AMOUNT = Within(0)
 SHARE = Within(0, 1)
 
@@ -122,7 +134,7 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
-def integers(name: str, values: int | Sequence[int], count: int = 1) -> tuple[int, ...]:
+def integers(name: str, values: int | Iterable[int], count: int = 1) -> tuple[int, ...]:
     """Several integers, such as the numbers of axes, as a tuple of Python's; one stands for so many of it.
 
     >>> integers("axis", np.int64(-1)), integers("strides", 2, 3), integers("axis", [np.int32(0), 2])
@@ -131,7 +143,7 @@ def integers(name: str, values: int | Sequence[int], count: int = 1) -> tuple[in
     one = as_integer(values)
     if one is not None:
         return (one,) * count
-    if not isinstance(values, Iterable) or isinstance(values, str) or np.ndim(values) == 0:
+    if not isinstance(values, Iterable) or isinstance(values, str) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name} is an integer, or several; found {values!r}")
     return tuple(INTEGER(name, value) for value in values)
 

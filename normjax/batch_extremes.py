@@ -42,10 +42,10 @@ def top_batch(
     """
     if size is None:
         raise ValueError("top-k batch norm needs size, the number of elements behind each statistic in training")
-    k, size = COUNT("k", k), COUNT("size", size)
-    if k > size:
+    k, among = COUNT("k", k), COUNT("size", size)
+    if k > among:
         raise ValueError(f"k is within 1 and size={size}; found {k}")
-    gain = 1 / gaussian_largest(size, k) if calibrated else bounds_constant(size)
+    gain = 1 / gaussian_largest(among, k) if calibrated else bounds_constant(among)
     return Normalizer(field, field, eps=eps, gain=gain, power=1.0, order=math.inf if k == 1 else top(k))
 
 

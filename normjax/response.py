@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import align_parameter, statistics_dtype
-from normjax._leaves import AMOUNT, COUNT, Within
+from normjax._leaves import AMOUNT, COUNT, Whole
 from normjax._normalize.evaluate import Normalized, normalize
 from normjax.theory import Normalizer
 
@@ -48,7 +48,7 @@ def lrn_tensorflow(depth_radius: int = 5, bias: float = 1.0, alpha: float = 1.0,
     >>> lrn_tensorflow(2, 2.0, 1e-4, 0.75) == lrn_alexnet()
     True
     """
-    size = 2 * Within(0, whole=True)("depth_radius", depth_radius) + 1
+    size = 2 * Whole(0)("depth_radius", depth_radius) + 1
     return _response(size, AMOUNT("bias", bias), AMOUNT("alpha", alpha) * size, beta)
 
 

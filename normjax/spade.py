@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import require_float, statistics_dtype
 from normjax._expect.binding import axes
-from normjax._leaves import COUNT, Within
+from normjax._leaves import COUNT, Whole
 from normjax._normalize.evaluate import affine
 from normjax.conditional import Modulation
 from normjax.field import EXAMPLES, FieldError
@@ -52,7 +52,7 @@ def kernel_shapes(
     features, labels, hidden, width = (COUNT(name, value) for name, value in named.items())
     if width % 2 == 0:
         raise ValueError(f"the windows of the convolutions are odd; found {width}")
-    window = (width,) * Within(0, whole=True)("space", space)
+    window = (width,) * Whole(0)("space", space)
     after = ((*window, hidden, features), (features,))
     return Convolutions((*window, labels, hidden), (hidden,), *after, *after)
 

@@ -35,6 +35,7 @@ from normjax import (
     unbiased,
 )
 from normjax._layers.describe import _ranges
+from normjax._leaves import Whole
 from normjax.nnx.host import Host
 from tests.test_layers import LAYERS, LENGTHS, MORE, C, X, given, of_linen, of_nnx, twin_of
 
@@ -124,7 +125,7 @@ def test_every_option_that_is_a_number_says_which_numbers_it_takes():
                 if kind in (int, float, int | None, float | None)
             }
             assert plain <= {"r_max", "d_max", "normalizer"}, name  # limits are checked beside each other
-            found = {option for option, (numbers, _) in _ranges(cls).items() if numbers.whole}
+            found = {option for option, (numbers, _) in _ranges(cls).items() if isinstance(numbers, Whole)}
             assert found == {*INTEGERS.get(name, ()), *(OF_NNX.get(name, ()) if face is nnx else ())}, name
 
 

@@ -21,10 +21,8 @@ class Weights(NamedTuple):
 
 def require_float(x: ArrayLike, caller: str) -> jax.Array:
     """The argument as an array; TypeError for integers and booleans, which would be averaged into something else."""
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        raise TypeError(
-            f"{caller} takes an array, found {type(x).__name__}; give one of its parts: {', '.join(x._fields)}"
-        )
+    if parts := getattr(x, "_fields", ()):  # what `normalize` returned, and its like
+        raise TypeError(f"{caller} takes an array, found {type(x).__name__}; give one of its parts: {', '.join(parts)}")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"{caller} takes floating-point arrays, found {x.dtype}; cast first: x.astype(jnp.float32)")

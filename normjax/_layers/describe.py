@@ -17,11 +17,10 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, dataclass_tran
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.binding import as_layout, axes
-from normjax._leaves import AMOUNT, COUNT, INTEGER, SHARE, Within, as_integer
+from normjax._leaves import AMOUNT, COUNT, INTEGER, SHARE, Whole, Within, as_integer
 from normjax.field import Field, FieldError
 
 Shape = tuple[int | None, ...]  # lengths are None where they are not known yet
@@ -172,12 +171,12 @@ def channel_shape(layout: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
     return (shape[where["c"][0]],)
 
 
-def as_features(features: Any, made: str) -> int | Shape:
+def as_features(features: Any, made: str) -> Any:
     """The argument `features` of a layer of this name: a number of channels, or the shape of an input."""
     number = as_integer(features)
     if number is not None and number >= 0:
         return number
-    if not isinstance(features, Iterable) or isinstance(features, str) or np.ndim(features) == 0:
+    if not isinstance(features, Iterable) or isinstance(features, str) or getattr(features, "ndim", 1) == 0:
         raise TypeError(
             f"features of {made} is the number of channels, an integer, or the whole shape of an input; found {features!r}"
         )
@@ -193,7 +192,7 @@ def require_channels(layer: Layer, features: int | Sequence[int | None], shape: 
         return
     options = [field.name for field in dataclasses.fields(layer) if not field.kw_only]  # pyright: ignore
     second = options[options.index("features") + 1]
-    counted = second in _ranges(type(layer)) and _ranges(type(layer))[second][0].whole
+    counted = second in _ranges(type(layer)) and isinstance(_ranges(type(layer))[second][0], Whole)
     called = f"{type(layer).__name__}({shape[where['c'][0]]}, {second}=...)"
     hint = f"; features comes first, then {second}: {called}" if counted else ""
     raise FieldError(f"a layer made for {features} features cannot take an input of shape {shape}{hint}")

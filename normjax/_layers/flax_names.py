@@ -100,14 +100,14 @@ def group_count(channels: int, num_groups: int | None, group_size: int | None) -
             "`num_groups=None` as argument to override the default `num_groups` value of 32."
         )
     if group_size is not None:
-        group_size = INTEGER("group_size", group_size)
-        if group_size <= 0 or channels % group_size:
+        size = INTEGER("group_size", group_size)
+        if size <= 0 or channels % size:
             raise ValueError(f"Number of channels ({channels}) is not multiple of the group size ({group_size}).")
-        return channels // group_size
-    num_groups = INTEGER("num_groups", num_groups)
-    if num_groups <= 0 or channels % num_groups:
+        return channels // size
+    groups = INTEGER("num_groups", num_groups)
+    if groups <= 0 or channels % groups:
         raise ValueError(f"Number of groups ({num_groups}) does not divide the number of channels ({channels}).")
-    return num_groups
+    return groups
 
 
 def align_features(p: jax.Array | None, reading: Reading, shape: Shape) -> jax.Array | None:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import Weights, as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import axes
-from normjax._leaves import Within, as_python, inverse_power
+from normjax._leaves import Whole, as_python, inverse_power
 from normjax.field import FieldError
 
 
@@ -135,7 +135,7 @@ def inverse(
     work = y.astype(statistics_dtype(y.dtype))
     beta, gamma, axis = _parameters(beta, gamma, layout, work, alpha, epsilon)
     if steps is not None:
-        steps = Within(0, whole=True)("steps", steps)
+        steps = Whole(0)("steps", steps)
 
         def step(_: int, x: jax.Array) -> jax.Array:
             return work * _power(_pool(x, beta, gamma, axis, alpha), epsilon).astype(work.dtype)

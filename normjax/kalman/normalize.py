@@ -159,12 +159,11 @@ def kalman_normalize(
     weighted = blocks.for_each_block(stats.var_weight) > 0
     belief = mix_beliefs(before, batch, align_parameter(gain, x, layout, "gain", before.mean.dtype))
     if guard is not None:
-        guard = AMOUNT("guard", guard)
         # Is the mean of before / now below the guard? A batch variance of 0 is as far as can be.
         now = batch.var
         ratio = jnp.where(weighted, jnp.where(now > 0, before.var / jnp.where(now > 0, now, 1), jnp.inf), 0)
         count = jnp.sum(jnp.broadcast_to(weighted, ratio.shape).astype(ratio.dtype))
-        near = lax.stop_gradient(jnp.sum(ratio) < guard * count)
+        near = lax.stop_gradient(jnp.sum(ratio) < AMOUNT("guard", guard) * count)
         belief = Belief(*(jnp.where(near, mixed, plain) for mixed, plain in zip(belief, batch, strict=True)))
     belief = Belief(*(jnp.where(weighted, mixed, stays) for mixed, stays in zip(belief, before, strict=True)))
     out = normalize_by_belief(x, belief, n, layout, scale=scale, bias=bias, mask=mask)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from normjax import _layers as described
 from normjax._expect.arrays import require_real
 from normjax._layers.describe import Count, Shape, whole_shape
-from normjax._leaves import Within
+from normjax._leaves import Whole
 from normjax.nnx.host import Bare, Host, Keeping
 
 Keys = nnx.Rngs | nnx.RngStream
@@ -125,7 +125,7 @@ class Labelled(Keeping):
     """A host of layers with a map of labels: so many channels, on so many axes of space."""
 
     label_features: Count
-    space: Annotated[int, Within(0, whole=True)] = 2
+    space: Annotated[int, Whole(0)] = 2
 
     def _shapes(self) -> tuple[Shape, ...]:
         layout = self.layout.replace("...", " ".join(["..."] * self.space))

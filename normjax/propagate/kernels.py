@@ -80,7 +80,7 @@ def _geometry(
     if isinstance(padding, str):
         one_of("padding", padding, ("SAME", "VALID"))
         padding = lax.padtype_to_pads(size, window, strides, padding)
-    each = (padding,) * len(window) if as_integer(padding) is not None else tuple(padding)  # pyright: ignore[reportArgumentType]
+    each: Any = (padding,) * len(window) if as_integer(padding) is not None else padding
     pads: Any = tuple(integers("padding", low_high, 2) for low_high in each)
     if len(pads) != len(window) or any(len(pair) != 2 for pair in pads):
         each = f"one number or pair for each of the kernel's {len(window)} axes of space"
