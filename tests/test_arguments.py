@@ -164,8 +164,12 @@ def test_integers_of_numpy_are_those_of_python_and_nothing_else_is_an_integer(fr
                 free(face, name, **{option: bad})
 
 
+BOUNDED = [(name, option) for name, options in NUMBERS.items() for option in options]
+AT_ONCE = ("Norm", "DivisiveNorm", "AlphaDropout", "LocalResponseNorm")
+
+
 @pytest.mark.parametrize(
-    ("name", "option"), [(name, option) for name, options in NUMBERS.items() for option in options]
+    ("name", "option"), [p if p[0] in AT_ONCE else pytest.param(*p, marks=pytest.mark.slow) for p in BOUNDED]
 )
 def test_numbers_beyond_their_range_are_refused_where_they_are_known(free, name, option):
     for face in (linen, nnx):
