@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import jax
@@ -32,8 +33,12 @@ def check_window(border: str, window: str, lean: str) -> None:
 
 
 def as_python(value: Any) -> Any:
-    """A number of NumPy as one of Python, whose repr evaluates back; anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
+    """A number of NumPy, or the numbers of a dataclass, as Python's, whose repr evaluates back; anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return dataclasses.replace(value, **{f.name: as_python(getattr(value, f.name)) for f in dataclasses.fields(value)})
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -75,6 +80,94 @@ def refuse_unless(name: str, accepted: str, value: object, accepts: Callable[[np
     if numbers is None or (right := accepts(numbers)).all():
         return
     raise ValueError(f"{name} {accepted}; found {numbers[~right].ravel()[0]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """The numbers that an argument takes, from `least` to `most`, both included; called with its name, it refuses others.
+
+    NumPy's and JAX's numbers are taken like Python's, truth values are not. What is traced passes, since its value is not
+    known; of an array every element counts. The type of a layer's option says it: `Annotated[float, Within(0, 1)]`.
+
+    Attributes:
+      least: the least number.
+      most: the largest; where it is infinite, infinity itself is refused.
+
+    >>> Within(0, 1)("momentum", 0.9)
+    0.9
+    >>> Within(0, 1)("momentum", 1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: momentum is a number from 0 to 1; found 1.5
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+
+    def __str__(self) -> str:
+        if self.most < math.inf:
+            return f"a number from {self.least} to {self.most}"
+        return "a finite number" + ("" if self.least == -math.inf else f" of at least {self.least}")
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """The value; TypeError or ValueError, with the name of the argument, for what is not among the numbers."""
+        found = np.asarray(None) if isinstance(value, Sequence) else known_numbers(value)
+        if found is None:
+            return value
+        if not (jnp.issubdtype(found.dtype, np.floating) or jnp.issubdtype(found.dtype, np.integer)):
+            raise TypeError(f"{name} is {self}; found {value!r}")
+        beyond = found < math.inf if self.most == math.inf else found <= self.most
+        if not np.all((found >= self.least) & (found > -math.inf) & beyond):
+            raise ValueError(f"{name} is {self}; found {value!r}")
+        return as_python(value)
+
+
+class Whole(Within):
+    """The integers that an argument takes, from `least` on; they come back as Python's.
+
+    >>> Whole(1)("window", np.int64(3))
+    3
+    """
+
+    def __str__(self) -> str:
+        return "an integer" + ("" if self.least == -math.inf else f" of at least {self.least}")
+
+    def __call__(self, name: str, value: Any) -> int:
+        """The value; TypeError or ValueError, with the name of the argument, for what is not among the integers."""
+        number = as_integer(value)
+        if number is None:
+            raise TypeError(f"{name} is {self}; found {value!r}")
+        if number < self.least:
+            raise ValueError(f"{name} is {self}; found {value!r}")
+        return number
+
+
+INTEGER = Whole()
+COUNT = Whole(1)
+AMOUNT = Within(0)
+SHARE = Within(0, 1)
+
+
+def as_integer(value: Any) -> int | None:
+    """An integer of Python, NumPy or JAX, arrays of one included, as Python's; None for anything else, and truth values."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def integers(name: str, values: int | Iterable[int], count: int = 1) -> tuple[int, ...]:
+    """Several integers, such as the numbers of axes, as a tuple of Python's; one stands for so many of it.
+
+    >>> integers("axis", np.int64(-1)), integers("strides", 2, 3), integers("axis", [np.int32(0), 2])
+    ((-1,), (2, 2, 2), (0, 2))
+    """
+    one = as_integer(values)
+    if one is not None:
+        return (one,) * count
+    if not isinstance(values, Iterable) or isinstance(values, str) or getattr(values, "ndim", 1) == 0:
+        raise TypeError(f"{name} is an integer, or several; found {values!r}")
+    return tuple(INTEGER(name, value) for value in values)
 
 
 def shortest_repr(instance: "DataclassInstance") -> str:

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import align_statistic, require_float
 from normjax._expect.binding import axes
-from normjax._leaves import split_eps
+from normjax._leaves import COUNT, split_eps
 from normjax._normalize.evaluate import Normalized, equation, normalize
 from normjax.field import Field, FieldError
 from normjax.gaussian import gaussian_moment
@@ -79,6 +79,7 @@ def ghost_batch(parts: int, *, eps: float = 1e-5) -> Normalizer:
     >>> ghost_batch(8) == TABLE["ghost"]
     True
     """
+    parts = COUNT("parts", parts)
     field = f"n/{parts} ..." if parts > 1 else BATCH
     return Normalizer(field, field, eps=eps)
 
@@ -102,13 +103,16 @@ def ghost_row(
     True
     """
     where = axes(layout, len(shape)).get("n")
+    examples = None if examples is None else COUNT("examples", examples)
     if examples is None or (where and shape[where[0]] == 0):
         return ghost_batch(1, eps=eps)
-    if where is None or examples < 1 or shape[where[0]] % examples:
+    if where is None or shape[where[0]] % examples:
         if not strict:
             return ghost_batch(1, eps=eps)
         found = f'layout "{layout}" without n' if where is None else f"{shape[where[0]]} examples"
-        raise FieldError(f"cannot split the batch into parts of {examples} examples; found {found}")
+        error = FieldError(f"cannot split the batch into parts of {examples} examples; found {found}")
+        error.add_note("`examples` divides the number of examples of every training batch")
+        raise error
     return ghost_batch(shape[where[0]] // examples, eps=eps)
 
 

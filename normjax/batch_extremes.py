@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import require_float
+from normjax._leaves import COUNT, SHARE
 from normjax._normalize.evaluate import Normalized, equation, normalize
 from normjax.batch import BATCH
 from normjax.field import Field
@@ -41,9 +42,10 @@ def top_batch(
     """
     if size is None:
         raise ValueError("top-k batch norm needs size, the number of elements behind each statistic in training")
-    if not 1 <= k <= size:
+    k, among = COUNT("k", k), COUNT("size", size)
+    if k > among:
         raise ValueError(f"k is within 1 and size={size}; found {k}")
-    gain = 1 / gaussian_largest(size, k) if calibrated else bounds_constant(size)
+    gain = 1 / gaussian_largest(among, k) if calibrated else bounds_constant(among)
     return Normalizer(field, field, eps=eps, gain=gain, power=1.0, order=math.inf if k == 1 else top(k))
 
 
@@ -64,6 +66,7 @@ def range_row(
     >>> round(range_row(64).gain, 4), round(range_row(64, calibrated=True).gain, 4)
     (0.1873, 0.2133)
     """
+    size = None if size is None else COUNT("size", size)
     if size is None or size < 2:
         said = "range batch norm needs size, the number of elements of a part in training, at least 2"
         raise ValueError(f"{said}; found {size!r}")
@@ -94,7 +97,7 @@ def mean_range(
     if jnp.iscomplexobj(x):
         raise TypeError(f"a range orders real numbers, found {x.dtype}")
     field = Field.parse(field)
-    here = field.local() or Field(())
+    here, parts = field.local() or Field(()), COUNT("parts", parts)
     if parts > 1:
         here = Field(tuple(dataclasses.replace(s, blocks=parts) if s.axis == "n" else s for s in here.spans))
     u = equation(x, Normalizer(here, None), layout, mask=mask).centered  # a range is the same around any centre
@@ -168,6 +171,7 @@ def moving_top(
     >>> moving_top(jnp.array([[-1.0], [1.0]]), 5.0, Normalizer("n", "n", order=1), beta=0.5).var.tolist()
     [[3.0]]
     """
+    beta = SHARE("beta", beta)
     batch = equation(require_float(x, "moving_top"), row, layout, mask=mask).stats
     previous = lax.stop_gradient(jnp.asarray(previous, batch.var.dtype))
     return batch._replace(var=beta * previous + (1 - beta) * batch.var)

@@ -12,11 +12,13 @@ when an array is at hand. This file knows no arrays; every refusal is a `FieldEr
 """
 
 import functools
+import operator
 import re
 from dataclasses import dataclass
 
 EXAMPLES = "n"  # the axis of examples has this name in every layout
 REST = "..."
+WIDEST = 2**24  # elements of a window: the weights of one are laid out in memory
 
 _ATOM = re.compile(
     r"(?:(?P<axis>\.\.\.|[A-Za-z_]\w*)(?::(?P<window>[1-9]\d*)|/(?P<blocks>[1-9]\d*))?)?(?:@(?P<mapped>[A-Za-z_]\w*))?"
@@ -50,16 +52,23 @@ class Span:
 
     def __post_init__(self):
         if self.groups is not None:
-            object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
+            object.__setattr__(self, "groups", tuple(tuple(map(operator.index, group)) for group in self.groups))
         if self.axis is None and self.mapped is None:
             raise FieldError("a span needs an axis, a mapped axis, or both")
         if self.window is not None and self.blocks is not None:
             raise FieldError(f"a span is a window or blocks of axis {self.axis!r}, not both")
+        for name, size in (("window", self.window), ("blocks", self.blocks)):
+            number = _integer(size)  # NumPy's become Python's, with which spans hash, pickle and show themselves
+            if size is not None and (number is None or number < 1):
+                raise FieldError(f"{name} of axis {self.axis!r} must be an integer of at least 1, found {size!r}")
+            object.__setattr__(self, name, number)
+        if self.window is not None and self.window > WIDEST:
+            raise FieldError(
+                f"window of axis {self.axis!r} is at most {WIDEST} wide, found {self.window}; {self.axis!r} alone takes the "
+                "whole axis"
+            )
         if self.axis is None and (self.window or self.blocks):
             raise FieldError(f"mapped axis '@{self.mapped}' is averaged whole: no window, no blocks")
-        for name, size in (("window", self.window), ("blocks", self.blocks)):
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise FieldError(f"{name} of axis {self.axis!r} must be an integer of at least 1, found {size!r}")
 
     @property
     def whole(self) -> bool:
@@ -74,6 +83,14 @@ class Span:
     def __str__(self) -> str:
         size = f":{self.window}" if self.window else f"/{self.blocks}" if self.blocks else ""
         return f"{self.axis or ''}{size}" + (f"@{self.mapped}" if self.mapped else "")
+
+
+def _integer(size: object) -> int | None:
+    """An integer of Python or NumPy as Python's, None for anything else."""
+    try:
+        return None if isinstance(size, bool) else operator.index(size)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from normjax._leaves import COUNT
+
 
 def gaussian_moment(p: float) -> float:
     """E|z| ** p of a standard normal z, 2 ** (p / 2) * gamma((p + 1) / 2) / sqrt(pi).
@@ -28,7 +30,8 @@ def gaussian_largest(size: int, k: int = 1, *, signed: bool = False) -> float:
     >>> round(gaussian_largest(3, signed=True), 6)                           # 3 / (2 sqrt(pi))
     0.846284
     """
-    if not 1 <= k <= size:
+    k, size = COUNT("k", k), COUNT("size", size)
+    if k > size:
         raise ValueError(f"k is within 1 and size={size}; found {k}")
     if k == size:
         return 0.0 if signed else math.sqrt(2 / math.pi)
@@ -64,6 +67,7 @@ def bounds_constant(size: int) -> float:
     >>> round(bounds_constant(1024), 4)
     0.4145
     """
+    size = COUNT("size", size)
     if size < 2:
         raise ValueError(f"the constant needs at least 2 elements; found size={size}")
     return (1 + math.sqrt(math.pi * math.log(4))) / (2 * math.sqrt(2 * math.log(size)))

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.sharding import axis_size
+from normjax._leaves import AMOUNT
 from normjax._paths import path_parts
 
 
@@ -35,7 +36,11 @@ def l1_penalty(
     >>> l1_penalty(jnp.array([[1.0, jnp.nan], [3.0, 0.0]]), mask=jnp.array([[True, False], [True, False]]))
     Array(2., dtype=float32)
     """
-    v = require_float(centered, "l1_penalty")
+    if hasattr(centered, "centered"):
+        raise TypeError(
+            f"l1_penalty takes centred activations, normalize(...).centered; found {type(centered).__name__}"
+        )
+    v, alpha = require_float(centered, "l1_penalty"), AMOUNT("alpha", alpha)
     v = v.astype(statistics_dtype(v.dtype))
     weights = as_weights(mask, v)
     size = jnp.abs(zero_masked(v, weights))

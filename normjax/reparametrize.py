@@ -1,5 +1,6 @@
 """Normalized kernels in models: by path in a tree of parameters, and what the layers of linen and nnx ask for."""
 
+import difflib
 import fnmatch
 import functools
 import inspect
@@ -10,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from normjax import weights
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype
 from normjax._expect.binding import bind
 from normjax._expect.expectation import OverFields, expect
 from normjax._expect.ranges import scale_of
-from normjax._leaves import inverse_power
+from normjax._leaves import integers, inverse_power
 from normjax._normalize.evaluate import normalize
 from normjax._paths import path_name
 from normjax.field import Field, Span
@@ -137,6 +139,11 @@ def takes_bound(weight: Weight) -> bool:
     >>> takes_bound(bounded_weight_norm), takes_bound(weight_norm)
     (True, False)
     """
+    if not callable(weight):
+        close = difflib.get_close_matches(str(weight), weights.__all__, 1, 0.4)
+        raise TypeError(
+            f"weight is a function, such as normjax.weights.{close[0] if close else 'weight_norm'}; found {weight!r}"
+        )
     rho = inspect.signature(weight).parameters.get("rho")
     return rho is not None and rho.default is inspect.Parameter.empty
 
@@ -155,7 +162,7 @@ def by_number(ndim: int, feature_axes: int | Sequence[int] | None) -> tuple[str,
     >>> by_number(3, (-1, 0))
     ('a0 a1 a2', Field.parse('a1'), (0, 2))
     """
-    numbers = () if feature_axes is None else (feature_axes,) if isinstance(feature_axes, int) else tuple(feature_axes)
+    numbers = () if feature_axes is None else integers("feature_axes", feature_axes)
     for axis in numbers:
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis {axis} is out of bounds for a parameter of {ndim} axes")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import align_parameter, statistics_dtype
+from normjax._leaves import AMOUNT, COUNT, Whole
 from normjax._normalize.evaluate import Normalized, normalize
 from normjax.theory import Normalizer
 
@@ -20,9 +21,10 @@ def lrn_alexnet(n: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0
     >>> lrn_alexnet() == TABLE["response"]
     True
     """
+    n = COUNT("n", n)
     if n % 2 == 0:
         raise ValueError(f"the window of AlexNet's formula is centred, so n is odd; found {n}")
-    return _response(n, k, alpha * n, beta)
+    return _response(n, AMOUNT("k", k), AMOUNT("alpha", alpha) * n, beta)
 
 
 def lrn_torch(size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Normalizer:
@@ -35,7 +37,7 @@ def lrn_torch(size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
     >>> lrn_torch(2).lean, lrn_torch(5, alpha=5e-4, k=2.0).gain == lrn_alexnet().gain
     ('before', True)
     """
-    return _response(size, k, alpha, beta, "before")
+    return _response(COUNT("size", size), AMOUNT("k", k), AMOUNT("alpha", alpha), beta, "before")
 
 
 def lrn_tensorflow(depth_radius: int = 5, bias: float = 1.0, alpha: float = 1.0, beta: float = 0.5) -> Normalizer:
@@ -46,7 +48,8 @@ def lrn_tensorflow(depth_radius: int = 5, bias: float = 1.0, alpha: float = 1.0,
     >>> lrn_tensorflow(2, 2.0, 1e-4, 0.75) == lrn_alexnet()
     True
     """
-    return _response(2 * depth_radius + 1, bias, alpha * (2 * depth_radius + 1), beta)
+    size = 2 * Whole(0)("depth_radius", depth_radius) + 1
+    return _response(size, AMOUNT("bias", bias), AMOUNT("alpha", alpha) * size, beta)
 
 
 def lrn_onnx(size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Normalizer:
@@ -57,11 +60,11 @@ def lrn_onnx(size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1
     >>> lrn_onnx(5, alpha=5e-4, bias=2.0) == lrn_alexnet()
     True
     """
-    return _response(size, bias, alpha, beta)
+    return _response(COUNT("size", size), AMOUNT("bias", bias), AMOUNT("alpha", alpha), beta)
 
 
-def _response(size: int, eps: float, gain: float, power: float, lean: str = "after") -> Normalizer:
-    return Normalizer(None, f"c:{size}", eps=eps, gain=gain, power=power, border="zero", lean=lean)
+def _response(size: int, eps: float, gain: float, beta: float, lean: str = "after") -> Normalizer:
+    return Normalizer(None, f"c:{size}", eps=eps, gain=gain, power=AMOUNT("beta", beta), border="zero", lean=lean)
 
 
 def local_contrast(window: int = 9, shape: str = "gaussian", *, floor: bool = True, eps: float = 1e-5) -> Normalizer:
@@ -79,7 +82,7 @@ def local_contrast(window: int = 9, shape: str = "gaussian", *, floor: bool = Tr
     >>> local_contrast() == TABLE["contrast"]
     True
     """
-    field = f"...:{window} c"
+    field = f"...:{COUNT('window', window)} c"
     return Normalizer(field, field, eps=eps, floor="..." if floor else None, window=shape)
 
 
@@ -97,7 +100,7 @@ def local_context(window: int = 9, groups: int = 8, *, eps: float = 1e-5) -> Nor
     >>> local_context() == TABLE["local_context"]
     True
     """
-    field = f"...:{window} c/{groups}"
+    field = f"...:{COUNT('window', window)} c/{COUNT('groups', groups)}"
     return Normalizer(field, field, eps=eps)
 
 

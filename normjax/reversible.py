@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import bind
-from normjax._leaves import one_of
+from normjax._leaves import AMOUNT, one_of
 from normjax._normalize.evaluate import affine, equation, normalize
 from normjax.conditional import denominator
 from normjax.field import FieldError
@@ -130,7 +130,7 @@ def denormalize(
     if bias is not None:
         y = affine(y, layout, None, -jnp.asarray(bias))
     if scale is not None:
-        scale = jnp.asarray(scale).astype(y.dtype) + jnp.asarray(slack).astype(y.dtype)
+        scale = jnp.asarray(scale).astype(y.dtype) + jnp.asarray(AMOUNT("slack", slack)).astype(y.dtype)
         y = affine(y, layout, jnp.where(scale != 0, 1 / jnp.where(scale != 0, scale, 1), 0), None)
     if stats.var is not None:
         y = affine(y, layout, denominator(stats.var, n, layout, eps), None)

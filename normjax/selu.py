@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from normjax._expect.arrays import require_real, statistics_dtype
+from normjax._leaves import integers
 
 ALPHA = 1.6732632423543772848170429916717
 SCALE = 1.0507009873554804934193349852946  # lambda in the paper
@@ -199,7 +200,9 @@ def alpha_dropout(
     a, b = alpha_dropout_affine(rate, mean, var, low)
     if rate == 0:
         return x
-    shared = normalize_axis_tuple(broadcast_dims, x.ndim, "broadcast_dims", allow_duplicate=True)
+    shared = normalize_axis_tuple(
+        integers("broadcast_dims", broadcast_dims), x.ndim, "broadcast_dims", allow_duplicate=True
+    )
     shape = tuple(1 if axis in shared else n for axis, n in enumerate(x.shape))
     sharding = jax.typeof(x).sharding  # on a mesh with explicit axes, draw as x lies
     spec = jax.sharding.PartitionSpec(*(None if axis in shared else name for axis, name in enumerate(sharding.spec)))
@@ -231,4 +234,6 @@ def selu_init(
     >>> round(float(400 * jnp.var(w)), 2), bool(jnp.max(jnp.abs(w)) > 2.3 / 20)
     (1.0, True)
     """
-    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis, out_axis, batch_axis, dtype)
+    axes = {"in_axis": in_axis, "out_axis": out_axis, "batch_axis": batch_axis}
+    numbers = {name: integers(name, given) for name, given in axes.items()}
+    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", **numbers, dtype=dtype)

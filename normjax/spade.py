@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import require_float, statistics_dtype
 from normjax._expect.binding import axes
+from normjax._leaves import COUNT, Whole
 from normjax._normalize.evaluate import affine
 from normjax.conditional import Modulation
 from normjax.field import EXAMPLES, FieldError
@@ -47,9 +48,11 @@ def kernel_shapes(
     >>> kernel_shapes(64, 10, 2)[:3]
     ((3, 3, 10, 128), (128,), (3, 3, 128, 64))
     """
+    named = {"features": features, "labels": labels, "hidden": hidden, "width": width}
+    features, labels, hidden, width = (COUNT(name, value) for name, value in named.items())
     if width % 2 == 0:
         raise ValueError(f"the windows of the convolutions are odd; found {width}")
-    window = (width,) * space
+    window = (width,) * Whole(0)("space", space)
     after = ((*window, hidden, features), (features,))
     return Convolutions((*window, labels, hidden), (hidden,), *after, *after)
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from normjax._expect.arrays import require_float, statistics_dtype
 from normjax._expect.binding import axes
 from normjax._expect.ranges import lifting, towards_one
-from normjax._leaves import inverse_power
+from normjax._leaves import INTEGER, inverse_power
 from normjax.field import FieldError
 
 
@@ -71,6 +71,7 @@ def spectral_norm(
     kernel, given = require_float(kernel, "spectral_norm"), jnp.asarray(u)
     if jnp.iscomplexobj(kernel):
         raise TypeError(f"spectral_norm takes real arrays, found {kernel.dtype}")
+    steps = INTEGER("steps", steps)
     if steps < 0:
         raise ValueError(f"steps is a number of power iterations, at least 0; found {steps}")
     matrix = _as_matrix(kernel, layout, outputs)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import axes
 from normjax._expect.ranges import towards_one
-from normjax._leaves import one_of, split_eps
+from normjax._leaves import COUNT, one_of, split_eps
 from normjax._normalize.evaluate import Normalized, equation, normalize
 from normjax.field import Field, FieldError
 from normjax.theory import TABLE, Normalizer, Stats, is_positive
@@ -31,7 +31,7 @@ def l2(features: int, field: Field | str = "c", *, eps: float = 1e-10) -> Normal
     >>> normalize(jnp.array([[3.0, 4.0]]), l2(2)).y.round(6).tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
-    return Normalizer(None, field, eps=eps, gain=float(features))
+    return Normalizer(None, field, eps=eps, gain=float(COUNT("features", features)))
 
 
 def partial_rms(
@@ -136,6 +136,7 @@ def qk_scale(length: int | None) -> float:
     >>> round(qk_scale(64), 4)
     11.9773
     """
+    length = None if length is None else COUNT("length", length)
     if length is None or length < 2:
         raise ValueError(f'kind "l2" starts from the length of sequences, at least 2; found length={length}')
     return math.log2(length**2 - length)

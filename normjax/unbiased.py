@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from normjax._leaves import COUNT, INTEGER
 from normjax.theory import Normalizer
 
 
@@ -19,6 +20,7 @@ def with_ddof(normalizer: Normalizer, size: int, ddof: int = 1) -> Normalizer:
     >>> with_ddof(TABLE["instance"], 16).gain
     1.0666666666666667
     """
+    size, ddof = COUNT("size", size), INTEGER("ddof", ddof)
     if not size > ddof:
         raise ValueError(f"size is more than ddof={ddof}; found {size}")
     return dataclasses.replace(normalizer, gain=normalizer.gain * size / (size - ddof))
@@ -39,5 +41,5 @@ def unbiased_group(groups: int, size: int, *, eps: float = 1e-5) -> Normalizer:
     >>> unbiased_group(2, 5)
     Normalizer('... c/2', '... c/2', gain=1.25)
     """
-    field = f"... c/{groups}"
+    field = f"... c/{COUNT('groups', groups)}"
     return with_ddof(Normalizer(field, field, eps=eps), size)

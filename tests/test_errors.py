@@ -11,8 +11,9 @@ from flax import nnx
 from normjax import TABLE, Field, FieldError, Normalizer, Span, Stats, expect, explain, normalize, top, train
 from normjax import linen as nl
 from normjax import nnx as nx
+from normjax.diagnostics import report
 from normjax.penalty import l1_penalty
-from normjax.running import Running, as_stats, merge, slots, update
+from normjax.running import Running, as_stats, initial, merge, slots, update
 from tests.refusals import refuses
 
 IMAGE = jnp.ones((8, 12, 10, 64))
@@ -224,6 +225,99 @@ CASES = {
         lambda: nx.Norm(64, "batch", renorm=cast(Any, 3.0), rngs=nnx.Rngs(0))(DENSE),
         "renorm is a pair of limits (r_max, d_max); found 3.0",
     ),
+    "a window of nobody's memory": (
+        lambda: Normalizer("...:99999999999 c", "c"),
+        "window of axis '...' is at most 16777216 wide, found 99999999999; '...' alone takes the whole axis",
+    ),
+    "window of a truth value": (
+        lambda: Span("c", window=True),
+        "window of axis 'c' must be an integer of at least 1, found True",
+    ),
+    "layout as a list": (
+        lambda: normalize(DENSE, "token", cast(Any, ["n", "c"])),
+        "a layout names axes, as \"n ... c\" does; found ['n', 'c']",
+    ),
+    "nnx layout as a list": (
+        lambda: nx.Norm(64, "token", layout=cast(Any, ["n", "c"]), rngs=nnx.Rngs(0)),
+        "a layout names axes, as \"n ... c\" does; found ('n', 'c')",
+    ),
+    "penalty of all that normalize returns": (
+        lambda: l1_penalty(cast(Any, normalize(DENSE, "token")), 0.1),
+        "l1_penalty takes centred activations, normalize(...).centered; found Normalized",
+    ),
+    "normalize of all that normalize returns": (
+        lambda: normalize(cast(Any, normalize(DENSE, "token")), "token"),
+        "normalize takes an array, found Normalized; give one of its parts: y, centered, stats",
+    ),
+    "negative penalty": (lambda: l1_penalty(DENSE, -0.1), "alpha is a finite number of at least 0; found -0.1"),
+    "statistics as a pair": (
+        lambda: normalize(DENSE, "batch", stats=cast(Any, (DENSE[:1], DENSE[:1]))),
+        "stats are a normjax.Stats(mean, var), each of the rank of x and broadcasting against it; found tuple (stored "
+        "statistics become one by normjax.running.as_stats)",
+    ),
+    "statistics that were not observed": (
+        lambda: update(initial(TABLE["batch"], "n c", (8, 64)), normalize(DENSE, "batch").stats, 0.9),
+        "the mean of the batch has shape (1, 64), the stored one (64,): give running.observe(stats, normalizer, layout, "
+        "x.shape) for the stats that normalize returned",
+    ),
+    "momentum": (
+        lambda: update(Running(jnp.zeros(1)), Stats(jnp.ones(1), None, jnp.ones(1)), 1.5),
+        "momentum is a number from 0 to 1; found 1.5",
+    ),
+    "a window given as features": (
+        lambda: nx.DivisiveNorm(3, rngs=nnx.Rngs(0))(IMAGE),
+        "a layer made for 3 features cannot take an input of shape (8, 12, 10, 64); features comes first, then window: "
+        "DivisiveNorm(64, window=...)",
+    ),
+    "one scale for all channels": (
+        lambda: nx.Norm(1, "layer", rngs=nnx.Rngs(0))(DENSE),
+        "a layer made for 1 features cannot take an input of shape (8, 64)",
+    ),
+    "a fraction of features": (
+        lambda: nx.Norm(cast(Any, 2.5), "batch", rngs=nnx.Rngs(0)),
+        "features of Norm is the number of channels, an integer, or the whole shape of an input; found 2.5",
+    ),
+    "features as text": (
+        lambda: nx.Norm(cast(Any, "16"), "batch", rngs=nnx.Rngs(0)),
+        "features, the number of channels, comes first in nnx: Norm(64, ...); found features='16'",
+    ),
+    "a seed for random keys": (
+        lambda: nx.Norm(64, "batch", rngs=cast(Any, 0)),
+        "rngs of Norm is an nnx.Rngs, as in rngs=nnx.Rngs(0); found 0",
+    ),
+    "a seed for those of a cell": (
+        lambda: nx.GRUCell(4, 8, rngs=cast(Any, 0)),
+        "rngs of GRUCell is an nnx.Rngs, as in rngs=nnx.Rngs(0); found 0",
+    ),
+    "sigma where nothing is divided": (
+        lambda: nl.Norm("mean_only", learn_sigma=True),
+        "learn_sigma learns what is added to a spread; Normalizer('n ...', None) divides by nothing",
+    ),
+    "sigma of a cell that divides by nothing": (
+        lambda: nx.GRUCell(4, 8, normalizer="mean_only", learn_sigma=True, rngs=nnx.Rngs(0)),
+        "learn_sigma learns what is added to a spread; Normalizer('n ...', None) divides by nothing",
+    ),
+    "penalty of a cell without a normalizer": (
+        lambda: nl.LSTMCell(8, l1=0.1),
+        "l1 has no meaning without a normalizer; found l1=0.1. Normalizer(None, None), with use_scale=False, "
+        "use_bias=False, normalizes nothing, and is penalized on the pre-activations",
+    ),
+    "a sequence without time": (
+        lambda: nl.RNN(nl.GRUCell(8)).init(jax.random.key(0), jnp.ones(4)),
+        "an RNN takes sequences, [n, t, i] or [t, i]; found an array of shape (4,)",
+    ),
+    "inputs of another length": (
+        lambda: nx.RNN(nx.GRUCell(4, 8, rngs=nnx.Rngs(0)))(jnp.ones((2, 3, 5))),
+        "a cell made for inputs [n, 4] cannot take an array of shape (2, 5)",
+    ),
+    "weight as text": (
+        lambda: nx.Linear(3, 4, weight=cast(Any, "standardization"), rngs=nnx.Rngs(0)),
+        "weight is a function, such as normjax.weights.weight_standardization; found 'standardization'",
+    ),
+    "report of text": (
+        lambda: report(cast(Any, "abc")),
+        "report takes activations by layer, {name: array}, as normjax.capture gives them; found str",
+    ),
     "groups of Flax's layer": (
         lambda: nl.GroupNorm(7).init(jax.random.key(0), DENSE),
         "Number of groups (7) does not divide the number of channels (64).",
@@ -244,6 +338,34 @@ def test_field_errors_are_value_errors_with_the_context_as_a_note():
     assert caught.value.__notes__ == [
         "while normalizing shape (8, 12, 10, 64), layout \"n ... c\", with Normalizer('c/7', 'c/7')"
     ]
+
+
+REMEDIES = {  # notes that stand below an error, since the row that was named is not the user's own
+    "group of 16 channels": (
+        lambda: normalize(jnp.ones((2, 3, 16)), "group"),
+        "row 'group' has 32 groups; a row of your own has others: Normalizer('... c/4', '... c/4')",
+    ),
+    "ghosts of a batch of 2": (
+        lambda: normalize(DENSE[:2], "ghost"),
+        "row 'ghost' has 8 groups; a row of your own has others: Normalizer('n ...', 'n ...')",
+    ),
+    "parts of a batch of 2": (
+        lambda: nx.GhostBatchNorm(64, rngs=nnx.Rngs(0))(DENSE[:2]),
+        "`examples` divides the number of examples of every training batch",
+    ),
+    "examples under vmap": (
+        lambda: jax.vmap(lambda x: normalize(x, "batch", "c").y)(DENSE),
+        'examples that jax.vmap maps over are "@n", with jax.vmap(..., axis_name="n")',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_an_error_of_a_row_s_own_numbers_comes_with_the_remedy(case):
+    provoke, note = REMEDIES[case]
+    with pytest.raises(FieldError) as caught:
+        provoke()
+    assert note in caught.value.__notes__
 
 
 def test_masks_and_zero_size_axes_never_raise_for_a_single_element():

@@ -516,6 +516,11 @@ def test_environment_refuses_a_mode_that_is_none(monkeypatch):
     assert kernels.used() == "xla"
 
 
+def test_an_environment_that_is_exported_empty_is_not_set(monkeypatch):
+    monkeypatch.setenv("NORMJAX_KERNELS", "")
+    assert kernels._from_environment() == "xla"
+
+
 def test_environment_chooses_the_mode_and_importing_the_kernels_does_not_import_pallas():
     code = "import sys; from normjax import kernels; print(kernels.used(), 'jax.experimental.pallas' in sys.modules)"
     environment = {"NORMJAX_KERNELS": "pallas", "PATH": "", "JAX_PLATFORMS": "cpu"}

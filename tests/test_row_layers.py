@@ -285,6 +285,16 @@ ERRORS = {
         FieldError,
     ),
     'the stored var has shape (5,), but field "n ..." on an array of shape (8, 6), layout "n ... c", needs (6,)': (
+        lambda: linen.GhostTopKBatchNorm(2, 8, use_scale=False, use_bias=False).apply(
+            {"batch_stats": dict.fromkeys(("mean", "var", "top"), jnp.ones(5))},
+            jnp.ones((8, 6)),
+            False,
+            mutable=["batch_stats"],
+        ),
+        FieldError,
+    ),
+    "a layer made for 5 features cannot take an input of shape (8, 6); features comes first, then k: "
+    "GhostTopKBatchNorm(6, k=...)": (
         lambda: nnx.GhostTopKBatchNorm(5, 2, size=8, rngs=fx.Rngs(0))(jnp.ones((8, 6))),
         FieldError,
     ),

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax._expect.binding import axes
 from normjax._leaves import refuse_unless
 from normjax.field import FieldError
+from normjax.theory import Stats
 
 
 class Weights(NamedTuple):
@@ -21,6 +22,8 @@ class Weights(NamedTuple):
 
 def require_float(x: ArrayLike, caller: str) -> jax.Array:
     """The argument as an array; TypeError for integers and booleans, which would be averaged into something else."""
+    if parts := getattr(x, "_fields", ()):  # what `normalize` returned, and its like
+        raise TypeError(f"{caller} takes an array, found {type(x).__name__}; give one of its parts: {', '.join(parts)}")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"{caller} takes floating-point arrays, found {x.dtype}; cast first: x.astype(jnp.float32)")
@@ -60,6 +63,15 @@ def _is_weight(numbers: np.ndarray) -> np.ndarray:
 def zero_masked(x: jax.Array, weights: Weights | None) -> jax.Array:
     """The array with zeros at masked positions: a select, so that a NaN there reaches no value and no gradient."""
     return x if weights is None else jnp.where(weights.valid, x, jnp.zeros((), x.dtype))
+
+
+def require_stats(stats: object) -> None:
+    """Raises TypeError for statistics that are given as anything but a Stats, which has the weights behind them too."""
+    if stats is not None and not isinstance(stats, Stats):
+        raise TypeError(
+            f"stats are a normjax.Stats(mean, var), each of the rank of x and broadcasting against it; found "
+            f"{type(stats).__name__} (stored statistics become one by normjax.running.as_stats)"
+        )
 
 
 def align_statistic(given: ArrayLike, x: jax.Array, name: str, dtype: DTypeLike) -> jax.Array:

@@ -5,21 +5,34 @@ Everything here is static: it follows from strings and shapes, and compiled code
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from normjax.field import REST, Field, FieldError, Span, caret
+from normjax.field import EXAMPLES, REST, Field, FieldError, Span, caret
+from normjax.theory import TABLE
 
 _LAYOUT_NAME = re.compile(r"\.\.\.|[A-Za-z_]\w*")
 
 
-@functools.cache
 def axes(layout: str, ndim: int) -> dict[str, tuple[int, ...]]:
     """Which axes of an array of `ndim` axes each name of the layout stands for."""
-    names = layout.split() if isinstance(layout, str) else None
+    return _axes(as_layout(layout), ndim)
+
+
+def as_layout(layout: object) -> str:
+    """The layout; FieldError for what is no string, which could not be looked up in a cache either."""
+    if not isinstance(layout, str):
+        raise FieldError(f'a layout names axes, as "n ... c" does; found {layout!r}')
+    return layout
+
+
+@functools.cache
+def _axes(layout: str, ndim: int) -> dict[str, tuple[int, ...]]:
+    names = layout.split()
     if not names or not all(_LAYOUT_NAME.fullmatch(name) for name in names):
         raise FieldError(f'a layout names axes, as "n ... c" does; found {layout!r}')
     for i, name in enumerate(names):
@@ -73,9 +86,13 @@ class Bound:
         return size
 
 
-@functools.cache
 def bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
     """Fits a field to an array. `...` that matches no axis is dropped where another atom remains."""
+    return _bind(field, as_layout(layout), tuple(shape))
+
+
+@functools.cache
+def _bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
     where = axes(layout, len(shape))
     spans: list[tuple[int | None, Span]] = []
     for span in field.spans:
@@ -84,15 +101,31 @@ def bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
             continue
         if span.axis not in where and span.axis != REST:
             unnamed = f'field "{field}" averages over \'{span.axis}\', which layout "{layout}" does not name'
-            raise FieldError(unnamed + caret(str(field), span.axis))
+            error = FieldError(unnamed + caret(str(field), span.axis))
+            if span.axis == EXAMPLES:
+                error.add_note('examples that jax.vmap maps over are "@n", with jax.vmap(..., axis_name="n")')
+            raise error
         for axis in where.get(span.axis, ()):
             if span.blocks and not span.mapped and shape[axis] % span.blocks:
                 uneven = f"axis '{span.axis}' of length {shape[axis]} into {span.blocks} equal groups"
-                raise FieldError(f"cannot split {uneven}")
+                error = FieldError(f"cannot split {uneven}")
+                for note in _other_blocks(field, span, shape[axis]):
+                    error.add_note(note)
+                raise error
             spans.append((axis, span))
     if field.spans and not spans:
         raise FieldError(f'field "{field}" matches no axis of an array of shape {shape}, layout "{layout}"')
     return Bound(field, tuple(shape), tuple(spans))
+
+
+def _other_blocks(field: Field, span: Span, length: int) -> Iterator[str]:
+    """For a row of TABLE whose number of blocks does not divide this length: one that does, as the user may write it."""
+    best = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
+    spans = tuple(replace(s, blocks=best if best > 1 else None) if s == span else s for s in field.spans)
+    for name, row in TABLE.items():
+        if field in row.fields:
+            made = replace(row, **{k: Field(spans) for k in ("mean", "var", "floor") if getattr(row, k) == field})
+            yield f"row {name!r} has {span.blocks} groups; a row of your own has others: {made}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch, batch_extremes
-from normjax._layers.describe import Shape, description
+from normjax._layers.describe import Amount, Count, Shape, Share, description
 from normjax._layers.presets import Preset
 from normjax.running import Slot
 from normjax.theory import Normalizer, Stats
@@ -30,7 +30,7 @@ class L1BatchNorm(Preset):
     """
 
     normalized: bool = True
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     field: str = batch.BATCH
     layout: str = "n ... c"
 
@@ -56,8 +56,8 @@ class LpBatchNorm(Preset):
     Normalizer('n ...', 'n ...', power=0.3333333333333333, order=3)
     """
 
-    p: float = 2
-    epsilon: float = 1e-5
+    p: Amount = 2
+    epsilon: Amount = 1e-5
     calibrated: bool = False
     field: str = batch.BATCH
     layout: str = "n ... c"
@@ -86,9 +86,9 @@ class TopKBatchNorm(Preset):
     {'mean': (3,), 'var': (3,)}
     """
 
-    k: int = 10
-    size: int | None = None
-    epsilon: float = 1e-5
+    k: Count = 10
+    size: Count | None = None
+    epsilon: Amount = 1e-5
     calibrated: bool = False
     field: str = batch.BATCH
     layout: str = "n ... c"
@@ -115,8 +115,8 @@ class LinfBatchNorm(Preset):
     inf
     """
 
-    size: int | None = None
-    epsilon: float = 1e-5
+    size: Count | None = None
+    epsilon: Amount = 1e-5
     calibrated: bool = False
     field: str = batch.BATCH
     layout: str = "n ... c"
@@ -142,8 +142,8 @@ class GhostBatchNorm(Preset):
     [[-1.0], [1.0], [-1.0], [1.0]]
     """
 
-    examples: int = 32
-    epsilon: float = 1e-5
+    examples: Count = 32
+    epsilon: Amount = 1e-5
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
@@ -174,9 +174,9 @@ class RangeBatchNorm(Preset):
     (4, 1)
     """
 
-    parts: int = 16
-    size: int | None = None
-    epsilon: float = 1e-5
+    parts: Count = 16
+    size: Count | None = None
+    epsilon: Amount = 1e-5
     calibrated: bool = False
     field: str = batch.BATCH
     layout: str = "n ... c"
@@ -207,7 +207,7 @@ class GhostTopKBatchNorm(TopKBatchNorm):
     {'mean': (3,), 'top': (3,), 'var': (3,)}
     """
 
-    beta: float = 0.75
+    beta: Share = 0.75
 
     def _keeps(self, shape: Shape, dtype: DTypeLike | None = None) -> dict[str, Slot]:
         found = super()._keeps(shape, dtype)

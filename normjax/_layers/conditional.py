@@ -9,7 +9,18 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import conditional
 from normjax._expect.arrays import require_float
 from normjax._layers import norm
-from normjax._layers.describe import Initializer, Layer, Parameter, Shape, channel_shape, description, ones, zeros
+from normjax._layers.describe import (
+    Amount,
+    Count,
+    Initializer,
+    Layer,
+    Parameter,
+    Shape,
+    channel_shape,
+    description,
+    ones,
+    zeros,
+)
 from normjax._layers.statistics import RunningLayer
 from normjax.conditional import Modulation
 from normjax.theory import Normalizer
@@ -32,8 +43,8 @@ class AdaIN(Layer):
     [[[10.0], [30.0]]]
     """
 
-    epsilon: float = 1e-5
-    style_epsilon: float | None = None
+    epsilon: Amount = 1e-5
+    style_epsilon: Amount | None = None
     unbiased: bool = False
     layout: str = "n ... c"
 
@@ -113,7 +124,7 @@ class ConditionalNorm(Modulated):
     {'bias': (10, 3), 'scale': (10, 3)}
     """
 
-    num_classes: int
+    num_classes: Count
     normalizer: Normalizer | str | None = "batch"
     layout: str = "n ... c"
     dtype: DTypeLike | None = None

@@ -9,20 +9,31 @@ methods of many names (`apply`, `init`, `param`), and `nnx.tabulate` traces thos
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, overload
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, dataclass_transform, get_args, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax._expect.binding import axes
+from normjax._expect.binding import as_layout, axes
 from normjax._layers.pickling import Portable
+from normjax._leaves import AMOUNT, COUNT, INTEGER, SHARE, Whole, Within, as_integer
 from normjax.field import Field, FieldError
 
 Shape = tuple[int | None, ...]  # lengths are None where they are not known yet
 Initializer = Callable[..., jax.Array]  # of a random key, a shape and a dtype
 T = TypeVar("T", bound=type)
+
+# The types of options that are numbers. They say which numbers are taken, and `hold_to_ranges` holds a layer to them.
+Integer = Annotated[int, INTEGER]
+Count = Annotated[int, COUNT]
+Share = Annotated[float, SHARE]
+Amount = Annotated[float, AMOUNT]
+Number = Annotated[float, Within()]
 
 ones: Initializer = jax.nn.initializers.ones
 zeros: Initializer = jax.nn.initializers.zeros
@@ -50,7 +61,7 @@ class Parameter(NamedTuple):
 
 
 class Layer(Portable):
-    """What every description is. A host replaces `_learned`, `_part`, `_starting` and `_fits`.
+    """What every description is. A host replaces `_learned`, `_part` and `_starting`.
 
     Attributes:
       layout: name of each axis of the input.
@@ -84,9 +95,6 @@ class Layer(Portable):
         """A layer inside, to be called."""
         raise NotImplementedError("a description holds no layers: take the layer from normjax.linen or normjax.nnx")
 
-    def _fits(self, shape: tuple[int, ...]) -> None:
-        """Raises FieldError where a layer was made for another number of channels than inputs of this shape have."""
-
     def _changed(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name, in the order of the call."""
         found = {}
@@ -95,6 +103,34 @@ class Layer(Portable):
             if field.init and not (value is field.default or _alike(value, field.default)):
                 found[field.name] = value
         return found
+
+
+def hold_to_ranges(layer: Any, static: Callable[[Any], Any] = lambda value: value) -> None:
+    """Raises where an option is not among the numbers that its type tells; integers of NumPy become Python's.
+
+    What replaces an option is set as `static` makes it: nnx takes an array of NumPy for data, and its attribute stays so.
+    """
+    for name, (numbers, optional) in _ranges(type(layer)).items():
+        value = getattr(layer, name)
+        if value is None and optional:
+            continue
+        taken = numbers(f"{name} of {type(layer).__name__}", value)
+        if taken is not value:
+            setattr(layer, name, static(taken))
+
+
+@functools.cache
+def _ranges(made: type) -> dict[str, tuple[Within, bool]]:
+    """The numbers that each option of a class takes, and whether it may be None."""
+    found = {}
+    for cls in reversed(made.__mro__):
+        for name, kind in inspect.get_annotations(cls).items():
+            found.pop(name, None)
+            for part in (kind, *get_args(kind)):
+                for numbers in getattr(part, "__metadata__", ()):
+                    if isinstance(numbers, Within):
+                        found[name] = numbers, NoneType in get_args(kind)
+    return found
 
 
 def _alike(a: object, b: object) -> bool:
@@ -136,17 +172,38 @@ def channel_shape(layout: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
     return (shape[where["c"][0]],)
 
 
-def same_channels(features: int, layout: str, shape: tuple[int, ...]) -> None:
-    """Raises FieldError unless arrays of this shape have so many channels."""
-    if channel_shape(layout, shape) != (features,):
-        raise FieldError(f"a layer made for {features} features cannot take an input of shape {shape}")
+def as_features(features: Any, made: str) -> Any:
+    """The argument `features` of a layer of this name: a number of channels, or the shape of an input."""
+    number = as_integer(features)
+    if number is not None and number >= 0:
+        return number
+    if not isinstance(features, Iterable) or isinstance(features, str) or getattr(features, "ndim", 1) == 0:
+        raise TypeError(
+            f"features of {made} is the number of channels, an integer, or the whole shape of an input; found {features!r}"
+        )
+    return tuple(None if length is None else INTEGER(f"features of {made}", length) for length in features)
 
 
-def whole_shape(features: int | Sequence[int], layout: str) -> Shape:
+def require_channels(layer: Layer, features: int | Sequence[int | None], shape: tuple[int, ...]) -> None:
+    """Raises FieldError where a layer made for these features would take an input with another number of channels."""
+    where, made = axes(layer.layout, len(shape)), features
+    if not isinstance(features, int):
+        made = features[axes(layer.layout, len(features)).get("c", (0,))[0]]
+    if "c" not in where or made is None or made == shape[where["c"][0]]:
+        return
+    options = [field.name for field in dataclasses.fields(layer) if not field.kw_only]  # pyright: ignore
+    second = options[options.index("features") + 1]
+    counted = second in _ranges(type(layer)) and isinstance(_ranges(type(layer))[second][0], Whole)
+    called = f"{type(layer).__name__}({shape[where['c'][0]]}, {second}=...)"
+    hint = f"; features comes first, then {second}: {called}" if counted else ""
+    raise FieldError(f"a layer made for {features} features cannot take an input of shape {shape}{hint}")
+
+
+def whole_shape(features: int | Sequence[int | None], layout: str) -> Shape:
     """The shape of an input as far as `features` tells it: all of it, or the number of channels."""
     if not isinstance(features, int):
         return tuple(features)
-    return tuple(features if name == "c" else None for name in layout.split())
+    return tuple(features if name == "c" else None for name in as_layout(layout).split())
 
 
 def promoted(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import units
 from normjax._expect.arrays import require_real
 from normjax._layers import describe
-from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
+from normjax._layers.describe import Amount, Initializer, Layer, Parameter, Shape, Share, description, ones, zeros
 from normjax._layers.statistics import Limits, RunningLayer, Taken
 from normjax._leaves import split_eps
 from normjax._normalize.evaluate import equation
@@ -49,7 +49,7 @@ class EvoNormB0(RunningLayer):
     batch: Field | str = "n ..."
     instance: Field | str = "..."
     layout: str = "n ... c"
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     nonlinear: bool = True
     use_scale: bool = True
     use_bias: bool = True
@@ -58,7 +58,7 @@ class EvoNormB0(RunningLayer):
     v_init: Initializer = ones
     scale_init: Initializer = ones
     bias_init: Initializer = zeros
-    momentum: float = dataclasses.field(default=0.9, kw_only=True)
+    momentum: Share = dataclasses.field(default=0.9, kw_only=True)
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
         return _learned(self, shape)
@@ -126,7 +126,7 @@ class EvoNormS0(Layer):
 
     field: Field | str = "... c/32"
     layout: str = "n ... c"
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     unbiased: bool = False
     nonlinear: bool = True
     use_scale: bool = True

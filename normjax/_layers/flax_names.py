@@ -5,7 +5,7 @@ are not read: statistics are always two-pass, and float32 or wider.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, statistics_dtype
-from normjax._leaves import split_eps
+from normjax._leaves import INTEGER, integers, split_eps
 from normjax._normalize.evaluate import Normalized, equation
 from normjax.field import Field, FieldError, Span
 from normjax.running import NOTHING, BatchRecord, Running, as_stats, mergeable, record
@@ -88,7 +88,7 @@ def read_instance_norm(module: Averaging, shape: Shape, features: Axes) -> Readi
 
 def positive_axes(ndim: int, numbers: Axes) -> tuple[int, ...]:
     """Axes as positive numbers, each once, ascending."""
-    listed = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
+    listed = integers("axis", numbers)
     for axis in listed:
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis {axis} is out of bounds for an array of {ndim} axes")
@@ -103,12 +103,14 @@ def group_count(channels: int, num_groups: int | None, group_size: int | None) -
             "`num_groups=None` as argument to override the default `num_groups` value of 32."
         )
     if group_size is not None:
-        if group_size <= 0 or channels % group_size:
+        size = INTEGER("group_size", group_size)
+        if size <= 0 or channels % size:
             raise ValueError(f"Number of channels ({channels}) is not multiple of the group size ({group_size}).")
-        return channels // group_size
-    if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups:
+        return channels // size
+    groups = INTEGER("num_groups", num_groups)
+    if groups <= 0 or channels % groups:
         raise ValueError(f"Number of groups ({num_groups}) does not divide the number of channels ({channels}).")
-    return num_groups
+    return groups
 
 
 def align_features(p: jax.Array | None, reading: Reading, shape: Shape) -> jax.Array | None:

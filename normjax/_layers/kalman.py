@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import kalman
 from normjax._expect.arrays import require_float
 from normjax._layers import describe
-from normjax._layers.describe import Initializer, Parameter, Shape, description, ones, zeros
+from normjax._layers.describe import Amount, Initializer, Parameter, Shape, Share, description, ones, zeros
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
 from normjax._leaves import one_of
 from normjax.propagate import Belief, Filtered, linear
@@ -86,10 +86,10 @@ class KalmanNorm(RunningLayer):
 
     normalizer: Normalizer | str = "batch"
     layout: str = "n ... c"
-    gain: float = 0.1
+    gain: Share = 0.1
     learn_gain: bool = False
     learn_transition: bool = False
-    guard: float | None = None
+    guard: Amount | None = None
     stored: str = "filtered"
     use_scale: bool = True
     use_bias: bool = True
@@ -97,7 +97,7 @@ class KalmanNorm(RunningLayer):
     param_dtype: DTypeLike = jnp.float32
     scale_init: Initializer = ones
     bias_init: Initializer = zeros
-    momentum: float = dataclasses.field(default=0.9, kw_only=True)
+    momentum: Share = dataclasses.field(default=0.9, kw_only=True)
 
     def _check(self) -> None:
         kalman.require_kalman_row(self._row())

@@ -10,10 +10,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._layers import describe
-from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
+from normjax._layers.describe import Amount, Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
 from normjax._leaves import split_eps
 from normjax._normalize.evaluate import Normalized, affine, equation, normalize
+from normjax.recurrent import start_sigma
 from normjax.running import require_unbiased, stores
 from normjax.theory import Normalizer, Stats, row, top
 
@@ -25,7 +26,7 @@ class Rowed(RunningLayer):
     use_scale: bool = True
     use_bias: bool = True
     learn_sigma: bool = False
-    sigma_init: float | None = None
+    sigma_init: Amount | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     scale_init: Initializer = ones
@@ -42,14 +43,17 @@ class Rowed(RunningLayer):
         n = self._row()
         if self.unbiased and any(stores(n)):
             require_unbiased(n)
+        start_sigma(n, self.learn_sigma, self.sigma_init)
 
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
-        sigma = Parameter((), self._first_sigma()) if self.learn_sigma else None
+        first = self._first_sigma()
+        sigma = None if first is None else Parameter((), first)
         return {**describe.scale_and_bias(self, shape), "sigma": sigma}
 
     def _first_sigma(self) -> Any:
-        number, traced = self._row().eps, self._eps()[1]
-        return (number if traced is None else traced) ** 0.5 if self.sigma_init is None else self.sigma_init
+        given, traced = self.sigma_init, self._eps()[1]
+        given = traced**0.5 if given is None and traced is not None else given
+        return start_sigma(self._row(), self.learn_sigma, given)
 
     def _measure(self, x: jax.Array, mask: ArrayLike | None, moves: bool) -> tuple[Normalizer, Stats | None]:
         """The row as it fits a batch, and statistics of the batch if the row does not take them itself."""

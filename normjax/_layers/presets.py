@@ -7,11 +7,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch, response
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import Layer, description
+from normjax._layers.describe import Amount, Count, Layer, description
 from normjax._layers.norm import Rowed, evaluated
 from normjax._layers.statistics import Limits
 from normjax._leaves import split_eps
 from normjax.field import Field, Span
+from normjax.recurrent import start_sigma
 from normjax.running import require_renormalizable
 from normjax.theory import TABLE, Normalizer, row
 
@@ -52,7 +53,7 @@ class BatchRenorm(Rowed):
 
     r_max: float = 3.0
     d_max: float = 5.0
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     normalizer: Normalizer | str = "batch"
     layout: str = "n ... c"
 
@@ -92,9 +93,9 @@ class DivisiveNorm(Preset):
     (1, 4, 4, 1)
     """
 
-    window: int = 5
-    channels: int | None = None
-    sigma: float = 1.0
+    window: Count = 5
+    channels: Count | None = None
+    sigma: Amount = 1.0
     border: str = "truncate"
     layout: str = "n ... c"
     use_scale: bool = dataclasses.field(default=False, kw_only=True)
@@ -111,8 +112,8 @@ class DivisiveNorm(Preset):
     def _eps(self) -> tuple[float, ArrayLike | None]:
         return split_eps(self._start**2)
 
-    def _first_sigma(self) -> float:
-        return self._start if self.sigma_init is None else self.sigma_init
+    def _first_sigma(self) -> float | None:
+        return start_sigma(self._row(), self.learn_sigma, self._start if self.sigma_init is None else self.sigma_init)
 
 
 class Unlearned(Layer):
@@ -157,10 +158,10 @@ class LocalResponseNorm(Unlearned):
     [[20.0, 22.0, 25.0]]
     """
 
-    size: int = 5
-    alpha: float = 1e-4
-    beta: float = 0.75
-    k: float = 1.0
+    size: Count = 5
+    alpha: Amount = 1e-4
+    beta: Amount = 0.75
+    k: Amount = 1.0
     layout: str = "n ... c"
     dtype: DTypeLike | None = None
 
@@ -189,9 +190,9 @@ class LocalContrastNorm(Unlearned):
     (1, 4, 4, 1)
     """
 
-    window: int = 9
+    window: Count = 9
     shape: str = "gaussian"
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     layout: str = "n ... c"
     dtype: DTypeLike | None = None
 
@@ -218,7 +219,7 @@ class VarianceNorm(Preset):
     [[0.5], [2.5]]
     """
 
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
@@ -242,7 +243,7 @@ class ExtendedBatchNorm(Preset):
     [[-141.0, 0.0], [141.0, 0.0]]
     """
 
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
@@ -264,7 +265,7 @@ class PositionNorm(Preset):
     [[-1.0, 1.0]]
     """
 
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:
@@ -288,9 +289,9 @@ class LocalContextNorm(Preset):
     (1, 4, 4, 4)
     """
 
-    window: int = 9
-    groups: int = 8
-    epsilon: float = 1e-5
+    window: Count = 9
+    groups: Count = 8
+    epsilon: Amount = 1e-5
     layout: str = "n ... c"
 
     def _row(self) -> Normalizer:

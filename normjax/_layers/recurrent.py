@@ -11,16 +11,17 @@ Host, nn.GRUCell)`.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
-from normjax._layers.describe import Initializer, Parameter, ones, zeros
+from normjax._layers.describe import Amount, Initializer, Integer, Number, Parameter, Share, hold_to_ranges, ones, zeros
 from normjax._layers.pickling import Portable
 from normjax._layers.statistics import stored_dtype
+from normjax.field import FieldError
 from normjax.recurrent import Activation, Carry, Clock, Norm, Places, Site, Weights
 from normjax.running import Running, Slot, stores
 from normjax.theory import Normalizer, row
@@ -93,22 +94,41 @@ class Cell(_Asked):
     place: str = "inside"
     per_gate: bool = False
     bias_at: str = "after"
-    momentum: float = 0.99
-    max_steps: int | None = None
+    momentum: Share = 0.99
+    max_steps: Integer | None = None
     use_scale: bool | Sequence[str] = True
     use_bias: bool | Sequence[str] = True
     learn_sigma: bool = False
-    sigma_init: float | None = None
+    sigma_init: Amount | None = None
     scale_init: Initializer = ones
     norm_bias_init: Initializer = zeros
-    l1: float = 0.0
+    l1: Amount = 0.0
     l1_axis_name: str | Sequence[str] | None = None
 
     _kind: ClassVar[str]  # its name in `recurrent.GATES`
 
+    @staticmethod
+    def _static(value: Any) -> Any:
+        """An option as it is set; nnx says that it is none of the data."""
+        return value
+
     def _step(self) -> Step:
         """One of the steps of `recurrent`, `step(norm, places, weights, *states, x)`, with the cell's activations."""
         raise NotImplementedError
+
+    def _check(self) -> None:
+        """Raises where options are not what they may be, or contradict each other; called when the cell is made."""
+        hold_to_ranges(self, self._static)
+        self._places()  # refuses a place that the cell has not
+        n = self._row()
+        if n is None and self.l1:
+            raise ValueError(
+                f"l1 has no meaning without a normalizer; found l1={self.l1!r}. Normalizer(None, None), with "
+                "use_scale=False, use_bias=False, normalizes nothing, and is penalized on the pre-activations"
+            )
+        if n is not None:
+            recurrent.start_sigma(n, self.learn_sigma, self.sigma_init)
+            recurrent.site_slots(n, 1, self.max_steps)
 
     def _row(self) -> Normalizer | None:
         return None if self.normalizer is None else row(self.normalizer)
@@ -212,7 +232,7 @@ class LSTMCell(Cell):
     (32,)
     """
 
-    forget_bias: float = 0.0
+    forget_bias: Number = 0.0
     _kind = "lstm"
 
     def _step(self) -> Step:
@@ -275,6 +295,9 @@ def start_sequence(
     features: int, inputs: jax.Array, time_major: bool, carry: Carry, first: Callable[[tuple[int, ...]], Carry]
 ) -> tuple[int, Carry, bool]:
     """The axis of time, before so many of features; the carry (None: `first` of a step's shape); whether it counts steps."""
+    if inputs.ndim < features + 1:
+        said = "[t, n, i] or [t, i], time first" if time_major else "[n, t, i] or [t, i]"
+        raise FieldError(f"an RNN takes sequences, {said}; found an array of shape {inputs.shape}")
     time = 0 if time_major else inputs.ndim - features - 1
     carry = first(inputs.shape[:time] + inputs.shape[time + 1 :]) if carry is None else carry
     return time, carry, recurrent.unpack(carry)[1] is not None

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import reversible
-from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, scale_and_bias, zeros
+from normjax._layers.describe import (
+    Amount,
+    Initializer,
+    Layer,
+    Parameter,
+    Shape,
+    description,
+    ones,
+    scale_and_bias,
+    zeros,
+)
 from normjax.reversible import Reversible
 from normjax.theory import Normalizer, Stats
 
@@ -43,7 +53,7 @@ class RevIN(Layer):
     normalizer: Normalizer | str = reversible.SERIES
     layout: str = "n ... c"
     detach: bool = False
-    slack: float = 0.0
+    slack: Amount = 0.0
     use_scale: bool = True
     use_bias: bool = True
     dtype: DTypeLike | None = None

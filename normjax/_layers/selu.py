@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 
 from normjax import selu
-from normjax._layers.describe import Layer, description
+from normjax._layers.describe import Amount, Layer, Number, Share, description
 
 
 @description
@@ -31,13 +31,13 @@ class AlphaDropout(Layer):
     [0.0, 0.0]
     """
 
-    rate: float
+    rate: Share
     broadcast_dims: Sequence[int] = ()
     deterministic: bool | None = None
     rng_collection: str = "dropout"
-    mean: float = 0.0
-    var: float = 1.0
-    low: float = selu.LOW
+    mean: Number = 0.0
+    var: Amount = 1.0
+    low: Number = selu.LOW
 
     def _passes(self, deterministic: bool) -> bool:
         """Whether the input passes as it is."""

@@ -8,7 +8,7 @@ from normjax import spade
 from normjax._expect.arrays import require_float
 from normjax._expect.binding import axes
 from normjax._layers.conditional import Modulated
-from normjax._layers.describe import Initializer, Parameter, Shape, channel_shape, description, zeros
+from normjax._layers.describe import Count, Initializer, Parameter, Shape, channel_shape, description, zeros
 from normjax.theory import Normalizer
 
 
@@ -33,8 +33,8 @@ class SPADE(Modulated):
     """
 
     normalizer: Normalizer | str | None = "batch"
-    hidden: int = 128
-    kernel_size: int = 3
+    hidden: Count = 128
+    kernel_size: Count = 3
     layout: str = "n ... c"
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32

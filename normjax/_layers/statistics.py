@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import running as kept
 from normjax._expect.arrays import statistics_dtype
-from normjax._layers.describe import Layer, Shape, description
+from normjax._layers.describe import Amount, Layer, Number, Shape, Share, description
 from normjax.penalty import l1_penalty
 from normjax.running import BatchRecord, Running, Slot
 from normjax.theory import Normalizer, Stats
@@ -40,14 +40,14 @@ class Taken(NamedTuple, Generic[Output]):
 class RunningLayer(Layer):
     """A layer with running statistics: the options that all of them have, which the docstring of `Norm` tells."""
 
-    momentum: float = 0.99
+    momentum: Share = 0.99
     averaging: str = "exponential"
     unbiased: bool = False
-    mean_init: float = 0.0
-    var_init: float = 1.0
+    mean_init: Number = 0.0
+    var_init: Amount = 1.0
     update_running_average: bool = True
     renorm: tuple[float, float] | None = None
-    l1: float = 0.0
+    l1: Amount = 0.0
     l1_axis_name: str | Sequence[str] | None = None
 
     # What a layer says.

@@ -9,7 +9,17 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import switchable
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import Initializer, Parameter, Shape, description, ones, scale_and_bias, zeros
+from normjax._layers.describe import (
+    Amount,
+    Initializer,
+    Parameter,
+    Shape,
+    Share,
+    description,
+    ones,
+    scale_and_bias,
+    zeros,
+)
 from normjax._layers.statistics import Limits, RunningLayer, Taken
 from normjax._leaves import split_eps
 from normjax.theory import Normalizer, Stats, row
@@ -55,7 +65,7 @@ class SwitchableNorm(RunningLayer):
 
     normalizers: tuple[Normalizer | str, ...] = switchable.ROWS
     layout: str = "n ... c"
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     use_scale: bool = True
     use_bias: bool = True
     dtype: DTypeLike | None = None
@@ -63,7 +73,7 @@ class SwitchableNorm(RunningLayer):
     scale_init: Initializer = ones
     bias_init: Initializer = zeros
     weight_init: Initializer = ones
-    momentum: float = dataclasses.field(default=0.9, kw_only=True)
+    momentum: Share = dataclasses.field(default=0.9, kw_only=True)
 
     def _check(self) -> None:
         switchable.require_mixable(self.normalizers)

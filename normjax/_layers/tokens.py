@@ -7,7 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import tokens
 from normjax._expect.arrays import require_float
 from normjax._layers import describe
-from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
+from normjax._layers.describe import Amount, Count, Initializer, Layer, Parameter, Shape, description, ones, zeros
 from normjax._leaves import split_eps
 from normjax._normalize.evaluate import normalize
 
@@ -30,7 +30,7 @@ class ScaleNorm(Layer):
     [[0.0, 12.0, 16.0, 0.0]]
     """
 
-    epsilon: float = 1e-10
+    epsilon: Amount = 1e-10
     layout: str = "n ... c"
     scale_init: Initializer | None = None
     dtype: DTypeLike | None = None
@@ -43,7 +43,6 @@ class ScaleNorm(Layer):
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Brings the vectors of channels to the learned length; what is masked counts nowhere and becomes 0."""
         x = describe.promoted(require_float(x, "ScaleNorm"), self.dtype)
-        self._fits(x.shape)
         (channels,) = describe.channel_shape(self.layout, x.shape)
         number, eps = split_eps(self.epsilon)
         out = normalize(x, tokens.l2(channels, eps=number), self.layout, mask=mask, eps=eps, **self._learned(x.shape))
@@ -69,8 +68,8 @@ class PartialRMSNorm(Layer):
     [[10.0, 30.0]]
     """
 
-    fraction: float = 0.0625
-    epsilon: float = 1e-6
+    fraction: Amount = 0.0625
+    epsilon: Amount = 1e-6
     layout: str = "n ... c"
     use_scale: bool = True
     use_bias: bool = False
@@ -124,8 +123,8 @@ class QKNorm(Layer):
     """
 
     kind: str = "rms"
-    epsilon: float | None = None
-    length: int | None = None
+    epsilon: Amount | None = None
+    length: Count | None = None
     layout: str = "... c"
     use_scale: bool = True
     dtype: DTypeLike | None = None

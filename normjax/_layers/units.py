@@ -6,7 +6,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import units
 from normjax._layers import describe
-from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
+from normjax._layers.describe import Amount, Initializer, Layer, Number, Parameter, Shape, description, ones, zeros
 from normjax.field import Field
 
 
@@ -58,7 +58,7 @@ class DyT(Layer):
     {'params': {'alpha': (), 'bias': (3,), 'scale': (3,)}}
     """
 
-    alpha_init: float = 0.5
+    alpha_init: Number = 0.5
     layout: str = "n ... c"
     use_scale: bool = True
     use_bias: bool = True
@@ -94,8 +94,8 @@ class Derf(Layer):
     (0.5, 0.0)
     """
 
-    alpha_init: float = 0.5
-    shift_init: float = 0.0
+    alpha_init: Number = 0.5
+    shift_init: Number = 0.0
     layout: str = "n ... c"
     use_scale: bool = True
     use_bias: bool = True
@@ -137,7 +137,7 @@ class GRN(Layer):
     space: Field | str = "..."
     channels: Field | str = "c"
     layout: str = "n ... c"
-    epsilon: float = 1e-6
+    epsilon: Amount = 1e-6
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     scale_init: Initializer = zeros

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import batch
 from normjax._expect.arrays import require_float
 from normjax._layers import describe
-from normjax._layers.describe import Initializer, Layer, Parameter, Shape, description, ones, zeros
+from normjax._layers.describe import Amount, Initializer, Layer, Parameter, Shape, description, ones, zeros
 
 
 @description
@@ -32,7 +32,7 @@ class VirtualBatchNorm(Layer):
     [[[5.0]], [[-4.0], [4.0]]]
     """
 
-    epsilon: float = 1e-5
+    epsilon: Amount = 1e-5
     layout: str = "n ... c"
     field: str = batch.BATCH
     use_scale: bool = True

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import kernels
-from normjax._expect.arrays import align_parameter, align_statistic, as_weights, require_float, statistics_dtype
+from normjax._expect.arrays import (
+    align_parameter,
+    align_statistic,
+    as_weights,
+    require_float,
+    require_stats,
+    statistics_dtype,
+)
 from normjax._expect.binding import axes, bind
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
@@ -93,6 +100,7 @@ def normalize(
     """
     normalizer = row(normalizer)
     x = require_float(x, "normalize")
+    require_stats(stats)
     if eps is not None:
         refuse_unless("eps", "is a number of at least 0", eps, lambda numbers: numbers >= 0)
     if stats is not None and stats.var is not None:

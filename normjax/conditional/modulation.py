@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
+from normjax._leaves import Within
 from normjax._normalize.evaluate import affine, normalize
 from normjax.field import FieldError
 from normjax.theory import Normalizer, Stats
@@ -142,7 +143,7 @@ def split_modulation(flat: ArrayLike, order: Sequence[str] = ("scale", "bias"), 
         raise FieldError(f"the last axis of shape {flat.shape} does not split into {named}")
     parts = dict(zip(order, jnp.split(flat, len(order), -1), strict=True))
     if "scale" in parts:
-        parts["scale"] = parts["scale"] + jnp.asarray(around, flat.dtype)
+        parts["scale"] = parts["scale"] + jnp.asarray(Within()("around", around), flat.dtype)
     return Modulation(**parts)
 
 

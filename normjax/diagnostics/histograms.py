@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights
+from normjax._leaves import COUNT
 from normjax.diagnostics import _shared as shared
 from normjax.diagnostics._shared import UNITS, Axes, Mask, require_real
 from normjax.field import FieldError
@@ -72,6 +73,7 @@ def joint_histogram(
     >>> found.counts.tolist()
     [[1.0, 1.0], [0.0, 1.0]]
     """
+    bins = COUNT("bins", bins)
     a, b = (require_real(unit, "joint_histogram") for unit in (a, b))
     if a.shape != b.shape:
         raise FieldError(f"a joint histogram takes two arrays of one shape, found shapes {a.shape} and {b.shape}")
@@ -141,7 +143,7 @@ def mutual_information_matrix(
     >>> jax.jit(lambda x: mutual_information_matrix(x, bins=2) / jnp.log(2.0))(x).round(3).tolist()
     [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    mapped = shared.mapped_axes(axis_name)
+    bins, mapped = COUNT("bins", bins), shared.mapped_axes(axis_name)
     samples = _binned(x, layout, bins, None, mask, mapped, "mutual_information_matrix")
 
     def of(unit: jax.Array) -> jax.Array:
@@ -193,8 +195,6 @@ def _binned(
     x: ArrayLike, layout: str, bins: int, bounds: Sequence[Bounds] | None, mask: Mask, mapped: Mapped, caller: str
 ) -> _Samples:
     """The bin of every value; by default the bins of a unit lie between the least and the largest that count."""
-    if isinstance(bins, bool) or not isinstance(bins, int | np.integer) or bins < 1:
-        raise ValueError(f"bins is an integer of at least 1; found {bins!r}")
     x = lax.stop_gradient(require_real(x, caller))
     number = shared.axis_number(UNITS, layout, x.ndim)
     weights = as_weights(mask, x)

@@ -44,6 +44,11 @@ def report(
     {'activation_size': 0.5, 'correlation': 1.0, 'cosine_similarity': 1.0, 'dead_units': 0.0, 'gradient_norm': 2.0,
      'mean': 1.5, 'stable_rank': 1.0, 'std': 0.707}
     """
+    if not isinstance(activations, Mapping):
+        raise TypeError(
+            f"report takes activations by layer, {{name: array}}, as normjax.capture gives them; found "
+            f"{type(activations).__name__}"
+        )
     layers = {}
     for name, x in activations.items():
         where = layout if isinstance(layout, str) else layout.get(name, "n ... c")

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import Weights, as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.binding import axes
-from normjax._leaves import nan_if_infinite
+from normjax._leaves import Whole, as_python, nan_if_infinite
 from normjax.field import FieldError
 
 
@@ -136,6 +136,7 @@ def inverse(
     work = y.astype(statistics_dtype(y.dtype))
     beta, gamma, axis = _parameters(beta, gamma, layout, work, alpha, epsilon)
     if steps is not None:
+        steps = Whole(0)("steps", steps)
 
         def step(_: int, x: jax.Array) -> jax.Array:
             return work * _power(_pool(x, beta, gamma, axis, alpha), epsilon).astype(work.dtype)
@@ -168,6 +169,7 @@ def channel_axis(layout: str, ndim: int) -> int:
 
 def _number(value: ArrayLike) -> float | None:
     """The value, if it is a plain number: its power may have a quick form."""
+    value = as_python(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

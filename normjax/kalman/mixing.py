@@ -5,7 +5,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from normjax._leaves import nan_if_infinite
+from normjax._leaves import known_numbers, nan_if_infinite
 from normjax.propagate import Belief
 
 
@@ -48,5 +48,6 @@ def require_gain(gain: ArrayLike) -> None:
     ...
     ValueError: gain lies between 0 and 1; found 1.5
     """
-    if isinstance(gain, int | float | np.number) and not 0 <= gain <= 1:
+    found = known_numbers(gain)
+    if found is not None and not np.all((found >= 0) & (found <= 1)):
         raise ValueError(f"gain lies between 0 and 1; found {gain!r}")

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import align_parameter, require_float, require_real, statistics_dtype
-from normjax._leaves import one_of
+from normjax._leaves import AMOUNT, one_of
 from normjax._normalize.evaluate import equation, normalize
 from normjax.kalman._blocks import believed_output, blocks_of, pooled_prior
 from normjax.kalman.mixing import mix_beliefs, require_gain
@@ -163,7 +163,7 @@ def kalman_normalize(
         now = batch.var
         ratio = jnp.where(weighted, jnp.where(now > 0, before.var / jnp.where(now > 0, now, 1), jnp.inf), 0)
         count = jnp.sum(jnp.broadcast_to(weighted, ratio.shape).astype(ratio.dtype))
-        near = lax.stop_gradient(jnp.sum(ratio) < guard * count)
+        near = lax.stop_gradient(jnp.sum(ratio) < AMOUNT("guard", guard) * count)
         belief = Belief(*(jnp.where(near, mixed, plain) for mixed, plain in zip(belief, batch, strict=True)))
     belief = Belief(*(jnp.where(weighted, mixed, stays) for mixed, stays in zip(belief, before, strict=True)))
     out = normalize_by_belief(x, belief, n, layout, scale=scale, bias=bias, mask=mask)

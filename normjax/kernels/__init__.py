@@ -215,7 +215,7 @@ def _varying(x: jax.Array) -> frozenset:
 
 
 def _from_environment() -> str:
-    mode = os.environ.get("NORMJAX_KERNELS", "xla")
+    mode = os.environ.get("NORMJAX_KERNELS") or "xla"  # exported empty is not set
     one_of("NORMJAX_KERNELS", mode, MODES)
     return mode
 

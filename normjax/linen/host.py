@@ -26,7 +26,14 @@ from flax.core.scope import in_filter
 from flax.linen import initializers
 from jax.typing import ArrayLike
 
-from normjax._layers.describe import Layer, Parameter, same_channels, whole_shape
+from normjax._layers.describe import (
+    Layer,
+    Parameter,
+    as_features,
+    hold_to_ranges,
+    require_channels,
+    whole_shape,
+)
 from normjax._layers.statistics import RunningLayer, as_held
 from normjax.running import BatchRecord, Slot
 
@@ -52,6 +59,7 @@ class Host(Layer, nn.Module, kw_only=True):
         super().__init_subclass__(kw_only=kw_only or not inspect.get_annotations(cls), **kwargs)
 
     def __post_init__(self):
+        hold_to_ranges(self)
         self._check()
         super().__post_init__()
 
@@ -96,18 +104,18 @@ class Early(Host):
     features: int | Sequence[int]  # number of channels; or the whole shape of an input
     _compact: ClassVar[bool] = False
 
+    def __post_init__(self):
+        self.features = as_features(self.features, type(self).__name__)
+        super().__post_init__()
+
     def setup(self) -> None:
         """Makes the parameters."""
         self._made = super()._learned(whole_shape(self.features, self.layout))  # pyright: ignore
 
     @nn.nowrap
     def _learned(self, *shapes: tuple[int, ...], **given: ArrayLike | None) -> dict[str, Any]:
+        require_channels(self, self.features, shapes[0])
         return {**self._made, **{name: value for name, value in given.items() if value is not None}}
-
-    @nn.nowrap
-    def _fits(self, shape: tuple[int, ...]) -> None:
-        if isinstance(self.features, int):
-            same_channels(self.features, self.layout, shape)
 
 
 class Keeping(RunningLayer, Host, kw_only=True):

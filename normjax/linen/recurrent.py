@@ -27,6 +27,7 @@ from normjax._layers.describe import Initializer
 from normjax._layers.pickling import Portable
 from normjax._layers.recurrent import SiteOptions
 from normjax._layers.statistics import as_held
+from normjax._leaves import COUNT
 from normjax.linen.host import Keeping
 from normjax.recurrent import Carry, Clock, Site, Weights
 
@@ -62,6 +63,11 @@ class Host(cells.Cell, nn.RNNCellBase, kw_only=True):
 
     __call__ = nn.compact(cells.Cell.__call__)
     _uses_running, _penalize = Keeping._uses_running, Keeping._penalize  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self):
+        self._check()
+        self.features = COUNT(f"features of {type(self).__name__}", self._features())
+        super().__post_init__()
 
     def _features(self) -> int:
         return self.features  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,6 +16,7 @@ from flax import linen as nn
 from normjax._layers import weights
 from normjax._layers.describe import Initializer, ones
 from normjax._layers.pickling import Portable
+from normjax._leaves import as_python
 from normjax._paths import PyTree, path_name
 
 
@@ -42,6 +43,11 @@ class Dense(weights.Dense, Host, nn.Dense):  # noqa: D101
 
 class Conv(weights.Conv, Host, nn.Conv):  # noqa: D101
     __doc__ = weights.Conv.__doc__
+
+    def __post_init__(self):
+        for name in ("kernel_size", "strides", "input_dilation", "kernel_dilation", "padding"):
+            setattr(self, name, as_python(getattr(self, name)))  # Flax asks whether they are integers of Python
+        super().__post_init__()
 
 
 def _with_params(

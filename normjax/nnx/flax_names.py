@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from normjax._layers import flax_names
 from normjax._layers.statistics import stored_dtype
+from normjax._leaves import as_python
 from normjax.nnx._signature import Constructor
 from normjax.nnx.host import Moments, _replace
 from normjax.running import NOTHING, Running
@@ -139,6 +140,12 @@ class GroupNorm(nnx.GroupNorm):
         """
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, self.num_groups)
         return _normalized(self, x, reading, mask).y
+
+    if not TYPE_CHECKING:  # to a reader the constructor is Flax's, which asks whether numbers are integers of Python
+
+        @functools.wraps(nnx.GroupNorm.__init__)
+        def __init__(self, num_features, num_groups=32, group_size=None, **flax):
+            super().__init__(num_features, as_python(num_groups), as_python(group_size), **flax)
 
 
 class InstanceNorm(nnx.InstanceNorm):

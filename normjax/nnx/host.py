@@ -13,7 +13,6 @@ first, then the options of the description, and `rngs` by keyword. The penalty i
 
 import copy
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar
 from types import MappingProxyType
@@ -25,7 +24,15 @@ from flax import nnx
 from flax.nnx import reprlib
 from jax.typing import ArrayLike
 
-from normjax._layers.describe import Layer, Parameter, Shape, same_channels, whole_shape
+from normjax._layers.describe import (
+    Layer,
+    Parameter,
+    Shape,
+    as_features,
+    hold_to_ranges,
+    require_channels,
+    whole_shape,
+)
 from normjax._layers.statistics import RunningLayer, as_held
 from normjax.field import FieldError
 from normjax.nnx._signature import Constructor
@@ -92,6 +99,7 @@ class Bare(Layer, Copied):
 
     def __post_init__(self):
         self._freeze()
+        hold_to_ranges(self, nnx.static)
         self._check()
 
     def _freeze(self) -> None:
@@ -125,6 +133,18 @@ def _replace(variable: nnx.Variable[jax.Array], value: jax.Array) -> None:
         variable.set_value(value)
 
 
+def require_rngs(rngs: object, made: str) -> None:
+    """Raises TypeError unless a layer of this name is given Flax's streams of random keys.
+
+    >>> require_rngs(0, "Norm")
+    Traceback (most recent call last):
+    ...
+    TypeError: rngs of Norm is an nnx.Rngs, as in rngs=nnx.Rngs(0); found 0
+    """
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs of {made} is an nnx.Rngs, as in rngs=nnx.Rngs(0); found {rngs!r}")
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Host(Bare):
     """A layer with parameters."""
@@ -145,9 +165,10 @@ class Host(Bare):
                 f"features, the number of channels, comes first in nnx: {type(self).__name__}(64, ...); "
                 f"found features={self.features!r}"
             )
-        features: Any = self.features
-        self.features = operator.index(features) if hasattr(features, "__index__") else tuple(features)
+        require_rngs(rngs, type(self).__name__)
+        self.features = nnx.static(as_features(self.features, type(self).__name__))
         self._freeze()
+        hold_to_ranges(self, nnx.static)
         self._check()
         learns = self._learns(*self._shapes())
         if unknown := [name for name, given in metadata.items() if given and name not in learns]:
@@ -185,16 +206,14 @@ class Host(Bare):
         return face(self.features, **options, **known)
 
     def _learned(self, *shapes: tuple[int, ...], **given: ArrayLike | None) -> dict[str, Any]:
+        if shapes:
+            require_channels(self, self.features, shapes[0])
         mine = {name: getattr(self, name) for name in self._names}
         found = {name: variable[...] for name, variable in mine.items() if isinstance(variable, nnx.Variable)}
         return {**found, **super()._learned(**given)}
 
     def _part(self, name: str) -> Any:
         return getattr(self, name)
-
-    def _fits(self, shape: tuple[int, ...]) -> None:
-        if isinstance(self.features, int):
-            same_channels(self.features, self.layout, shape)
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import InitVar
+from typing import Annotated
 
 import jax
 from flax import nnx
@@ -9,7 +10,8 @@ from jax.typing import ArrayLike
 
 from normjax import _layers as described
 from normjax._expect.arrays import require_real
-from normjax._layers.describe import Shape, whole_shape
+from normjax._layers.describe import Count, Shape, whole_shape
+from normjax._leaves import Whole
 from normjax.nnx.host import Bare, Host, Keeping
 
 Keys = nnx.Rngs | nnx.RngStream
@@ -113,7 +115,7 @@ class RevIN(described.reversible.RevIN, Host): ...
 class Conditioned(Keeping):
     """A host of layers with a condition `[n, condition_features]`."""
 
-    condition_features: int
+    condition_features: Count
 
     def _shapes(self) -> tuple[Shape, ...]:
         return (*super()._shapes(), (None, self.condition_features))
@@ -123,8 +125,8 @@ class Conditioned(Keeping):
 class Labelled(Keeping):
     """A host of layers with a map of labels: so many channels, on so many axes of space."""
 
-    label_features: int
-    space: int = 2
+    label_features: Count
+    space: Annotated[int, Whole(0)] = 2
 
     def _shapes(self) -> tuple[Shape, ...]:
         layout = self.layout.replace("...", " ".join(["..."] * self.space))

@@ -20,8 +20,9 @@ from normjax._layers import recurrent as cells
 from normjax._layers.describe import Initializer
 from normjax._layers.pickling import Portable
 from normjax._layers.recurrent import SiteOptions
+from normjax._leaves import COUNT
 from normjax.nnx._signature import Constructor, spelled_out
-from normjax.nnx.host import Copied, Keeping, Metadata, Penalty, _replace
+from normjax.nnx.host import Copied, Keeping, Metadata, Penalty, _replace, require_rngs
 from normjax.recurrent import Carry, Clock, Site, Weights
 from normjax.theory import Normalizer
 
@@ -105,6 +106,7 @@ class Host(cells.Cell, Copied, nnx.RNNCellBase):
     _second: tuple[str, int] | None = None  # name and gates of the bias that Flax's cell does without
     __signature__ = Constructor()
     _uses_running, _penalize = Keeping._uses_running, Keeping._penalize  # pyright: ignore[reportAssignmentType]
+    _static = staticmethod(nnx.static)  # pyright: ignore[reportAssignmentType]
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -120,6 +122,10 @@ class Host(cells.Cell, Copied, nnx.RNNCellBase):
         rngs: nnx.Rngs,
         **options: Unpack[CellOptions],
     ):
+        made = type(self).__name__
+        require_rngs(rngs, made)
+        in_features = COUNT(f"in_features of {made}", in_features)
+        hidden_features = COUNT(f"hidden_features of {made}", hidden_features)
         flax: dict[str, Any] = {"bias_init": initializers.zeros_init(), **options}
         ours = {field.name: flax.pop(field.name, field.default) for field in dataclasses.fields(self)}
         super().__init__(in_features, hidden_features, rngs=rngs, **flax)  # pyright: ignore[reportCallIssue]
@@ -127,7 +133,7 @@ class Host(cells.Cell, Copied, nnx.RNNCellBase):
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.use_running_average = use_running_average
         self.normalizer = self._row()
-        self._places()  # refuses a place that the cell has not
+        self._check()
         for name in () if self.normalizer is None else self._sites():
             setattr(self, f"norm_{name}", _Site(self._site(name), self.param_dtype, rngs))
         del self.scale_init, self.norm_bias_init  # they have done their work

@@ -29,6 +29,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax._layers import weights
 from normjax._layers.describe import Initializer, ones
 from normjax._layers.pickling import Portable
+from normjax._leaves import as_python
 from normjax.nnx._signature import Constructor, spelled_out
 from normjax.nnx.host import NO_METADATA, Copied, Metadata
 from normjax.reparametrize import Weight
@@ -181,7 +182,8 @@ class Conv(weights.Conv, Host, nnx.Conv):  # noqa: D101
         rngs: nnx.Rngs,
         **flax: Unpack[ConvOptions],
     ):
-        nnx.Conv.__init__(self, in_features, out_features, kernel_size, strides, rngs=rngs, **flax)
+        window = as_python(kernel_size), as_python(strides)  # Flax asks whether they are integers of Python
+        nnx.Conv.__init__(self, in_features, out_features, *window, rngs=rngs, **flax)
         self._make(rngs, scale_metadata, weight=weight, use_scale=use_scale, scale_init=scale_init, bound=bound)
 
     def __call__(self, inputs: jax.Array, out_sharding: Sharding | PartitionSpec | None = None) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.scipy.special import erfc
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import require_float, statistics_dtype
-from normjax._leaves import one_of, safe_root
+from normjax._leaves import COUNT, one_of, safe_root
 from normjax._normalize.evaluate import affine
 
 
@@ -101,7 +101,7 @@ def activate(belief: Belief, activation: Activation = "relu", nodes: int = 64) -
     if not callable(activation):
         one_of("activation", activation, ("relu", None))
         return _rectify(mean, var)
-    z, weight = np.polynomial.hermite_e.hermegauss(nodes)
+    z, weight = np.polynomial.hermite_e.hermegauss(COUNT("nodes", nodes))
     column = (-1,) + (1,) * mean.ndim
     z, weight = (a.reshape(column).astype(mean.dtype) for a in (z, weight / weight.sum()))
     values = activation(mean[None] + standard_deviation(var)[None] * z)

@@ -1,7 +1,7 @@
 """What a dense or a convolution kernel does to means and variances that travel beside the arrays."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import require_float
 from normjax._expect.binding import axes
-from normjax._leaves import one_of
+from normjax._leaves import COUNT, as_integer, integers, one_of
 from normjax._normalize.evaluate import equation
 from normjax.field import EXAMPLES, FieldError
 from normjax.propagate.beliefs import Activation, Belief, Filtered, activate, as_wide, standard_deviation
@@ -60,17 +60,16 @@ def _geometry(
     kernel: jax.Array, channels: int, size: Size, strides: int | Sequence[int], padding: Padding, groups: int
 ) -> _Geometry:
     """The numbers of a convolution, checked against its kernel and the channels of a belief."""
-    window = kernel.shape[:-2]
+    window, groups = kernel.shape[:-2], COUNT("groups", groups)
     if kernel.ndim < 2 or kernel.shape[-2] * groups != channels or kernel.shape[-1] % groups:
         raise FieldError(
             f"a kernel has the axes (*space, inputs / groups, outputs); found shape {kernel.shape}, groups {groups}, for "
             f"a belief of {channels} channels"
         )
-    strides = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
-    padding = (padding,) * len(window) if isinstance(padding, int) else padding
+    strides = integers("strides", strides, len(window))
     if size is None and window:
         return _Geometry(None, strides, None, groups)
-    size = tuple(size or ())
+    size = () if size is None else integers("size", size)
     if len(size) != len(window) or len(strides) != len(window):
         raise FieldError(
             f"size and strides have one number for each of the kernel's {len(window)} axes of space; found {size} and "
@@ -81,8 +80,9 @@ def _geometry(
     if isinstance(padding, str):
         one_of("padding", padding, ("SAME", "VALID"))
         padding = lax.padtype_to_pads(size, window, strides, padding)
-    pads = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
-    if len(pads) != len(window):
+    each: Any = (padding,) * len(window) if as_integer(padding) is not None else padding
+    pads: Any = tuple(integers("padding", low_high, 2) for low_high in each)
+    if len(pads) != len(window) or any(len(pair) != 2 for pair in pads):
         each = f"one number or pair for each of the kernel's {len(window)} axes of space"
         raise FieldError(f"padding has {each}; found {padding}")
     if any(n + low + high < k for n, k, (low, high) in zip(size, window, pads, strict=True)):
@@ -124,7 +124,7 @@ def _sampled(
     rows: Belief, kernel: jax.Array, how: _Geometry, activation: Activation, key: jax.Array, samples: int
 ) -> Belief:
     """Gaussian noise with these moments through activation and kernel, then moments over samples and space."""
-    blocks, channels = rows.mean.shape
+    samples, (blocks, channels) = COUNT("samples", samples), rows.mean.shape
     if how.size is None or how.pads is None:
         raise ValueError("a sample needs the size of the array in space: size=(height, width)")
     space = (1,) * len(how.size)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax._leaves import one_of
+from normjax._leaves import COUNT, one_of
+from normjax.field import FieldError
 
 PLACES = ("inside", "separate", "separate_raw")
 BIASES = ("after", "before", "both")
@@ -79,7 +80,7 @@ def sites(cell: str, features: int, places: Places) -> dict[str, int]:
     {'xrz': 16, 'xn': 8, 'hrz': 16, 'hn': 8}
     """
     one_of("cell", cell, tuple(GATES))
-    inside = places.place == "inside"
+    features, inside = COUNT("features", features), places.place == "inside"
     groups = GATES[cell] if inside or places.per_gate else _TOGETHER[cell]
     found = {side + group: features * len(group) for side in ([""] if inside else "xh") for group in groups}
     return found | ({"c": features} if cell == "lstm" else {})
@@ -227,6 +228,8 @@ Sums = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 def _linear(weights: Weights, x: jax.Array, h: jax.Array, dtype: DTypeLike | None) -> Sums:
     """W x, U h and the biases, in one dtype."""
+    if x.shape[-1:] != weights.w.shape[:1]:
+        raise FieldError(f"a cell made for inputs [n, {weights.w.shape[0]}] cannot take an array of shape {x.shape}")
     if dtype is None:
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.result_type(*(p.dtype for p in (x, h, *weights) if p is not None))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax._leaves import one_of
+from normjax._leaves import COUNT, one_of
 from normjax.theory import Normalizer
 
 
@@ -71,7 +71,7 @@ def cooijmans2017(max_steps: int) -> dict[str, Any]:
     """
     places = {"normalizer": Normalizer("n", "n"), "place": "separate_raw", "bias_at": "after", "use_bias": ("c",)}
     first = {"scale_init": _Constant(0.1), "forget_bias": 1.0}
-    return {**places, **first, "momentum": 0.95, "max_steps": max_steps}
+    return {**places, **first, "momentum": 0.95, "max_steps": COUNT("max_steps", max_steps)}
 
 
 REN2017 = ("base", "bn", "bn-s", "bn-l1", "bn*", "ln", "ln-s", "ln-l1", "ln*", "dn", "dn-s", "dn*")
@@ -118,7 +118,7 @@ def ren2017(row: str, cell: str, dialect: str = "code", max_steps: int = 20) -> 
     penalized = row in ("ln", "ln-s") and cell != "lstm" and code
     field, border = {"b": "n", "l": "c", "d": "c:30" if cell == "lstm" else "c:60"}[row[0]], "truncate"
     if row.startswith("bn"):
-        out |= {"place": "separate", "bias_at": "before", "max_steps": max_steps, "momentum": 0.9}
+        out |= {"place": "separate", "bias_at": "before", "max_steps": COUNT("max_steps", max_steps), "momentum": 0.9}
     elif row == "ln" and (cell == "lstm" or not code):
         out |= {"place": "separate", "bias_at": "before"}
     else:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from normjax._leaves import AMOUNT, COUNT, INTEGER, SHARE
 from normjax._normalize.evaluate import equation, normalize
 from normjax.field import FieldError
 from normjax.penalty import l1_penalty
@@ -32,9 +33,11 @@ def site_slots(
     >>> {name: slot.shape for name, slot in site_slots(TABLE["batch"], 4, 20).items()}
     {'mean': (20, 4), 'var': (20, 4)}
     """
+    max_steps = None if max_steps is None else INTEGER("max_steps", max_steps)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps is at least 1, or None for one statistic of all steps; found {max_steps!r}")
-    steps, found = () if max_steps is None else (max_steps,), slots(normalizer, LAYOUT, (None, features), dtype=dtype)
+    steps = () if max_steps is None else (max_steps,)
+    found = slots(normalizer, LAYOUT, (None, COUNT("features", features)), dtype=dtype)
     return {name: slot._replace(shape=steps + slot.shape) for name, slot in found.items()}
 
 
@@ -70,6 +73,8 @@ def start_sigma(normalizer: Normalizer, learn: bool, given: float | None) -> flo
     >>> start_sigma(Normalizer("c", "c", eps=0.25), True, None), start_sigma(Normalizer("c", "c"), False, 1.0)
     (0.5, None)
     """
+    if learn and normalizer.var is None:
+        raise ValueError(f"learn_sigma learns what is added to a spread; {normalizer} divides by nothing")
     return None if not learn else normalizer.eps**0.5 if given is None else given
 
 
@@ -144,6 +149,8 @@ def normalize_site(
     >>> out.running.mean.ravel().tolist()
     [0.0, 1.0, 0.0]
     """
+    max_steps = None if max_steps is None else COUNT("max_steps", max_steps)
+    momentum, l1 = SHARE("momentum", momentum), AMOUNT("l1", l1)
     shape = z.shape
     z, going = z.reshape(-1, shape[-1]), valid(clock)
     mask = None if going is None else going.reshape(-1, 1)

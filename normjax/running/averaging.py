@@ -11,7 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import statistics_dtype
-from normjax._leaves import one_of
+from normjax._leaves import SHARE, one_of
+from normjax.field import FieldError
 from normjax.running.state import AVERAGES, Running
 from normjax.theory import Normalizer, Stats
 
@@ -39,6 +40,8 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
     >>> update(Running(jnp.zeros(2), mean_count=jnp.zeros(2, jnp.int32)), batch, 0.5, "debiased").mean
     Array([1., 0.], dtype=float32)
     """
+    momentum = SHARE("momentum", momentum)
+    _require_observed(running, batch)
     one_of("averaging", averaging, AVERAGES)
     moments = (
         (running.mean, batch.mean, batch.mean_weight, running.mean_count),
@@ -94,6 +97,16 @@ def _together(mean: _Given, var: _Given) -> tuple[_Given, _Given]:
         both = jnp.all(mean) & jnp.all(var)
         return jnp.full(mean.shape, both), jnp.full(var.shape, both)
     return mean & var, mean & var
+
+
+def _require_observed(running: Running, batch: Stats) -> None:
+    """Raises FieldError for statistics of a batch in the shapes that `normalize` gave them."""
+    for name, old, new in (("mean", running.mean, batch.mean), ("var", running.var, batch.var)):
+        if old is not None and new is not None and jnp.shape(old) != jnp.shape(new):
+            raise FieldError(
+                f"the {name} of the batch has shape {jnp.shape(new)}, the stored one {jnp.shape(old)}: give "
+                "running.observe(stats, normalizer, layout, x.shape) for the stats that normalize returned"
+            )
 
 
 def _share(t: jax.Array, momentum: ArrayLike, averaging: str) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from normjax._leaves import inverse_power
+from normjax._leaves import inverse_power, known_numbers
 from normjax.running.state import Running, as_stats, stores
 from normjax.theory import Normalizer, Stats
 
@@ -76,7 +76,8 @@ def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, Arra
     if not isinstance(limits, tuple | list) or len(limits) != 2:
         raise ValueError(f"renorm is a pair of limits (r_max, d_max); found {limits!r}")
     for name, limit, least in zip(("r_max", "d_max"), limits, (1, 0), strict=True):
-        if isinstance(limit, int | float) and not limit >= least:
+        found = known_numbers(limit)
+        if found is not None and not np.all(found >= least):
             raise ValueError(f"{name} is at least {least}; found {limit!r}")
     if stores(n) != (n.mean is not None, True) or n.floor is not None or n.keep_mean:
         raise ValueError(
