@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from normjax._expect.sizes import divides, max_dim, min_dim, said
 from normjax.field import REST, Field, FieldError, Span, caret
 
 _LAYOUT_NAME = re.compile(r"\.\.\.|[A-Za-z_]\w*")
@@ -69,7 +70,8 @@ class Bound:
         for axis, span in self.spans:
             if axis is not None:
                 length = self.shape[axis]
-                size *= min(span.window, length) if span.window else max(length // (span.blocks or 1), min(length, 1))
+                inside = max_dim(length // (span.blocks or 1), min_dim(length, 1))
+                size *= min_dim(span.window, length) if span.window else inside
         return size
 
 
@@ -86,8 +88,10 @@ def bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
             unnamed = f'field "{field}" averages over \'{span.axis}\', which layout "{layout}" does not name'
             raise FieldError(unnamed + caret(str(field), span.axis))
         for axis in where.get(span.axis, ()):
-            if span.blocks and not span.mapped and shape[axis] % span.blocks:
-                uneven = f"axis '{span.axis}' of length {shape[axis]} into {span.blocks} equal groups"
+            if span.blocks and not span.mapped and not divides(span.blocks, shape[axis]):
+                uneven = (
+                    f"axis '{span.axis}' of length {said(shape[axis], span.blocks)} into {span.blocks} equal groups"
+                )
                 raise FieldError(f"cannot split {uneven}")
             spans.append((axis, span))
     if field.spans and not spans:

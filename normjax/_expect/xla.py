@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normjax._expect.sharding import along_one_shard
+from normjax._expect.sizes import at_least
 
 FOR_GRADIENT, FOR_SCALE, FOR_Y, FOR_SUMS, FOR_ROUNDING, FOR_MEAN = 1, 2, 3, 4, 5, 6
 
@@ -46,8 +47,9 @@ def barrier(x: jax.Array) -> jax.Array:
 def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Steps of a sum: XLA:CPU sums axes between others on one thread if the last axis is short; the innermost goes first."""
     kept = [i for i in range(len(shape)) if i not in axes]
-    narrow = len(axes) > 1 and kept and kept[0] < min(axes) and kept[-1] > max(axes) and shape[kept[0]] > 1
-    if not on_cpu() or not narrow or math.prod(shape[max(axes) + 1 :]) >= 256:
+    between = len(axes) > 1 and kept and kept[0] < min(axes) and kept[-1] > max(axes)
+    short = between and not at_least(math.prod(shape[max(axes) + 1 :]), 256, unknown=False)
+    if not on_cpu() or not short or not at_least(shape[kept[0]], 2, unknown=True):
         return [axes]
     return [(max(axes),), tuple(sorted(axes)[:-1])]
 
@@ -55,7 +57,7 @@ def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple
 def broadcast_in_order(small: jax.Array, x: jax.Array) -> jax.Array:
     """A small array broadcast against x, in the steps in which x is summed: the transpose is such a sum."""
     small = small.reshape((1,) * (x.ndim - small.ndim) + small.shape)
-    long = tuple(axis for axis, (n, m) in enumerate(zip(small.shape, x.shape, strict=True)) if n == 1 < m)
+    long = tuple(axis for axis, (n, m) in enumerate(zip(small.shape, x.shape, strict=True)) if n == 1 != m)
     if not along_one_shard(x, long):
         return small
     for axes in reversed(reduction_order(long, x.shape)):

@@ -20,13 +20,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import Bound
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard
+from normjax._expect.sizes import at_least
 from normjax._expect.xla import FOR_Y, distinct_copy
 from normjax._normalize import tangents
 from normjax._normalize.tangents import Known, Parts, Tangents, divisor
@@ -52,7 +52,7 @@ def _shrinks(n: Normalizer, bound: Bound) -> bool:
     """Whether A = B has windows, but only after pooling has made the array small."""
     few = math.prod(1 if axis in bound.whole else size for axis, size in enumerate(bound.shape))
     local = not any(span.mapped or span.blocks for _, span in bound.spans)
-    return n.mean in (None, n.var) and local and 16 * few <= math.prod(bound.shape)
+    return n.mean in (None, n.var) and local and at_least(math.prod(bound.shape), 16 * few, unknown=False)
 
 
 def in_passes(bound: Bound) -> bool:
@@ -81,7 +81,7 @@ def _ruled(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, x, ep
 @_ruled.defjvp
 def _derive(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, primals, moves) -> tuple[Parts, Parts]:
     x, eps, scale, _ = primals
-    bound, large = E.plan(divisor(n)).bound, x.size >= LARGE
+    bound, large = E.plan(divisor(n)).bound, at_least(x.size, LARGE, unknown=False)
     results = _ruled(n, E, dtype, large or in_passes(bound), *primals)
     _, _, mean, moment = results
     if not bound.pooled:
@@ -98,8 +98,8 @@ def _derive(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, prim
 
 def _is_small(x, *parts) -> bool:
     """Whether these vary together along few elements of x."""
-    joint = np.broadcast_shapes(*(part.shape for part in parts if part is not None))
-    return 16 * math.prod(joint) <= x.size
+    joint = jnp.broadcast_shapes(*(part.shape for part in parts if part is not None))
+    return at_least(x.size, 16 * math.prod(joint), unknown=True)
 
 
 def _is_bare(n: Normalizer, bound: Bound, x: jax.Array, eps: jax.Array | None) -> bool:

@@ -12,6 +12,7 @@ from normjax._expect.arrays import align_parameter, align_statistic, as_weights,
 from normjax._expect.binding import axes, bind
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
+from normjax._expect.sizes import at_least
 from normjax._normalize import derivative
 from normjax._normalize.tangents import Parts
 from normjax.field import FieldError
@@ -103,7 +104,7 @@ def _refuse_single_element(normalizer: Normalizer, layout: str, shape: tuple[int
         bound = bind(field, layout, shape)
         size = bound.reach() * math.prod(shards_of(span) for _, span in bound.spans)
         padded = normalizer.border == "zero" and any(s.window and s.window > 1 for _, s in bound.spans)
-        if size > 1 or padded:
+        if padded or at_least(size, 2, unknown=True):
             return
     raise FieldError(f'field "{field}" holds a single element of an array of shape {shape}, so centring leaves zero')
 
