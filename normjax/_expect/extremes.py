@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.jet import jet_rules
 
 from normjax._expect.arrays import Weights
 from normjax._expect.average import by_blocks, total
@@ -15,6 +16,16 @@ from normjax._expect.binding import Plan, pooled_and_windowed
 from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_behind, with_halo
 from normjax._expect.sizes import as_number, at_least, is_known, min_dim
 from normjax.field import FieldError, Span
+
+
+def _top_k_in_taylor_mode(primals, series, **params):
+    """The rule that JAX lacks: the terms of the largest lie where they lie."""
+    values, places = lax.top_k_p.bind(*primals, **params)
+    terms = [jnp.take_along_axis(term, places, params["axis"]) for term in series[0]]
+    return [values, places], [terms, [jnp.zeros_like(places)] * len(terms)]
+
+
+jet_rules.setdefault(lax.top_k_p, _top_k_in_taylor_mode)
 
 
 def largest(a: jax.Array, plan: Plan) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
+from jax.experimental.jet import jet_rules, linear_prop
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -113,5 +114,6 @@ slide_p.def_impl(reduced)
 slide_p.def_abstract_eval(_abstract)
 ad.deflinear2(slide_p, _transpose)
 batching.primitive_batchers[slide_p] = _batch
+jet_rules[slide_p] = functools.partial(linear_prop, slide_p)
 mlir.register_lowering(slide_p, mlir.lower_fun(reduced, multiple_results=False))
 mlir.register_lowering(slide_p, _lower_on_cpu, platform="cpu")

@@ -20,6 +20,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.jet import JetTrace
 from jax.typing import DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
@@ -35,17 +36,28 @@ from normjax.theory import Normalizer, output, scale_and_shift, statistics
 LARGE = 2**20  # elements; 4 MB of float32
 
 
-def has_rule(n: Normalizer, E: OverFields, x: jax.Array) -> bool:
-    """Whether this evaluation of the equation takes the rule, if no statistic is given.
+def has_rule(n: Normalizer, E: OverFields, x: jax.Array, *small: jax.Array | None) -> bool:
+    """Whether this evaluation of the equation takes the rule, if no statistic is given; `small` is eps, scale and bias.
 
-    Not where a field is averaged over an axis of `vmap`: JAX may trace the rule after that axis is gone.
+    Not where a field is averaged over an axis of `vmap`: JAX may trace the rule after that axis is gone. Nor in Taylor mode,
+    which cannot see through a `jax.custom_jvp` or a `jax.checkpoint`.
     """
+    if any(map(_in_taylor_mode, (x, *small))):
+        return False
     if n.order != 2 or n.var is None or n.floor is not None or E.weights is not None or jnp.iscomplexobj(x):
         return False
     bounds = [E.plan(field).bound for field in (n.mean, n.var) if field is not None]
     mapped = {span.mapped for bound in bounds for _, span in bound.spans if span.mapped}
     small = all(bound.pooled for bound in bounds) or _shrinks(n, bounds[-1])
     return small and mapped <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _in_taylor_mode(operand: object) -> bool:
+    """Whether `jet` stands around this value, or around a transformation of it."""
+    trace = getattr(operand, "_trace", None)
+    while trace is not None and not isinstance(trace, JetTrace):
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None
 
 
 def _shrinks(n: Normalizer, bound: Bound) -> bool:

@@ -146,7 +146,7 @@ def equation(
     dtype = jnp.dtype(dtype or x.dtype)
     if afresh and kernels.used() != "xla" and _is_for_kernels(x, n, E, given):
         y, v, mean, moment = _by_kernel(x, n, E, given, dtype)
-    elif afresh and derivative.has_rule(n, E, x):
+    elif afresh and derivative.has_rule(n, E, x, given.eps, given.scale, given.bias):
         y, v, mean, moment = derivative.ruled(n, E, dtype, x, given.eps, given.scale, given.bias)
     else:
         y, v, mean, moment = _plain(x, n, E, given, dtype)

@@ -128,7 +128,7 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
     dmean = None if n.mean is None else average(dx)
     dv, dm = dx if dmean is None else dx - wide(dmean), 2 * average(v * dx)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
-    m = average(v * v) if xla.on_cpu() else distinct_copy(moment, FOR_GRADIENT)
+    m = xla.computed_again(average(v * v), distinct_copy(moment, FOR_GRADIENT))
     bare = known._replace(x=x, mean=mean, moment=moment)
     dy = _rowwise_output(n, bare, d._replace(x=dx), v, m, dmean, dm, distinct_copy, wide)
     return dy.astype(dtype), dv, restored(dmean), restored(dm)
