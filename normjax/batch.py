@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import align_statistic, require_float
 from normjax._expect.binding import axes
+from normjax._expect.sizes import divides, is_known
 from normjax._leaves import COUNT, split_eps
 from normjax._normalize.evaluate import Normalized, equation, normalize
 from normjax.field import Field, FieldError
@@ -106,14 +107,20 @@ def ghost_row(
     examples = None if examples is None else COUNT("examples", examples)
     if examples is None or (where and shape[where[0]] == 0):
         return ghost_batch(1, eps=eps)
-    if where is None or shape[where[0]] % examples:
+    if where is None or not divides(examples, shape[where[0]]):
         if not strict:
             return ghost_batch(1, eps=eps)
         found = f'layout "{layout}" without n' if where is None else f"{shape[where[0]]} examples"
         error = FieldError(f"cannot split the batch into parts of {examples} examples; found {found}")
         error.add_note("`examples` divides the number of examples of every training batch")
         raise error
-    return ghost_batch(shape[where[0]] // examples, eps=eps)
+    parts = shape[where[0]] // examples
+    if not is_known(parts):
+        raise FieldError(
+            f"the batch of {shape[where[0]]} examples has {parts} parts of {examples}, and a field cannot split an axis "
+            "into a number of blocks that is a symbol: give the batch a size, or take all examples (None)"
+        )
+    return ghost_batch(parts, eps=eps)
 
 
 def extended_batch(*, eps: float = 1e-5) -> Normalizer:
@@ -174,7 +181,7 @@ def virtual_batch(
     where = axes(layout, x.ndim)
     alone = Field(tuple(span for span in spans if not span.mixes_examples and where.get(span.axis or "")))
     lone = equation(x, Normalizer(alone, alone), layout, mask=mask).stats
-    shape = np.broadcast_shapes(*(np.shape(part) for part in (*known.stats, *lone)))
+    shape = jnp.broadcast_shapes(*(np.shape(part) for part in (*known.stats, *lone)))
     theirs, own = (Stats(*(jnp.broadcast_to(jnp.asarray(part), shape) for part in s)) for s in (known.stats, lone))
     merged = merge(theirs, own)
     stats = Stats(merged.mean, merged.var)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._expect.sharding import axis_size
+from normjax._expect.sizes import as_number
 from normjax._leaves import AMOUNT
 from normjax._paths import path_parts
 
@@ -45,7 +46,7 @@ def l1_penalty(
     weights = as_weights(mask, v)
     size = jnp.abs(zero_masked(v, weights))
     if weights is None:
-        value, count = jnp.sum(size), jnp.asarray(float(v.size), size.dtype)
+        value, count = jnp.sum(size), jnp.asarray(as_number(v.shape, size.dtype))
     else:
         value, count = jnp.sum(size * weights.value), jnp.sum(jnp.broadcast_to(weights.value, v.shape))
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from normjax._expect.arrays import require_float, statistics_dtype
 from normjax._expect.binding import axes
+from normjax._expect.sizes import is_known
 from normjax._leaves import COUNT, Whole
 from normjax._normalize.evaluate import affine
 from normjax.conditional import Modulation
@@ -119,5 +120,7 @@ def nearest(x: ArrayLike, size: Sequence[int], layout: str = "n ... c") -> jax.A
         raise FieldError(f"{len(size)} lengths do not fit {unfit}")
     for axis, length in zip(space, size, strict=True):
         if x.shape[axis] != length:
-            x = jnp.take(x, np.arange(length) * x.shape[axis] // length, axis)
+            known = is_known(length) and is_known(x.shape[axis])
+            places = np.arange(length) if known else jnp.arange(length)
+            x = jnp.take(x, places * x.shape[axis] // length, axis)
     return x

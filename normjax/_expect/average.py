@@ -6,6 +6,7 @@ sums are combined across devices before the one division. The tests compare with
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax._expect.arrays import Weights
 from normjax._expect.binding import Plan, pooled_and_windowed
 from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_behind, with_halo
+from normjax._expect.sizes import as_number, is_known
 from normjax._expect.window import slide
 from normjax._expect.xla import barrier, reduction_order
 from normjax.field import Span
@@ -67,23 +69,29 @@ def total(x: jax.Array, plan: Plan) -> jax.Array:
 def counts(plan: Plan, dtype: DTypeLike) -> np.ndarray | jax.Array:
     """What `total` of an array of ones is (under border "zero": as if ones stood past the edge too)."""
     bound = plan.bound
-    count = np.full((1,) * len(bound.shape), float(shards_behind(bound)))
+    real = np.finfo(dtype).dtype
+    count, sizes, computed = np.ones((1,) * len(bound.shape)), [shards_behind(bound)], []
     for axis, span in bound.spans:
         length = 1 if axis is None else bound.shape[axis]
-        if axis is not None and span.window:
-            taps = plan.taps(span)
-            if plan.border == "zero":
-                count = count * taps.sum()
-            elif span.mapped is None:
-                before, after = plan.extent(span)
-                padded = np.pad(np.ones(length), (before, after))
-                sums = [(padded[i : i + len(taps)] * taps).sum() for i in range(length)]
-                count = count * np.reshape(sums, [-1 if i == axis else 1 for i in range(len(bound.shape))])
-            else:  # a truncated window that crosses shards: known only to the collective
-                return total(jnp.ones(bound.shape, jnp.finfo(dtype).dtype), plan)
+        if axis is None or not span.window:
+            sizes.append(length // local_blocks(bound, axis, span) if axis is not None and span.blocks else length)
+            continue
+        taps = plan.taps(span)
+        if plan.border == "zero":
+            count = count * taps.sum()
+        elif span.mapped is not None:  # a truncated window that crosses shards: known only to the collective
+            return total(jnp.ones(bound.shape, real), plan)
         else:
-            count = count * (length // local_blocks(bound, axis, span) if axis is not None and span.blocks else length)
-    return count.astype(np.finfo(dtype).dtype)
+            along = [length if i == axis else 1 for i in range(len(bound.shape))]
+            if is_known(length):
+                padded = np.pad(np.ones(length), plan.extent(span))
+                count = count * np.reshape([(padded[i : i + len(taps)] * taps).sum() for i in range(length)], along)
+            else:
+                computed.append(_window_total(jnp.ones(along, real), axis, span, plan))
+    symbols = [size for size in sizes if not is_known(size)]
+    if symbols:
+        computed.append(as_number(symbols, real))
+    return math.prod(computed, start=(count * math.prod(filter(is_known, sizes))).astype(real))
 
 
 def by_blocks(reduce: Callable[..., jax.Array], x: jax.Array, axis: int, blocks: int) -> jax.Array:
@@ -106,6 +114,8 @@ def _window_total(x: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:
         return x
     if span.mapped is not None:
         x, left, right = with_halo(x, axis, before, after, span), 0, 0
+    elif not is_known(length):
+        left, right = before, after
     else:
         # A window is never wider than the axis on either side: what lies further is zero.
         left, right = min(before, length - 1), min(after, length - 1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from normjax._expect.sizes import divides, is_known, max_dim, min_dim, said
 from normjax.field import EXAMPLES, REST, Field, FieldError, Span, caret
 from normjax.theory import TABLE
 
@@ -82,7 +83,8 @@ class Bound:
         for axis, span in self.spans:
             if axis is not None:
                 length = self.shape[axis]
-                size *= min(span.window, length) if span.window else max(length // (span.blocks or 1), min(length, 1))
+                inside = max_dim(length // (span.blocks or 1), min_dim(length, 1))
+                size *= min_dim(span.window, length) if span.window else inside
         return size
 
 
@@ -106,8 +108,10 @@ def _bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
                 error.add_note('examples that jax.vmap maps over are "@n", with jax.vmap(..., axis_name="n")')
             raise error
         for axis in where.get(span.axis, ()):
-            if span.blocks and not span.mapped and shape[axis] % span.blocks:
-                uneven = f"axis '{span.axis}' of length {shape[axis]} into {span.blocks} equal groups"
+            if span.blocks and not span.mapped and not divides(span.blocks, shape[axis]):
+                uneven = (
+                    f"axis '{span.axis}' of length {said(shape[axis], span.blocks)} into {span.blocks} equal groups"
+                )
                 error = FieldError(f"cannot split {uneven}")
                 for note in _other_blocks(field, span, shape[axis]):
                     error.add_note(note)
@@ -120,6 +124,8 @@ def _bind(field: Field, layout: str, shape: tuple[int, ...]) -> Bound:
 
 def _other_blocks(field: Field, span: Span, length: int) -> Iterator[str]:
     """For a row of TABLE whose number of blocks does not divide this length: one that does, as the user may write it."""
+    if not is_known(length):
+        return
     best = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
     spans = tuple(replace(s, blocks=best if best > 1 else None) if s == span else s for s in field.spans)
     for name, row in TABLE.items():

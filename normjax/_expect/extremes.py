@@ -8,12 +8,24 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.jet import jet_rules
 
 from normjax._expect.arrays import Weights
 from normjax._expect.average import by_blocks, total
 from normjax._expect.binding import Plan, pooled_and_windowed
 from normjax._expect.sharding import axis_size, local_blocks, partitioned, shards_behind, with_halo
+from normjax._expect.sizes import as_number, at_least, is_known, min_dim
 from normjax.field import FieldError, Span
+
+
+def _top_k_in_taylor_mode(primals, series, **params):
+    """The rule that JAX lacks: the terms of the largest lie where they lie."""
+    values, places = lax.top_k_p.bind(*primals, **params)
+    terms = [jnp.take_along_axis(term, places, params["axis"]) for term in series[0]]
+    return [values, places], [terms, [jnp.zeros_like(places)] * len(terms)]
+
+
+jet_rules.setdefault(lax.top_k_p, _top_k_in_taylor_mode)
 
 
 def largest(a: jax.Array, plan: Plan) -> jax.Array:
@@ -57,7 +69,9 @@ def _window_maximum(a: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Arra
     if span.mapped is not None:
         a, padding = with_halo(a, axis, before, after, span), (0, 0)
     else:
-        padding = before, after = min(before, length - 1), min(after, length - 1)
+        if is_known(length):
+            before, after = min(before, length - 1), min(after, length - 1)
+        padding = before, after
 
     def slide(a: jax.Array) -> jax.Array:
         a = jnp.pad(a, [padding if i == axis else (0, 0) for i in range(a.ndim)])
@@ -80,7 +94,7 @@ def mean_of_largest(a: jax.Array, k: int, plan: Plan, weights: Weights | None) -
     if not bound.pooled:
         raise FieldError(f'order=top({k}) takes whole axes and blocks; field "{bound.field}" has windows')
     size = bound.reach() * shards_behind(bound)
-    if k > size:
+    if not at_least(size, k, unknown=True):
         holds = f'field "{bound.field}" holds {size} of shape {bound.shape}'
         raise FieldError(f"order=top({k}) needs {k} elements; {holds}")
     named = tuple(axis for axis, _ in bound.spans if axis is not None)
@@ -105,7 +119,9 @@ def _mean_of_largest(a: jax.Array, k: int, plan: Plan) -> jax.Array:
             inner.append(len(split) - 1)
     parts = jnp.moveaxis(a.reshape(split), inner, range(-len(inner), 0))
     flat = parts.reshape(*parts.shape[: parts.ndim - len(inner)], -1)
-    best = lax.top_k(flat, min(k, flat.shape[-1]))[0]
+    if not at_least(flat.shape[-1], k, unknown=False) and not is_known(flat.shape[-1]):
+        flat = jnp.concatenate([flat, jnp.zeros((*flat.shape[:-1], k), flat.dtype)], -1)  # there may be fewer than k
+    best = lax.top_k(flat, k if at_least(flat.shape[-1], k, unknown=False) else flat.shape[-1])[0]
     for name, groups in bound.collectives:
         if groups:
             raise FieldError("order=top(k) does not combine index groups of a mapped axis")
@@ -113,6 +129,7 @@ def _mean_of_largest(a: jax.Array, k: int, plan: Plan) -> jax.Array:
         rows = jnp.zeros((axis_size(name), *best.shape), best.dtype).at[lax.axis_index(name)].set(best)
         rows = jnp.moveaxis(lax.psum(rows, name), 0, -2).reshape(*best.shape[:-1], -1)
         best = lax.top_k(rows, min(k, rows.shape[-1]))[0]
-    mean = jnp.expand_dims(jnp.sum(best, -1) / k, inner)
+    number = min_dim(bound.reach() * shards_behind(bound), k)
+    mean = jnp.expand_dims(jnp.sum(best, -1) / (k if is_known(number) else as_number([number], a.dtype)), inner)
     repeated = [split[i] if i in inside else n for i, n in enumerate(mean.shape)]
     return jnp.broadcast_to(mean, repeated).reshape([1 if i in bound.whole else n for i, n in enumerate(a.shape)])

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.errors import InconclusiveDimensionOperation
 
 from normjax._expect.binding import Bound
+from normjax._expect.sizes import at_least, is_known, max_dim, min_dim
 from normjax.field import FieldError, Span
 
 
@@ -20,6 +22,11 @@ def axis_size(name: str) -> int:
         raise FieldError(
             f"mapped axis '@{name}' is not bound here; call this inside jax.vmap(..., axis_name=\"{name}\"), or inside "
             f'jax.shard_map or jax.pmap over a mesh axis "{name}"'
+        ) from None
+    except InconclusiveDimensionOperation:
+        raise FieldError(
+            f"the size of mapped axis '@{name}' is a symbol, and JAX has no collectives over such: give it a size, or make "
+            "it an axis of the array, with a name in the layout"
         ) from None
 
 
@@ -56,6 +63,12 @@ def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> j
         raise FieldError(f"window '{span}' takes its neighbours' elements and cannot use index groups")
     shards, length = axis_size(span.mapped), x.shape[axis]
 
+    if not at_least(length, max(before, after), unknown=is_known(length)):
+        raise FieldError(
+            f"window '{span}' takes {max(before, after)} elements of its neighbours, and shards of length {length} may have "
+            f'fewer: promise more to jax.export.symbolic_shape, constraints=["{length} >= {max(before, after)}"]'
+        )
+
     def from_shard(distance: int, start: int, stop: int) -> jax.Array:
         piece = lax.slice_in_dim(x, start, stop, axis=axis)
         # A whole cycle, since vmap takes no other permutation; what came round the ends is past the edge, so zero.
@@ -63,9 +76,11 @@ def with_halo(x: jax.Array, axis: int, before: int, after: int, span: Span) -> j
         sender = lax.axis_index(span.mapped) - distance
         return jnp.where((sender >= 0) & (sender < shards), received, jnp.zeros((), x.dtype))
 
-    left = [from_shard(hop, max(0, length * hop - before), length) for hop in range(1, math.ceil(before / length) + 1)]
-    hops = range(1, math.ceil(after / length) + 1)
-    right = [from_shard(-hop, 0, min(length, after - length * (hop - 1))) for hop in hops]
+    def reached(elements: int) -> range:
+        return range(1, (math.ceil(elements / length) if is_known(length) else min(1, elements)) + 1)
+
+    left = [from_shard(hop, max_dim(0, length * hop - before), length) for hop in reached(before)]
+    right = [from_shard(-hop, 0, min_dim(length, after - length * (hop - 1))) for hop in reached(after)]
     return jnp.concatenate([*left[::-1], x, *right], axis)
 
 

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
+from jax.experimental.jet import jet_rules, linear_prop
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from normjax._expect.sizes import at_least
 
 DIRECT = 9  # widths up to this: `reduce_window` costs little more than a copy, and is the shortest to compile
 Taps = int | tuple[float, ...]  # the weights of a window; a number is so many ones
@@ -53,7 +56,7 @@ def reduced(x: jax.Array, *, axis: int, taps: Taps, padding: tuple[int, int]) ->
     if not isinstance(taps, int):
         return _shifted(_pad(x, axis, padding), axis, taps, 1)
     before, after = padding
-    if 0 < before < taps - 1 and 0 < after and 3 * taps > 2 * x.shape[axis]:
+    if 0 < before < taps - 1 and 0 < after and not at_least(2 * x.shape[axis], 3 * taps, unknown=True):
         # In two parts, up to the element and behind it: for so wide a window the compiler would gather the axis.
         near = _direct(x, axis, before + 1, (before, after + before + 1 - taps))
         return near + _direct(x, axis, taps - before - 1, (-1, after))
@@ -75,7 +78,8 @@ def in_two_steps(x: jax.Array, *, axis: int, taps: Taps, padding: tuple[int, int
     if taps <= DIRECT:
         return _direct(x, axis, taps, padding)
     length = x.shape[axis] + sum(padding) - taps + 1
-    if padding[0] >= 0 <= padding[1] and taps >= x.shape[axis] + max(padding):  # every window sees all of the axis
+    everything = at_least(taps, x.shape[axis] + max(padding), unknown=False)  # every window sees all of the axis
+    if padding[0] >= 0 <= padding[1] and everything:
         whole = [length if i == axis else n for i, n in enumerate(x.shape)]
         return jnp.broadcast_to(jnp.sum(x, axis, keepdims=True), whole)
     m = min(range(2, DIRECT + 1), key=lambda m: m + taps // m + (3 + taps % m if taps % m else 0))
@@ -110,5 +114,6 @@ slide_p.def_impl(reduced)
 slide_p.def_abstract_eval(_abstract)
 ad.deflinear2(slide_p, _transpose)
 batching.primitive_batchers[slide_p] = _batch
+jet_rules[slide_p] = functools.partial(linear_prop, slide_p)
 mlir.register_lowering(slide_p, mlir.lower_fun(reduced, multiple_results=False))
 mlir.register_lowering(slide_p, _lower_on_cpu, platform="cpu")

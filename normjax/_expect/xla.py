@@ -15,39 +15,84 @@ copies have names, by the pass that they are for:
 Two more notes stand where they act: in `window.py`, and in `inverse_power`.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.jet import jet_rules, linear_prop
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from normjax._expect.sharding import along_one_shard
+from normjax._expect.sizes import at_least
 
 FOR_GRADIENT, FOR_SCALE, FOR_Y, FOR_SUMS, FOR_ROUNDING, FOR_MEAN = 1, 2, 3, 4, 5, 6
 
 
-def on_cpu() -> bool:
-    """Whether programs are compiled for a CPU by default."""
-    return jax.default_backend() == "cpu"
+_said_p = Primitive("said_to_xla")  # the identity, but for what its lowering for the CPU says
+_again_p = Primitive("computed_again")  # of two equal arrays the second; on the CPU the first
 
 
 def distinct_copy(statistic: jax.Array, use: int) -> jax.Array:
     """An exact copy of a small statistic that XLA:CPU takes for another value: other arithmetic where it is NaN."""
-    if not on_cpu():
-        return statistic
-    return jnp.where(statistic != statistic, statistic + statistic.dtype.type(use), statistic)
+    return _said_p.bind(statistic, use=use)
 
 
 def barrier(x: jax.Array) -> jax.Array:
     """Keeps XLA:CPU from merging two steps into one."""
-    return lax.optimization_barrier(x) if on_cpu() else x
+    return _said_p.bind(x, use=0)
+
+
+def computed_again(again: jax.Array, known: jax.Array) -> jax.Array:
+    """What is known already; on the CPU the equal array that is computed once more."""
+    return _again_p.bind(again, known)
+
+
+def _say(x: jax.Array, *, use: int) -> jax.Array:
+    return jnp.where(x != x, x + x.dtype.type(use), x) if use else lax.optimization_barrier(x)
+
+
+def _said_tangent(primals: tuple, tangents: tuple, *, use: int) -> tuple:
+    """The tangent of a copy is no copy; that of a barrier is one."""
+    (x,), (dx,) = primals, tangents
+    return _said_p.bind(x, use=use), dx if use or type(dx) is ad.Zero else barrier(dx)
+
+
+def _transpose_again(ct: jax.Array, *_: object) -> list[jax.Array]:
+    zero = jnp.zeros_like(ct)
+    return [_again_p.bind(ct, zero), _again_p.bind(zero, ct)]
+
+
+# What serves one compiler is chosen when a program is lowered for its platform, and so in no program for another.
+_said_p.def_impl(lambda x, *, use: x)
+_said_p.def_abstract_eval(lambda x, *, use: x)
+ad.deflinear2(_said_p, lambda ct, _, *, use: [_said_p.bind(ct, use=use)])
+ad.primitive_jvps[_said_p] = _said_tangent
+batching.defvectorized(_said_p)
+mlir.register_lowering(_said_p, lambda _, x, *, use: [x])
+mlir.register_lowering(_said_p, mlir.lower_fun(_say, multiple_results=False), platform="cpu")
+jet_rules[_said_p] = functools.partial(linear_prop, _said_p)
+
+_again_p.def_impl(lambda again, known: known)
+_again_p.def_abstract_eval(lambda again, known: known)
+ad.deflinear2(_again_p, _transpose_again)
+batching.defbroadcasting(_again_p)
+mlir.register_lowering(_again_p, lambda _, again, known: [known])
+mlir.register_lowering(_again_p, lambda _, again, known: [again], platform="cpu")
+jet_rules[_again_p] = functools.partial(linear_prop, _again_p)
 
 
 def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Steps of a sum: XLA:CPU sums axes between others on one thread if the last axis is short; the innermost goes first."""
+    """Steps of a sum: XLA:CPU sums axes between others on one thread if the last axis is short; the innermost goes first.
+
+    The steps stand in the program for every platform: without the barrier between them other compilers join them again.
+    """
     kept = [i for i in range(len(shape)) if i not in axes]
-    narrow = len(axes) > 1 and kept and kept[0] < min(axes) and kept[-1] > max(axes) and shape[kept[0]] > 1
-    if not on_cpu() or not narrow or math.prod(shape[max(axes) + 1 :]) >= 256:
+    between = len(axes) > 1 and kept and kept[0] < min(axes) and kept[-1] > max(axes)
+    short = between and not at_least(math.prod(shape[max(axes) + 1 :]), 256, unknown=False)
+    if not short or not at_least(shape[kept[0]], 2, unknown=True):
         return [axes]
     return [(max(axes),), tuple(sorted(axes)[:-1])]
 
@@ -55,7 +100,7 @@ def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple
 def broadcast_in_order(small: jax.Array, x: jax.Array) -> jax.Array:
     """A small array broadcast against x, in the steps in which x is summed: the transpose is such a sum."""
     small = small.reshape((1,) * (x.ndim - small.ndim) + small.shape)
-    long = tuple(axis for axis, (n, m) in enumerate(zip(small.shape, x.shape, strict=True)) if n == 1 < m)
+    long = tuple(axis for axis, (n, m) in enumerate(zip(small.shape, x.shape, strict=True)) if n == 1 != m)
     if not along_one_shard(x, long):
         return small
     for axes in reversed(reduction_order(long, x.shape)):

@@ -20,13 +20,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.experimental.jet import JetTrace
 from jax.typing import DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import Bound
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard
+from normjax._expect.sizes import at_least
 from normjax._expect.xla import FOR_Y, distinct_copy
 from normjax._normalize import tangents
 from normjax._normalize.tangents import Known, Parts, Tangents, divisor
@@ -35,11 +36,14 @@ from normjax.theory import Normalizer, output, scale_and_shift, statistics
 LARGE = 2**20  # elements; 4 MB of float32
 
 
-def has_rule(n: Normalizer, E: OverFields, x: jax.Array) -> bool:
-    """Whether this evaluation of the equation takes the rule, if no statistic is given.
+def has_rule(n: Normalizer, E: OverFields, x: jax.Array, *small: jax.Array | None) -> bool:
+    """Whether this evaluation of the equation takes the rule, if no statistic is given; `small` is eps, scale and bias.
 
-    Not where a field is averaged over an axis of `vmap`: JAX may trace the rule after that axis is gone.
+    Not where a field is averaged over an axis of `vmap`: JAX may trace the rule after that axis is gone. Nor in Taylor mode,
+    which cannot see through a `jax.custom_jvp` or a `jax.checkpoint`.
     """
+    if any(map(_in_taylor_mode, (x, *small))):
+        return False
     if n.order != 2 or n.var is None or n.floor is not None or E.weights is not None or jnp.iscomplexobj(x):
         return False
     bounds = [E.plan(field).bound for field in (n.mean, n.var) if field is not None]
@@ -48,11 +52,19 @@ def has_rule(n: Normalizer, E: OverFields, x: jax.Array) -> bool:
     return small and mapped <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def _in_taylor_mode(operand: object) -> bool:
+    """Whether `jet` stands around this value, or around a transformation of it."""
+    trace = getattr(operand, "_trace", None)
+    while trace is not None and not isinstance(trace, JetTrace):
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None
+
+
 def _shrinks(n: Normalizer, bound: Bound) -> bool:
     """Whether A = B has windows, but only after pooling has made the array small."""
     few = math.prod(1 if axis in bound.whole else size for axis, size in enumerate(bound.shape))
     local = not any(span.mapped or span.blocks for _, span in bound.spans)
-    return n.mean in (None, n.var) and local and 16 * few <= math.prod(bound.shape)
+    return n.mean in (None, n.var) and local and at_least(math.prod(bound.shape), 16 * few, unknown=False)
 
 
 def in_passes(bound: Bound) -> bool:
@@ -81,7 +93,7 @@ def _ruled(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, x, ep
 @_ruled.defjvp
 def _derive(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, primals, moves) -> tuple[Parts, Parts]:
     x, eps, scale, _ = primals
-    bound, large = E.plan(divisor(n)).bound, x.size >= LARGE
+    bound, large = E.plan(divisor(n)).bound, at_least(x.size, LARGE, unknown=False)
     results = _ruled(n, E, dtype, large or in_passes(bound), *primals)
     _, _, mean, moment = results
     if not bound.pooled:
@@ -98,8 +110,8 @@ def _derive(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, prim
 
 def _is_small(x, *parts) -> bool:
     """Whether these vary together along few elements of x."""
-    joint = np.broadcast_shapes(*(part.shape for part in parts if part is not None))
-    return 16 * math.prod(joint) <= x.size
+    joint = jnp.broadcast_shapes(*(part.shape for part in parts if part is not None))
+    return at_least(x.size, 16 * math.prod(joint), unknown=True)
 
 
 def _is_bare(n: Normalizer, bound: Bound, x: jax.Array, eps: jax.Array | None) -> bool:

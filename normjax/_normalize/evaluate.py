@@ -20,6 +20,7 @@ from normjax._expect.arrays import (
 from normjax._expect.binding import axes, bind
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
+from normjax._expect.sizes import at_least
 from normjax._leaves import refuse_unless
 from normjax._normalize import balance, derivative
 from normjax._normalize.tangents import Parts
@@ -124,7 +125,7 @@ def _refuse_single_element(normalizer: Normalizer, layout: str, shape: tuple[int
         bound = bind(field, layout, shape)
         size = bound.reach() * math.prod(shards_of(span) for _, span in bound.spans)
         padded = normalizer.border == "zero" and any(s.window and s.window > 1 for _, s in bound.spans)
-        if size > 1 or padded:
+        if padded or at_least(size, 2, unknown=True):
             return
     raise FieldError(f'field "{field}" holds a single element of an array of shape {shape}, so centring leaves zero')
 
@@ -184,7 +185,7 @@ def _parts(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: D
     afresh = given.mean is None and given.moment is None
     if afresh and kernels.used() != "xla" and _is_for_kernels(x, n, E, given):
         return _by_kernel(x, n, E, given, dtype)
-    if afresh and derivative.has_rule(n, E, x):
+    if afresh and derivative.has_rule(n, E, x, given.eps, given.scale, given.bias):
         return derivative.ruled(n, E, dtype, x, given.eps, given.scale, given.bias)
     return _plain(x, n, E, given, dtype)
 

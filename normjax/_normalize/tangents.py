@@ -19,6 +19,7 @@ from normjax._expect.average import counts, total
 from normjax._expect.binding import pooled_and_windowed
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard
+from normjax._expect.sizes import as_number
 from normjax._expect.xla import FOR_GRADIENT, FOR_MEAN, FOR_ROUNDING, FOR_SCALE, FOR_SUMS, distinct_copy
 from normjax._leaves import inverse_power, nan_if_infinite
 from normjax.field import Field
@@ -125,7 +126,7 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
         return lax.broadcast_in_dim(statistic, shape, kept)
 
     def average(z: jax.Array) -> jax.Array:
-        return jnp.sum(z, whole) / math.prod(shape[i] for i in whole)
+        return jnp.sum(z, whole) / as_number([shape[i] for i in whole], z.dtype)
 
     def restored(statistic: jax.Array | None) -> jax.Array | None:
         return None if statistic is None else statistic.reshape([1 if i in whole else n for i, n in enumerate(shape)])
@@ -137,7 +138,7 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
     dmean = None if n.mean is None else average(dx)
     dv, dm = dx if dmean is None else dx - wide(dmean), 2 * average(v * dx)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
-    m = nan_if_infinite(average(v * v), n.gain) if xla.on_cpu() else distinct_copy(moment, FOR_GRADIENT)
+    m = xla.computed_again(nan_if_infinite(average(v * v), n.gain), distinct_copy(moment, FOR_GRADIENT))
     bare = known._replace(x=x, mean=mean, moment=moment)
     dy = _rowwise_output(n, bare, d._replace(x=dx), v, m, dmean, dm, distinct_copy, wide)
     return dy.astype(dtype), dv, restored(dmean), restored(dm)
@@ -200,7 +201,7 @@ def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Ta
     dmean = None if around is None else around / count
     if mean is not None and around is not None:
         # The sum of v from that of x, which the mean has taken already: as exact as the mean.
-        v = pool(x) - math.prod(x.shape[i] for i in whole) * mean
+        v = pool(x) - as_number([x.shape[i] for i in whole], mean.dtype) * mean
         seen = seen - around * distinct_copy(v / count, FOR_GRADIENT)
     within = slide(seen)
     dm = 2 * within / count

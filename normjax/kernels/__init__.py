@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from normjax._expect.sizes import is_known
 from normjax._leaves import one_of
 from normjax.kernels import _block as block
 from normjax.kernels import _rule as rule
@@ -89,7 +90,7 @@ def fits(
     """Whether the kernels take this case; order 2 and whole `axes`, without a mask, are the caller's to know.
 
     Args:
-      x_shape: of the array.
+      x_shape: of the array. It fits if every size is a number: the tiles of a kernel are cut for sizes, not for symbols.
       axes: the axes of the statistics, from 0. They fit if they are the last of the array.
       scale_shape: scalar or of the rank of x, or None. It fits if it varies along `axes` alone.
       bias_shape: scalar or of the rank of x, or None. It fits if it varies along `axes` alone.
@@ -106,7 +107,7 @@ def fits(
     trailing = bool(axes) and tuple(sorted(axes)) == tuple(range(first, len(x_shape)))
     beside = all(shape is None or math.prod(shape[:first]) == 1 for shape in (scale_shape, bias_shape))
     real = any(dtype == d for d in (jnp.float32, jnp.bfloat16, jnp.float16))
-    sized = math.prod(x_shape) > 0 and math.prod(x_shape[first:]) <= LONGEST
+    sized = all(map(is_known, x_shape)) and math.prod(x_shape) > 0 and math.prod(x_shape[first:]) <= LONGEST
     sharded = any(name is not None for name in spec)
     return trailing and beside and real and sized and not sharded and not eps_shape
 

@@ -50,6 +50,7 @@ def corrections(
     require_renormalizable(n, limits)
     if jnp.iscomplexobj(stats.mean) or jnp.iscomplexobj(running.mean):
         raise TypeError("batch renormalization keeps a shift within limits, which complex numbers have not")
+    stats, running = jax.lax.stop_gradient((stats, running))
     work = stats.var.dtype
     stored = Stats(*(None if s is None else s.astype(work) for s in as_stats(running, n, layout, shape)[:2]))
     eps, r_max, d_max = (jnp.asarray(value).astype(work) for value in (n.eps if eps is None else eps, *limits))
@@ -60,7 +61,7 @@ def corrections(
     d = jnp.zeros((), work)
     if n.mean is not None:
         d = jnp.where(weighted, jnp.clip((stats.mean - stored.mean) * before, -d_max, d_max), 0)
-    return jax.lax.stop_gradient((r, d))
+    return jax.lax.stop_gradient((r, d))  # eps may be learned
 
 
 def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:

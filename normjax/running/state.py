@@ -206,7 +206,7 @@ def observe(stats: Stats, normalizer: Normalizer | str, layout: str, shape: tupl
             merged.append((None, None))
             continue
         along = _stored_axes(field, layout, len(shape))
-        weight = jnp.broadcast_to(jnp.asarray(weight), np.broadcast_shapes(jnp.shape(weight), value.shape))
+        weight = jnp.broadcast_to(jnp.asarray(weight), jnp.broadcast_shapes(jnp.shape(weight), value.shape))
         rest = tuple(axis for axis in range(len(shape)) if axis not in along)
         blocks = [span.blocks or 1 for axis, span in bind(field, layout, shape).by("blocks") if axis in rest]
         value = jnp.broadcast_to(value, weight.shape)

@@ -28,7 +28,7 @@ def scaled_relu(x: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
     """
     x = require_real(x, "scaled_relu")
     work = x.astype(statistics_dtype(x.dtype))
-    return (RELU_GAIN * (jax.nn.relu(work) - RELU_MEAN)).astype(dtype or x.dtype)
+    return (RELU_GAIN * (jnp.where(work <= 0, 0, work) - RELU_MEAN)).astype(dtype or x.dtype)
 
 
 def tlu(x: ArrayLike, tau: ArrayLike = 0.0, layout: str = "n ... c") -> jax.Array:
