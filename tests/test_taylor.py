@@ -53,7 +53,7 @@ def gradient(name):
     [
         pytest.param(lambda x: gradient("divisive")(x.reshape(1, 2, 2, 2)), marks=pytest.mark.slow),
         gradient("layer"),
-        jax.vmap(lambda x: normalize(x, "token").y),
+        jax.vmap(lambda x: normalize(x, "token", "c").y),
         jax.jit(lambda x: normalize(x, "token").y),
         lambda scale: normalize(np.arange(8.0).reshape(2, 4), "layer", scale=scale).y,
     ],

@@ -36,13 +36,13 @@ from normjax.theory import Normalizer, output, scale_and_shift, statistics
 LARGE = 2**20  # elements; 4 MB of float32
 
 
-def has_rule(n: Normalizer, E: OverFields, x: jax.Array, *small: jax.Array | None) -> bool:
-    """Whether this evaluation of the equation takes the rule, if no statistic is given; `small` is eps, scale and bias.
+def has_rule(n: Normalizer, E: OverFields, x: jax.Array, *beside: jax.Array | None) -> bool:
+    """Whether this evaluation of the equation takes the rule, if no statistic is given; eps, scale and bias lie `beside`.
 
     Not where a field is averaged over an axis of `vmap`: JAX may trace the rule after that axis is gone. Nor in Taylor mode,
     which cannot see through a `jax.custom_jvp` or a `jax.checkpoint`.
     """
-    if any(map(_in_taylor_mode, (x, *small))):
+    if any(map(_in_taylor_mode, (x, *beside))):
         return False
     if n.order != 2 or n.var is None or n.floor is not None or E.weights is not None or jnp.iscomplexobj(x):
         return False
