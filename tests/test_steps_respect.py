@@ -137,9 +137,6 @@ IN_LINEN = {
     )(n, x, None)[0],
 }
 CASES = [(api, name, m) for api, names in (("nnx", IN_NNX), ("linen", IN_LINEN)) for name in names for m in (1, 2)]
-CASES.remove(
-    ("nnx", "remat", 2)
-)  # out of it records get: merged statistics are exact, where those of Flax are averages
 SOONER = [("nnx", "cond", 1), ("nnx", "fori_loop", 2), ("linen", "cond", 2), ("linen", "scan", 1)]
 QUICK_FIRST = [case if case in SOONER else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
