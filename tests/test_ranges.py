@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as fnn
+from jax.experimental.jet import jet
 
 from normjax import Normalizer, kernels, linen, normalize, top
 from normjax.batch_extremes import range_batch
@@ -111,6 +112,45 @@ def test_gradients_of_large_inputs_are_those_of_ordinary_ones_over_their_size(na
         large, small = both(row(n, mask), single(size * X))
         near(large, y, 1e-5)
         near(size * small, 1e4 * gradient, 2e-4)
+
+
+HIGHER = {
+    "batch": (Normalizer("n ...", "n ..."), (0, 1, 2)),
+    "layer": (Normalizer("... c", "... c"), (1, 2, 3)),
+    "token": (Normalizer("c", "c"), (3,)),
+    "another power": (Normalizer("... c", "... c", power=0.75), (1, 2, 3)),
+}
+
+
+@each(HIGHER, ("layer", "another power"))
+def test_second_and_third_derivatives_pass_by_fields_that_are_masked_whole(name):
+    """A field without any element has a denominator of eps alone, of which high powers leave float32."""
+    n, axes = HIGHER[name]
+    mask, along = MASK.copy(), RNG.normal(size=X.shape)
+    mask[1], mask[:, 2, 3], mask[..., 5] = False, False, False  # an example, a pixel of each, a channel
+
+    def written(x):
+        count = np.maximum(mask.sum(axes, keepdims=True), 1)
+        v = jnp.where(mask, x - (x * mask).sum(axes, keepdims=True) / count, 0)
+        return v * ((v**2).sum(axes, keepdims=True) / count + 1e-5) ** -n.power
+
+    def derivatives(f, x, t):
+        def total(x):
+            return jnp.sum(jnp.sin(f(x)))
+
+        def one(f):
+            return lambda x: jax.jvp(f, (x,), (t,))[1]
+
+        first, second = one(total), one(one(total))
+        series = jet(total, (x,), [[t, jnp.zeros_like(t), jnp.zeros_like(t)]])[1]
+        return [first(x), second(x), one(second)(x)], series, jax.grad(first)(x), jax.grad(second)(x)
+
+    run = quickly(derivatives, static_argnums=0)
+    got = run(row(n, mask), single(X), single(along))
+    with jax.enable_x64(True):
+        want = run(written, jnp.asarray(X), jnp.asarray(along))
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(got))
+    jax.tree.map(lambda a, b: near(np.asarray(a), np.asarray(b), 2e-4), got, want)
 
 
 # Rows without eps.

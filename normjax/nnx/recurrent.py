@@ -22,7 +22,7 @@ from normjax._layers.recurrent import SiteOptions
 from normjax._leaves import COUNT
 from normjax.nnx._options import CellOptions
 from normjax.nnx._signature import Constructor, spelled_out
-from normjax.nnx.host import Copied, Keeping, Penalty, _replace, require_rngs
+from normjax.nnx.host import Copied, Keeping, Penalty, _replace
 from normjax.recurrent import Carry, Clock, Site, Weights
 
 
@@ -84,7 +84,6 @@ class Host(cells.Cell, Copied, nnx.RNNCellBase):
         **options: Unpack[CellOptions],
     ):
         made = type(self).__name__
-        require_rngs(rngs, made)
         in_features = COUNT(f"in_features of {made}", in_features)
         hidden_features = COUNT(f"hidden_features of {made}", hidden_features)
         flax: dict[str, Any] = {"bias_init": initializers.zeros_init(), **options}
