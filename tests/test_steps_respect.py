@@ -161,6 +161,17 @@ def test_layers_in_branches_and_loops_train_as_those_of_flax(api, name, micro_ba
 
 
 @pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_statistics_of_a_row_in_a_branch_are_those_of_the_whole_batch(api):
+    if api == "nnx":
+        state = nnx_stepped(nnx_model(IN_NNX["cond"], nx.Norm(6, "batch", momentum=0.5, rngs=RNGS)), micro_batches=4)[1]
+    else:
+        model = linen_model(IN_LINEN["cond"], lambda: nl.Norm("batch", momentum=0.5, use_running_average=False))
+        state = linen_stepped(model, micro_batches=4)[1]
+    x = np.asarray(X, np.float64)
+    close(state.stats, {"mean": 0.5 * x.mean(0), "var": 0.5 + 0.5 * x.var(0)})
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_penalties_get_out_of_branches_and_loops(api):
     """Two turns through a loop: the penalty of x, and of what the first turn made of it; a branch not taken has none."""
     loop = "fori_loop" if api == "nnx" else "cond"
