@@ -34,7 +34,7 @@ def compare(f, x):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-9 * max(1, np.abs(other).max()))
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", slow_but((False, True), True))
 @pytest.mark.parametrize("name", slow_but(ROWS, "divisive"))
 def test_taylor_mode_of_a_row_is_nested_forward_mode(name, masked):
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def gradient(name):
     "f",
     [
         pytest.param(lambda x: gradient("divisive")(x.reshape(1, 2, 2, 2)), marks=pytest.mark.slow),
-        gradient("layer"),
+        pytest.param(gradient("layer"), marks=pytest.mark.slow),
         jax.vmap(lambda x: normalize(x, "token", "c").y),
         jax.jit(lambda x: normalize(x, "token").y),
         lambda scale: normalize(np.arange(8.0).reshape(2, 4), "layer", scale=scale).y,
