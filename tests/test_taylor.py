@@ -11,15 +11,8 @@ from normjax import normalize
 from tests.rows import CHANNELS, ROWS, jit
 from tests.test_layers import LAYERS, QUICK, inputs, started, twin_of
 
-PLAIN = (
-    "batch",
-    "layer",
-    "divisive",
-    "response",
-    "contrast",
-    "filter",
-    "mean_only",
-)  # each a path of its own, unmasked
+# Rows that take a path of their own without a mask.
+PLAIN = ("batch", "layer", "divisive", "response", "contrast", "filter", "mean_only")
 
 
 def nested(f, x, terms):
