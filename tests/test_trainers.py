@@ -66,8 +66,9 @@ def by_hand(objective, tx, state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("api", "name"), [("linen", name) for name in OPTIMIZERS] + [("nnx", "backtracking"), ("nnx", "masked, inner")]
+)
 @jax.numpy_dtype_promotion("standard")  # which some of optax's own need
 def test_optimizers_that_ask_for_the_loss_are_given_it(api, name):
     tx, key, parts = OPTIMIZERS[name], jax.random.key(3), 1 if name == "plateau" else 2
