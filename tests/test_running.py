@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from normjax import TABLE, Normalizer, normalize
+from normjax import TABLE, Normalizer, normalize, running
 from normjax import linen as nl
 from normjax import nnx as nn
-from normjax.penalty import l1_penalty, total_penalty
 from normjax.conditional import denominator
 from normjax.kalman import require_kalman_row
+from normjax.penalty import l1_penalty, total_penalty
 from normjax.recurrent import needs_clock, normalize_site, site_slots, start_sigma
 from normjax.running import (
     Running,
@@ -27,7 +27,6 @@ from normjax.running import (
     mergeable,
     observe,
     record,
-    renormalized,
     require_renormalizable,
     require_unbiased,
     slots,
@@ -381,7 +380,7 @@ OF_A_ROW = {
     "observe": lambda n: observe(BATCH, n, *ALONG),
     "record": lambda n: record(SEEN, BATCH, n, *ALONG, momentum=0.5, unbiased=True)[0],
     "corrections": lambda n: corrections(BATCH, SEEN, n, *ALONG),
-    "renormalized": lambda n: renormalized(BATCH, jnp.ones(2), jnp.ones(2), n),
+    "renormalized": lambda n: running.renormalized(BATCH, jnp.ones(2), jnp.ones(2), n),
     "require_renormalizable": lambda n: require_renormalizable(n, (3.0, 5.0)),
     "require_unbiased": require_unbiased,
     "mergeable": lambda n: mergeable(n, "n c"),
