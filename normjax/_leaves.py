@@ -244,9 +244,10 @@ def nan_if_infinite(q: jax.Array, gain: float = 1.0) -> jax.Array:
 
 
 def safe_root(q: jax.Array) -> jax.Array:
-    """The square root, with slope 0 at 0 in place of an infinite one.
+    """The square root, with slope 0 at 0 in place of an infinite one; NaN of NaN.
 
     >>> jax.vmap(jax.grad(safe_root))(jnp.array([0.0, 4.0]))
     Array([0.  , 0.25], dtype=float32)
     """
-    return jnp.where(q > 0, jnp.sqrt(jnp.where(q > 0, q, 1)), 0)
+    nonzero = (q > 0) | jnp.isnan(q)
+    return jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, q, 1)), 0)

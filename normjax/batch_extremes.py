@@ -102,7 +102,7 @@ def mean_range(
         here = Field(tuple(dataclasses.replace(s, blocks=parts) if s.axis == "n" else s for s in here.spans))
     u = equation(x, Normalizer(here, None), layout, mask=mask).centered  # a range is the same around any centre
     peak = Normalizer(None, here, power=1.0, order=math.inf)
-    above, below = (equation(jnp.where(s * u > 0, s * u, 0), peak, layout, mask=mask).stats for s in (1, -1))
+    above, below = (equation(jnp.where(s * u <= 0, 0, s * u), peak, layout, mask=mask).stats for s in (1, -1))
     each = above.var + below.var
     some = jnp.broadcast_to(jnp.asarray(above.var_weight) > 0, each.shape)
     return equation(each, Normalizer(None, field, order=1), layout, mask=some).stats

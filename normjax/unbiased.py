@@ -3,14 +3,14 @@
 import dataclasses
 
 from normjax._leaves import COUNT, INTEGER
-from normjax.theory import Normalizer
+from normjax.theory import Normalizer, row
 
 
-def with_ddof(normalizer: Normalizer, size: int, ddof: int = 1) -> Normalizer:
+def with_ddof(normalizer: Normalizer | str, size: int, ddof: int = 1) -> Normalizer:
     """The row with the gain size / (size - ddof): a variance over `size` elements becomes unbiased.
 
     Args:
-      normalizer: a row that divides by a variance.
+      normalizer: a row that divides by a variance, or its name in TABLE.
       size: number of elements of its field.
       ddof: what is subtracted from `size`, the "delta degrees of freedom" of NumPy.
 
@@ -23,6 +23,7 @@ def with_ddof(normalizer: Normalizer, size: int, ddof: int = 1) -> Normalizer:
     size, ddof = COUNT("size", size), INTEGER("ddof", ddof)
     if not size > ddof:
         raise ValueError(f"size is more than ddof={ddof}; found {size}")
+    normalizer = row(normalizer)
     return dataclasses.replace(normalizer, gain=normalizer.gain * size / (size - ddof))
 
 

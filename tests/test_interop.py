@@ -535,6 +535,8 @@ def test_weights_of_torch_are_read_in_both_spellings_and_evaluate_in_our_wrapper
     records, rest = read_weights(entries | {"o": E}, "torch")
     np.testing.assert_allclose(records["fc"].weight(), weight.T, rtol=1e-6)
     assert_same(write_weights(records, "torch", rest=rest), entries | {"o": E})
+    tiny = {key: value * F(1e-25) if value.shape == weight.shape else value for key, value in entries.items()}
+    np.testing.assert_allclose(read_weights(tiny, "torch")[0]["fc"].weight(), weight.T, rtol=1e-6)
     x, record = np.array([[1, 2, 3]], F)[:, : weight.shape[1]], records["fc"]
     wrapper = "WeightNorm" if record.kind == "weight" else "SpectralNorm"
     options = {} if record.kind == "weight" else {"update_stats": False}

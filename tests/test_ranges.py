@@ -12,6 +12,7 @@ from jax.experimental.jet import jet
 
 from normjax import Normalizer, kernels, linen, normalize, top
 from normjax.batch_extremes import range_batch
+from normjax.conditional import adain
 from normjax.diagnostics import gradient_norm
 from normjax.gdn import gdn
 from normjax.kalman import kalman_normalize
@@ -83,6 +84,7 @@ OVERFLOWS = {
     "qk l2": (lambda x: qk(x, x, kind="l2")[0], 1e20),
     "gdn": (lambda x: gdn(x, jnp.ones(8), jnp.ones((8, 8))), 1e20),
     "kalman": (lambda x: kalman_normalize(x, BELIEF).y, 1.0),
+    "style": (lambda x: adain(X.astype(np.float32), x), 1e20),
 }
 
 
@@ -94,6 +96,30 @@ def test_what_overflows_is_nan_in_output_and_gradient_and_never_zero(name):
     assert np.isnan(y[valid]).all()
     if name not in ("the mean alone", "range"):
         assert np.isnan(gradient[valid]).all()
+
+
+def over_channels(order, power):
+    return row(Normalizer(None, "c", order=order, power=power))
+
+
+SPREADS = {  # of each channel, or of all of them
+    "squares": over_channels(2, 0.5),
+    "cubes": over_channels(3, 1 / 3),
+    "roots": over_channels(0.5, 2.0),
+    "absolute values": over_channels(1, 1.0),
+    "maximum": over_channels(math.inf, 1.0),
+    "the largest": over_channels(top(3), 1.0),
+    "range": lambda x: range_batch(jnp.swapaxes(x, 0, -1), size=4, parts=1).y,
+    "style": lambda x: adain(X.astype(np.float32), x),
+    "norm of a gradient": lambda x: x + gradient_norm(x[0]),
+}
+
+
+@each(SPREADS, ("cubes", "range", "style"))
+def test_an_element_that_is_nan_is_part_of_its_spread_whatever_the_order(name):
+    y = quickly(SPREADS[name])(single(X).at[0, 1, 2, 3].set(jnp.nan))
+    shared = {"range": (3, ..., 0), "style": (0, ..., 3), "norm of a gradient": 0}.get(name, (0, 1, 2))
+    assert np.isnan(y[shared]).all()
 
 
 LARGE = {

@@ -2,16 +2,20 @@
 
 from typing import Any, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
 
-from normjax import TABLE, Normalizer, normalize
+from normjax import TABLE, Normalizer, normalize, running
 from normjax import linen as nl
 from normjax import nnx as nn
+from normjax.conditional import denominator
+from normjax.kalman import require_kalman_row
 from normjax.penalty import l1_penalty, total_penalty
+from normjax.recurrent import needs_clock, normalize_site, site_slots, start_sigma
 from normjax.running import (
     Running,
     as_stats,
@@ -20,13 +24,18 @@ from normjax.running import (
     limits_at,
     merge,
     merge_stacked,
+    mergeable,
     observe,
+    record,
+    require_renormalizable,
+    require_unbiased,
     slots,
     stores,
     unbiased,
     update,
 )
 from normjax.theory import Stats
+from normjax.unbiased import with_ddof
 from tests.rows import ROWS, example
 
 STORED = [name for name, n in ROWS.items() if any(stores(n))]
@@ -359,3 +368,34 @@ def test_moments_without_a_mean_merge_in_their_own_dtype_under_x64():
     with jax.enable_x64(True):
         parts = Stats(None, jnp.ones(2, jnp.float32), None, jnp.ones(2, jnp.float32))
         assert merge_stacked(parts).var.dtype == jnp.float32
+
+
+ALONG = "n c", (4, 2)
+BATCH = normalize(jnp.arange(8.0).reshape(4, 2), "batch").stats
+SEEN = Running(jnp.zeros(2), jnp.ones(2))
+OF_A_ROW = {
+    "initial": lambda n: initial(n, *ALONG),
+    "slots": lambda n: slots(n, *ALONG),
+    "as_stats": lambda n: as_stats(SEEN, n, *ALONG),
+    "observe": lambda n: observe(BATCH, n, *ALONG),
+    "record": lambda n: record(SEEN, BATCH, n, *ALONG, momentum=0.5, unbiased=True)[0],
+    "corrections": lambda n: corrections(BATCH, SEEN, n, *ALONG),
+    "renormalized": lambda n: running.renormalized(BATCH, jnp.ones(2), jnp.ones(2), n),
+    "require_renormalizable": lambda n: require_renormalizable(n, (3.0, 5.0)),
+    "require_unbiased": require_unbiased,
+    "mergeable": lambda n: mergeable(n, "n c"),
+    "require_kalman_row": require_kalman_row,
+    "denominator": lambda n: denominator(jnp.ones((1, 2)), n),
+    "with_ddof": lambda n: with_ddof(n, 4).gain,
+    "site_slots": lambda n: site_slots(n, 2, 3),
+    "needs_clock": lambda n: needs_clock(n, 3),
+    "start_sigma": lambda n: start_sigma(n, True, None),
+    "normalize_site": lambda n: normalize_site(jnp.arange(8.0).reshape(4, 2), n, SEEN),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_ROW)
+def test_what_takes_a_row_takes_its_name_in_the_table(name):
+    chex.assert_trees_all_equal(OF_A_ROW[name]("batch"), OF_A_ROW[name](TABLE["batch"]))
+    with pytest.raises(ValueError, match="no normalizer is called 'bach'; did you mean 'batch'"):
+        OF_A_ROW[name]("bach")

@@ -61,7 +61,7 @@ class OverFields:
             return extremes.largest(a, plan)
         if order != 1:
             # |v| ** p has no finite slope at 0 for p < 1, and JAX's power has none for a traced 0 either.
-            a = jnp.where(a > 0, jnp.where(a > 0, a, 1) ** order, 0)
+            a = jnp.where(a == 0, 0, jnp.where(a == 0, 1, a) ** order)
         return average(a, plan, self.weights)[0]
 
     def weight(self, field: Field, dtype: DTypeLike) -> ArrayLike:

@@ -47,7 +47,7 @@ def style(
 
 
 def denominator(
-    var: jax.Array, normalizer: Normalizer, layout: str = "n ... c", eps: ArrayLike | None = None
+    var: jax.Array, normalizer: Normalizer | str, layout: str = "n ... c", eps: ArrayLike | None = None
 ) -> jax.Array:
     """What a row without a floor divides by, from its moment: (eps + gain * var) ** power, with gradient zero where it is 0.
 
@@ -58,10 +58,12 @@ def denominator(
     >>> denominator(jnp.array([[4.0, 0.0]]), Normalizer("n", "n", eps=0.0)).tolist()
     [[2.0, 0.0]]
     """
+    normalizer = row(normalizer)
     # One over it is what the equation makes of ones, so that what was divided by it is multiplied by the same.
     plain = Normalizer(None, normalizer.var, eps=normalizer.eps, gain=normalizer.gain, power=normalizer.power)
     inverse = equation(jnp.ones_like(var), plain, layout, stats=Stats(var=var), eps=eps).y
-    return jnp.where(inverse > 0, 1 / jnp.where(inverse > 0, inverse, 1), 0)
+    zero = inverse == 0  # a NaN is none: what overflowed is no spread of zero
+    return jnp.where(zero, 0, 1 / jnp.where(zero, 1, inverse))
 
 
 def adain(

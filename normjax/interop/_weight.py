@@ -46,12 +46,14 @@ class WeightRecord:
 
         Source: Salimans & Kingma 2016, equation 2; Miyato et al. 2018, algorithm 1.
         """
+        wide = np.asarray(self.kernel, np.float64)  # whose squares neither overflow nor underflow
         if self.kind == "spectral":
-            return self.kernel / self.sigma
-        others, shape = axes_apart(self.kernel.ndim, self.feature_axes)
-        norm = np.sqrt(np.sum(np.square(self.kernel), others, keepdims=True))
-        scale = np.reshape(self.scale, [-1 if axis in shape else 1 for axis in range(self.kernel.ndim)])
-        return np.where(norm > 0, scale * self.kernel / np.where(norm > 0, norm, 1), 0).astype(self.kernel.dtype)
+            norm, scale = np.asarray(self.sigma, np.float64), 1.0
+        else:
+            others, shape = axes_apart(wide.ndim, self.feature_axes)
+            norm = np.sqrt(np.sum(np.square(wide), others, keepdims=True))
+            scale = np.reshape(self.scale, [-1 if axis in shape else 1 for axis in range(wide.ndim)])
+        return (wide / np.where(norm == 0, 1, norm) * scale).astype(self.kernel.dtype)
 
 
 def keepdims(shape: tuple[int, ...], feature: int, axes: Iterable[int]) -> tuple[int, ...]:

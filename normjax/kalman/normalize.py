@@ -40,7 +40,7 @@ class Kalman(NamedTuple):
     centered: jax.Array
 
 
-def require_kalman_row(normalizer: Normalizer) -> None:
+def require_kalman_row(normalizer: Normalizer | str) -> None:
     """Raises ValueError for a row that has no mean and variance of one field, which is what is believed of a layer.
 
     >>> require_kalman_row(Normalizer("n", None))
@@ -49,7 +49,7 @@ def require_kalman_row(normalizer: Normalizer) -> None:
     ValueError: Kalman normalization needs a mean and a variance: A = B, order 2, gain 1, power 1/2, without windows, floor \
 or keep_mean; found Normalizer('n', None)
     """
-    n = normalizer
+    n = row(normalizer)
     windows = any(span.window for field in n.fields for span in field.spans)
     numbers = (n.order, n.gain, n.power, n.floor, n.keep_mean)
     if n.mean is None or n.mean != n.var or numbers != (2, 1, 0.5, None, False) or windows:

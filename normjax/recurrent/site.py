@@ -21,7 +21,7 @@ LAYOUT = "n c"
 
 
 def site_slots(
-    normalizer: Normalizer, features: int, max_steps: int | None, dtype: DTypeLike = np.float32
+    normalizer: Normalizer | str, features: int, max_steps: int | None, dtype: DTypeLike = np.float32
 ) -> dict[str, Slot]:
     """What a site of so many features stores, "mean" and "var" with a first axis of `max_steps`; nothing if no examples mix.
 
@@ -41,7 +41,7 @@ def site_slots(
     return {name: slot._replace(shape=steps + slot.shape) for name, slot in found.items()}
 
 
-def needs_clock(normalizer: Normalizer | None, max_steps: int | None) -> bool:
+def needs_clock(normalizer: Normalizer | str | None, max_steps: int | None) -> bool:
     """Whether a cell must know the number of its step: where it stores statistics of each of `max_steps` steps.
 
     >>> from normjax import TABLE
@@ -65,7 +65,7 @@ def choose_sites(name: str, given: bool | Sequence[str], known: Sequence[str]) -
     return tuple(given)
 
 
-def start_sigma(normalizer: Normalizer, learn: bool, given: float | None) -> float | None:
+def start_sigma(normalizer: Normalizer | str, learn: bool, given: float | None) -> float | None:
     """The first value of a sigma to learn, as given or the square root of the row's eps [units of z]; None learns none.
 
     Source: Ren et al. 2017, equation 3.
@@ -73,6 +73,7 @@ def start_sigma(normalizer: Normalizer, learn: bool, given: float | None) -> flo
     >>> start_sigma(Normalizer("c", "c", eps=0.25), True, None), start_sigma(Normalizer("c", "c"), False, 1.0)
     (0.5, None)
     """
+    normalizer = row(normalizer)
     if learn and normalizer.var is None:
         raise ValueError(f"learn_sigma learns what is added to a spread; {normalizer} divides by nothing")
     return None if not learn else normalizer.eps**0.5 if given is None else given
@@ -104,7 +105,7 @@ class Site(NamedTuple):
 
 def normalize_site(
     z: jax.Array,
-    normalizer: Normalizer,
+    normalizer: Normalizer | str,
     running: Running = NOTHING,
     *,
     clock: Clock | None = None,
@@ -125,7 +126,7 @@ def normalize_site(
 
     Args:
       z: pre-activations, `[n, site]`. [units u]
-      normalizer: of layout "n c".
+      normalizer: of layout "n c", or its name in TABLE.
       running: stored statistics, `[site]`, or `[max_steps, site]` of each step; none by default.
       clock: number of the step, and the lengths: examples that are over are masked.
       max_steps: number of steps with statistics of their own; None shares one of all steps.
@@ -186,7 +187,9 @@ def _latest(steps: jax.Array, mask: jax.Array | None, mapped: Sequence[str]) -> 
     return lax.pmax(at, tuple(mapped)) if mapped else at
 
 
-def _stored_stats(running: Running, normalizer: Normalizer, shape: tuple[int, ...], steps: jax.Array | None) -> Stats:
+def _stored_stats(
+    running: Running, normalizer: Normalizer | str, shape: tuple[int, ...], steps: jax.Array | None
+) -> Stats:
     """What is stored, beside an array of this shape: with steps, for each example the row of its own."""
     if steps is None:
         return as_stats(running, normalizer, LAYOUT, shape)

@@ -14,7 +14,7 @@ from normjax._expect.arrays import statistics_dtype
 from normjax._leaves import SHARE, one_of
 from normjax.field import FieldError
 from normjax.running.state import AVERAGES, Running
-from normjax.theory import Normalizer, Stats
+from normjax.theory import Normalizer, Stats, row
 
 _Given = jax.Array | None
 
@@ -130,17 +130,18 @@ def _sharded_like(new: jax.Array, old: jax.Array) -> jax.Array:
     return jax.sharding.reshard(new, jax.sharding.NamedSharding(mesh, want.spec))
 
 
-def require_unbiased(normalizer: Normalizer) -> None:
+def require_unbiased(normalizer: Normalizer | str) -> None:
     """Raises ValueError unless the row's moment is a variance: order 2 and A = B, without windows.
 
     Args:
-      normalizer: the row whose moment is to be corrected.
+      normalizer: the row whose moment is to be corrected, or its name in TABLE.
 
     >>> require_unbiased(Normalizer(None, "c"))
     Traceback (most recent call last):
     ...
     ValueError: unbiased=True needs a variance: order 2 and A = B, without windows; found Normalizer(None, 'c')
     """
+    normalizer = row(normalizer)
     windows = any(span.window for field in normalizer.fields for span in field.spans)
     if normalizer.order != 2 or normalizer.mean is None or normalizer.mean != normalizer.var or windows:
         raise ValueError(f"unbiased=True needs a variance: order 2 and A = B, without windows; found {normalizer}")

@@ -17,7 +17,7 @@ from normjax.running import averaging as averages
 from normjax.running.averaging import require_unbiased, update
 from normjax.running.merging import mean_of_parts, merge_averages, merge_stacked
 from normjax.running.state import Running, observe
-from normjax.theory import Normalizer, Stats
+from normjax.theory import Normalizer, Stats, row
 
 
 @jax.tree_util.register_dataclass
@@ -163,7 +163,7 @@ def _as_stored(new: jax.Array, old: ArrayLike) -> jax.Array:
     return new if jnp.iscomplexobj(new) and not jnp.issubdtype(dtype, jnp.complexfloating) else new.astype(dtype)
 
 
-def mergeable(normalizer: Normalizer, layout: str) -> bool:
+def mergeable(normalizer: Normalizer | str, layout: str) -> bool:
     """Whether the statistics of two batches give those of both, by `normjax.running.merge`.
 
     A moment around a mean needs order 2 and A = B; no windows, since elements of one window have different means; and no
@@ -173,6 +173,7 @@ def mergeable(normalizer: Normalizer, layout: str) -> bool:
     >>> mergeable(TABLE["batch"], "n ... c"), mergeable(TABLE["ghost"], "n ... c")
     (True, False)
     """
+    normalizer = row(normalizer)
     a, b = normalizer.mean, normalizer.var
     if b is None:
         return True
@@ -185,7 +186,7 @@ def mergeable(normalizer: Normalizer, layout: str) -> bool:
 def record(
     running: Running,
     stats: Stats,
-    normalizer: Normalizer,
+    normalizer: Normalizer | str,
     layout: str,
     shape: tuple[int, ...],
     *,
@@ -199,7 +200,7 @@ def record(
     Args:
       running: what is stored.
       stats: moments with their weights, each broadcasting against the array.
-      normalizer: the row that stores them.
+      normalizer: the row that stores them, or its name in TABLE.
       layout: name of each axis of the array.
       shape: of the array, axes as named by `layout`.
       momentum: weight of the old value.

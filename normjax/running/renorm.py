@@ -11,13 +11,13 @@ from jax.typing import ArrayLike
 
 from normjax._leaves import inverse_power, known_numbers
 from normjax.running.state import Running, as_stats, stores
-from normjax.theory import Normalizer, Stats
+from normjax.theory import Normalizer, Stats, row
 
 
 def corrections(
     stats: Stats,
     running: Running,
-    normalizer: Normalizer,
+    normalizer: Normalizer | str,
     layout: str,
     shape: tuple[int, ...],
     limits: tuple[ArrayLike, ArrayLike] = (3.0, 5.0),
@@ -31,7 +31,7 @@ def corrections(
     Args:
       stats: statistics that normalized a batch of this shape, which broadcast against it.
       running: the stored statistics, from before the batch.
-      normalizer: a row that stores both moments.
+      normalizer: a row that stores both moments, or its name in TABLE.
       layout: name of each axis of the batch.
       shape: that of the batch.
       limits: r_max and d_max: r lies within [1 / r_max, r_max], d within [-d_max, d_max]; (1, 0) is batch norm.
@@ -46,7 +46,7 @@ def corrections(
     >>> (10 * (r * normalize(x, n).y + d)).round().tolist()                 # (x - 1) / 2
     [[5.0], [15.0]]
     """
-    n = normalizer
+    n = row(normalizer)
     require_renormalizable(n, limits)
     if jnp.iscomplexobj(stats.mean) or jnp.iscomplexobj(running.mean):
         raise TypeError("batch renormalization keeps a shift within limits, which complex numbers have not")
@@ -64,7 +64,7 @@ def corrections(
     return jax.lax.stop_gradient((r, d))  # eps may be learned
 
 
-def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, ArrayLike]) -> None:
+def require_renormalizable(normalizer: Normalizer | str, limits: tuple[ArrayLike, ArrayLike]) -> None:
     """Raises ValueError for limits (r_max, d_max) below (1, 0), and for rows that `corrections` refuses.
 
     >>> from normjax import TABLE
@@ -73,7 +73,7 @@ def require_renormalizable(normalizer: Normalizer, limits: tuple[ArrayLike, Arra
     ...
     ValueError: r_max is at least 1; found 0.5
     """
-    n = normalizer
+    n = row(normalizer)
     if not isinstance(limits, tuple | list) or len(limits) != 2:
         raise ValueError(f"renorm is a pair of limits (r_max, d_max); found {limits!r}")
     for name, limit, least in zip(("r_max", "d_max"), limits, (1, 0), strict=True):
@@ -103,7 +103,7 @@ def limits_at(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
 
 
 def renormalized(
-    stats: Stats, r: jax.Array, d: jax.Array, normalizer: Normalizer, eps: ArrayLike | None = None
+    stats: Stats, r: jax.Array, d: jax.Array, normalizer: Normalizer | str, eps: ArrayLike | None = None
 ) -> Stats:
     """The statistics with which a layer gives r * y + d: sigma / r in place of sigma, and mean - d * sigma / r of the mean.
 
@@ -113,7 +113,7 @@ def renormalized(
       stats: moments with their weights, each broadcasting against the array.
       r: factor from `corrections`.
       d: shift from `corrections`.
-      normalizer: the row whose statistics they are.
+      normalizer: the row whose statistics they are, or its name in TABLE.
       eps: replaces the row's number. [units of x ** order]
 
     Source: Ioffe 2017, algorithm 1, solved for the statistics.
@@ -124,7 +124,7 @@ def renormalized(
     >>> (10 * normalize(x, n, stats=stats).y).round().tolist()                 # from -1 and 1
     [[5.0], [15.0]]
     """
-    n = normalizer
+    n = row(normalizer)
     smoothing = jnp.asarray(n.eps if eps is None else eps).astype(stats.var.dtype)
     # Written so that r = 1 leaves the variance as it is, to the bit.
     var = stats.var + (smoothing / n.gain + stats.var) * (r ** (-1 / n.power) - 1)

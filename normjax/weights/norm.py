@@ -175,8 +175,9 @@ def norm_bound(
 ) -> jax.Array:
     """The constant rho of `bounded_weight_norm`, from the initial kernel V: a scalar [u], float32 or wider.
 
-    It is the norm of one output. The published code keeps the norm of the whole kernel, ||V||_F, in its buffer `init_norm`,
-    and divides by sqrt(N_out) where it is used: that number is sqrt(N_out) times this one, with "rms".
+    It is the norm of one output. The published bwn.py keeps what all outputs have together, `weight_g_prenorm`, the length
+    of the vector of their norms (||V||_F for p = 2), and rescales its learned g to it: that number is sqrt(N_out) times this
+    one, with "rms". bwn_alt.py (`weight_v_prenorm`) and a later version (`weight_init_norm`) keep this one, with "mean".
 
     Args:
       kernel: array of a floating dtype, `[... i o]` or as the layout says. [units u]
