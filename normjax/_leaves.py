@@ -217,20 +217,15 @@ def inverse_power(q: jax.Array, power: float, positive: bool = False) -> jax.Arr
     return 1 / q if power == 1 else q**-power
 
 
-@jax.custom_jvp
 def _inverse_root(q: jax.Array) -> jax.Array:
-    """The power q ** -0.5, whose derivatives of all orders hold no power of q that it does not hold itself.
+    """The power q ** -0.5, to the last bit, whose derivatives of all orders are taken near one.
 
     JAX's own take q ** -2 from the second on, which is infinite for a q of 1e-20, and infinity times a tangent of 0 is NaN.
-    Here tangents come first: what they are multiplied by one by one is the root.
+    Here the root is a constant r, and q r ** 2 differs from one by a number that is 0, but not its derivatives.
     """
-    return lax.rsqrt(q)
-
-
-@_inverse_root.defjvp
-def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    root = _inverse_root(*primals)
-    return root, ((tangents[0] * root) * root) * (-0.5 * root)
+    root = lax.rsqrt(lax.stop_gradient(q))
+    near_one = q * root * root
+    return root * lax.rsqrt(1 + (near_one - lax.stop_gradient(near_one)))
 
 
 def nan_if_infinite(q: jax.Array, gain: float = 1.0) -> jax.Array:
