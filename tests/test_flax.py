@@ -306,6 +306,7 @@ def test_what_is_not_finite_behind_a_mask_gives_the_bias_and_reaches_nothing_els
     ours, _, make = APIS[api]
     params, stats = variables_of(name, shape, row)
     mask, x, cotangent = mask_of(name, shape, row), array(shape, mean=2.0), array(shape, 7)
+    assert mask is not None
     hidden = np.argwhere(~mask)[:4]
     wrong = np.zeros(shape, bool)
     wrong[tuple(hidden.T)] = True

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import warnings
+from typing import Any
 
 import flax.linen
 import flax.nnx
@@ -487,8 +488,9 @@ def test_numbers_for_keys_stay_ints_or_text(key):
 
 
 E = np.ones(3, F)
+LIST: Any = [1]
 NO_LAYERS = {
-    "a list": (lambda: read([1], "torch"), TypeError, "a torch checkpoint is a dictionary"),
+    "a list": (lambda: read(LIST, "torch"), TypeError, "a torch checkpoint is a dictionary"),
     "an outer dictionary": (lambda: read({"state_dict": TORCH}, "torch"), ValueError, "pass entries['state_dict']"),
     "lengths": (
         lambda: read({"n.weight": E, "n.bias": E[:2]}, "torch", {"n": {"kind": "layer"}}),
@@ -540,7 +542,7 @@ def test_weights_of_torch_are_read_in_both_spellings_and_evaluate_in_our_wrapper
     x, record = np.array([[1, 2, 3]], F)[:, : weight.shape[1]], records["fc"]
     wrapper = "WeightNorm" if record.kind == "weight" else "SpectralNorm"
     options = {} if record.kind == "weight" else {"update_stats": False}
-    dense = {"use_bias": record.bias is not None}
+    dense: dict[str, Any] = {"use_bias": record.bias is not None}
     want = x @ weight.T + (0 if record.bias is None else record.bias)
     layer = getattr(normjax.linen, wrapper)(flax.linen.Dense(len(weight), **dense))
     np.testing.assert_allclose(layer.apply(write_weights({"": record}, "linen"), x, **options), want, rtol=1e-6)
@@ -561,7 +563,7 @@ def test_cells_of_torch_are_the_same_function(name, cell):
     records, rest = read_cells(theirs.state_dict(), "torch")
     assert rest == {}
     rnn = normjax.linen.RNN(getattr(normjax.linen, cell)(4))
-    got = rnn.apply(write_cells({"cell": records["l0"]}, "linen"), x)
+    got = np.asarray(rnn.apply(write_cells({"cell": records["l0"]}, "linen"), x))
     np.testing.assert_allclose(got, theirs(torch.as_tensor(x))[0].detach().numpy(), atol=1e-6)
 
 

@@ -254,7 +254,8 @@ def test_nnx_wrappers_go_through_msgpack_and_come_back(name):
     ours, twin = (wrapper(nnx.Linear(5, 4, rngs=nnx.Rngs(seed)), rngs=nnx.Rngs(seed)) for seed in (0, 1))
     packed = serialization.msgpack_serialize(nnx.to_pure_dict(nnx.state(ours)))
     state = nnx.state(twin)
-    nnx.replace_by_pure_dict(state, serialization.msgpack_restore(packed))
+    restored: Any = serialization.msgpack_restore(packed)
+    nnx.replace_by_pure_dict(state, restored)
     nnx.update(twin, state)
     np.testing.assert_array_equal(twin(X), ours(X))
 
@@ -262,7 +263,11 @@ def test_nnx_wrappers_go_through_msgpack_and_come_back(name):
 @pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])
 def test_metadata_add_nothing_to_the_names_of_linen_wrappers(box):
     init = nn.initializers.lecun_normal()
-    for wrapper, options in ((linen_weights.WeightNorm, {}), (linen_weights.SpectralNorm, {"update_stats": True})):
+    cases: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (linen_weights.WeightNorm, {}),
+        (linen_weights.SpectralNorm, {"update_stats": True}),
+    )
+    for wrapper, options in cases:
         plain, boxed = (
             wrapper(nn.Dense(4, kernel_init=made)).init(jax.random.key(0), X, **options)
             for made in (init, box(init, (None, "model")))

@@ -4,7 +4,7 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch, batch_extremes
-from normjax._layers.describe import Amount, Count, Shape, Share, description
+from normjax._layers.describe import Amount, Count, Shape, StaticAmount, StaticShare, description
 from normjax._layers.presets import Preset
 from normjax.running import Slot
 from normjax.theory import Normalizer, Stats
@@ -56,7 +56,7 @@ class LpBatchNorm(Preset):
     Normalizer('n ...', 'n ...', power=0.3333333333333333, order=3)
     """
 
-    p: Amount = 2
+    p: StaticAmount = 2
     epsilon: Amount = 1e-5
     calibrated: bool = False
     field: str = batch.BATCH
@@ -207,7 +207,7 @@ class GhostTopKBatchNorm(TopKBatchNorm):
     {'mean': (3,), 'top': (3,), 'var': (3,)}
     """
 
-    beta: Share = 0.75
+    beta: StaticShare = 0.75
 
     def _keeps(self, shape: Shape, dtype: DTypeLike | None = None) -> dict[str, Slot]:
         found = super()._keeps(shape, dtype)

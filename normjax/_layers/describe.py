@@ -29,11 +29,15 @@ Initializer = Callable[..., jax.Array]  # of a random key, a shape and a dtype
 T = TypeVar("T", bound=type)
 
 # The types of options that are numbers. They say which numbers are taken, and `hold_to_ranges` holds a layer to them.
+# A number may be an array, and traced. What is static decides what is computed, and is known when the layer is made.
 Integer = Annotated[int, INTEGER]
 Count = Annotated[int, COUNT]
-Share = Annotated[float, SHARE]
-Amount = Annotated[float, AMOUNT]
-Number = Annotated[float, Within()]
+Share = Annotated[ArrayLike, SHARE]
+Amount = Annotated[ArrayLike, AMOUNT]
+Number = Annotated[ArrayLike, Within()]
+StaticShare = Annotated[float, SHARE]
+StaticAmount = Annotated[float, AMOUNT]
+StaticNumber = Annotated[float, Within()]
 
 ones: Initializer = jax.nn.initializers.ones
 zeros: Initializer = jax.nn.initializers.zeros
@@ -57,7 +61,7 @@ class Parameter(NamedTuple):
     """One learned array: its shape, and an initializer or the number that fills it, for which no random key is drawn."""
 
     shape: Shape
-    init: Initializer | float
+    init: Initializer | ArrayLike
 
 
 class Layer(Portable):

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import conditional
 from normjax._expect.arrays import require_float
 from normjax._layers.conditional import Modulated
-from normjax._layers.describe import Initializer, Number, Parameter, Shape, channel_shape, description, zeros
+from normjax._layers.describe import Initializer, Parameter, Shape, StaticNumber, channel_shape, description, zeros
 from normjax.theory import Normalizer
 
 
@@ -45,7 +45,7 @@ class FiLM(Modulated):
     normalizer: Normalizer | str | None = None
     layout: str = "n ... c"
     order: tuple[str, ...] = ("scale", "bias")
-    around: Number = 1.0
+    around: StaticNumber = 1.0
     activation: Callable[[jax.Array], jax.Array] | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32

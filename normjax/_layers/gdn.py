@@ -6,7 +6,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import gdn
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import Amount, Initializer, Layer, Parameter, Shape, description, ones
+from normjax._layers.describe import Initializer, Layer, Parameter, Shape, StaticAmount, description, ones
 
 
 @description
@@ -39,14 +39,14 @@ class GDN(Layer):
     [[2176.0, -2481.0]]
     """
 
-    alpha: Amount = 2.0
-    epsilon: Amount = 0.5
+    alpha: StaticAmount = 2.0
+    epsilon: StaticAmount = 0.5
     inverse: bool = False
     learn_alpha: bool = False
     learn_epsilon: bool = False
     rectify: bool = False
-    beta_min: Amount = 1e-6
-    offset: Amount = gdn.OFFSET
+    beta_min: StaticAmount = 1e-6
+    offset: StaticAmount = gdn.OFFSET
     gradient: str = "pass"
     layout: str = "n ... c"
     dtype: DTypeLike | None = None

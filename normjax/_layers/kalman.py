@@ -11,7 +11,17 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import kalman
 from normjax._expect.arrays import require_float
 from normjax._layers import describe
-from normjax._layers.describe import Amount, Initializer, Parameter, Shape, Share, description, ones, zeros
+from normjax._layers.describe import (
+    Initializer,
+    Parameter,
+    Shape,
+    Share,
+    StaticAmount,
+    StaticShare,
+    description,
+    ones,
+    zeros,
+)
 from normjax._layers.statistics import Correct, Limits, RunningLayer, Taken
 from normjax._leaves import one_of
 from normjax.propagate import Belief, Filtered, linear
@@ -86,10 +96,10 @@ class KalmanNorm(RunningLayer):
 
     normalizer: Normalizer | str = "batch"
     layout: str = "n ... c"
-    gain: Share = 0.1
+    gain: StaticShare = 0.1
     learn_gain: bool = False
     learn_transition: bool = False
-    guard: Amount | None = None
+    guard: StaticAmount | None = None
     stored: str = "filtered"
     use_scale: bool = True
     use_bias: bool = True

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +49,7 @@ class Rowed(RunningLayer):
         sigma = None if first is None else Parameter((), first)
         return {**describe.scale_and_bias(self, shape), "sigma": sigma}
 
-    def _first_sigma(self) -> Any:
+    def _first_sigma(self) -> ArrayLike | None:
         given, traced = self.sigma_init, self._eps()[1]
         given = traced**0.5 if given is None and traced is not None else given
         return start_sigma(self._row(), self.learn_sigma, given)

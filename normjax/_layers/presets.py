@@ -7,7 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import batch, response
 from normjax._expect.arrays import require_float
-from normjax._layers.describe import Amount, Count, Layer, description
+from normjax._layers.describe import Amount, Count, Layer, StaticAmount, description
 from normjax._layers.norm import Rowed, evaluated
 from normjax._layers.statistics import Limits
 from normjax._leaves import split_eps
@@ -112,7 +112,7 @@ class DivisiveNorm(Preset):
     def _eps(self) -> tuple[float, ArrayLike | None]:
         return split_eps(self._start**2)
 
-    def _first_sigma(self) -> float | None:
+    def _first_sigma(self) -> ArrayLike | None:
         return start_sigma(self._row(), self.learn_sigma, self._start if self.sigma_init is None else self.sigma_init)
 
 
@@ -159,8 +159,8 @@ class LocalResponseNorm(Unlearned):
     """
 
     size: Count = 5
-    alpha: Amount = 1e-4
-    beta: Amount = 0.75
+    alpha: StaticAmount = 1e-4
+    beta: StaticAmount = 0.75
     k: Amount = 1.0
     layout: str = "n ... c"
     dtype: DTypeLike | None = None

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
+from normjax._layers import describe
 from normjax._layers.describe import Amount, Initializer, Integer, Number, Parameter, Share, hold_to_ranges, ones, zeros
 from normjax._layers.pickling import Portable
 from normjax._layers.statistics import stored_dtype
@@ -101,7 +102,7 @@ class Cell(_Asked):
     sigma_init: Amount | None = None
     scale_init: Initializer = ones
     norm_bias_init: Initializer = zeros
-    l1: Amount = 0.0
+    l1: describe.StaticAmount = 0.0
     l1_axis_name: str | Sequence[str] | None = None
 
     _kind: ClassVar[str]  # its name in `recurrent.GATES`

@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 
 from normjax import selu
-from normjax._layers.describe import Amount, Layer, Number, Share, description
+from normjax._layers.describe import Layer, StaticAmount, StaticNumber, StaticShare, description
 
 
 @description
@@ -31,13 +31,13 @@ class AlphaDropout(Layer):
     [0.0, 0.0]
     """
 
-    rate: Share
+    rate: StaticShare
     broadcast_dims: Sequence[int] = ()
     deterministic: bool | None = None
     rng_collection: str = "dropout"
-    mean: Number = 0.0
-    var: Amount = 1.0
-    low: Number = selu.LOW
+    mean: StaticNumber = 0.0
+    var: StaticAmount = 1.0
+    low: StaticNumber = selu.LOW
 
     def _passes(self, deterministic: bool) -> bool:
         """Whether the input passes as it is."""

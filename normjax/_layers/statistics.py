@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import running as kept
 from normjax._expect.arrays import statistics_dtype
-from normjax._layers.describe import Amount, Layer, Number, Shape, Share, description
+from normjax._layers.describe import Amount, Layer, Number, Shape, Share, StaticAmount, description
 from normjax.penalty import l1_penalty
 from normjax.running import BatchRecord, Running, Slot
 from normjax.theory import Normalizer, Stats
@@ -47,7 +47,7 @@ class RunningLayer(Layer):
     var_init: Amount = 1.0
     update_running_average: bool = True
     renorm: tuple[float, float] | None = None
-    l1: Amount = 0.0
+    l1: StaticAmount = 0.0
     l1_axis_name: str | Sequence[str] | None = None
 
     # What a layer says.

@@ -7,7 +7,18 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import tokens
 from normjax._expect.arrays import require_float
 from normjax._layers import describe
-from normjax._layers.describe import Amount, Count, Initializer, Layer, Parameter, Shape, description, ones, zeros
+from normjax._layers.describe import (
+    Amount,
+    Count,
+    Initializer,
+    Layer,
+    Parameter,
+    Shape,
+    StaticAmount,
+    description,
+    ones,
+    zeros,
+)
 from normjax._leaves import split_eps
 from normjax._normalize.evaluate import normalize
 
@@ -68,7 +79,7 @@ class PartialRMSNorm(Layer):
     [[10.0, 30.0]]
     """
 
-    fraction: Amount = 0.0625
+    fraction: StaticAmount = 0.0625
     epsilon: Amount = 1e-6
     layout: str = "n ... c"
     use_scale: bool = True

@@ -92,5 +92,5 @@ def balanced(
         eps, moment, factor = s * (n.eps if eps is None else eps), s * moment, 1 / inverse_power(s, n.power)
     else:
         return n, moment, eps, scale
-    factor = jnp.asarray(factor, dtype) if isinstance(factor, float) else factor.astype(dtype)
+    factor = jnp.asarray(factor, dtype)
     return n, moment, eps, factor if scale is None else scale * factor

@@ -26,7 +26,7 @@ def mix_beliefs(prior: Belief, batch: Belief, gain: ArrayLike) -> Belief:
     apart = batch.mean - prior.mean
     mean = prior.mean + q * apart
     var = prior.var + q * (batch.var - prior.var) + q * (1 - q) * lax.square(apart)
-    return Belief(mean, nan_if_infinite(var))
+    return Belief(mean, nan_if_infinite(jnp.asarray(var)))
 
 
 def logit(gain: float) -> float:

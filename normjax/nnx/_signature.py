@@ -54,5 +54,5 @@ def spelled_out(
         init(self, *args, **kwargs)
 
     ordered = sorted(merged.values(), key=lambda p: (p.kind, p.kind is p.KEYWORD_ONLY and p.name == "rngs"))
-    __init__.__signature__ = inspect.Signature(ordered)  # pyright: ignore[reportFunctionMemberAccess]
+    __init__.__signature__ = inspect.Signature(ordered)  # pyright: ignore[reportAttributeAccessIssue]
     return __init__

@@ -146,10 +146,10 @@ def _project(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind all three: kernels return to a target, to a record, or to a schedule times either."""
     _require(kernels, rho, every, caller)
-    given = functools.partial(_given, rho, caller)
+    given = None if isinstance(rho, str) else functools.partial(_given, rho, caller)
 
     def target(name: str, norm: jax.Array) -> jax.Array:
-        if not isinstance(rho, str):
+        if given is not None:
             return given(name, norm)
         s = towards_one(jnp.max(norm, initial=0))
         root = safe_root(jnp.mean(lax.square(norm * s))) / s
@@ -170,7 +170,7 @@ def _project(
         for name in state.norms or _update.select(kernels, params, caller):
             p, u = ps[name], us[name]
             otherwise = kernels.wide_norm(_update.after_update(p, u))
-            if isinstance(rho, str):
+            if given is None:
                 norm = record.at(step, name, kernels, p, caller) if record else state.norms[name]
             else:
                 norm = held[name] = given(name, jax.eval_shape(kernels.norm, p))  # of now: it may be a hyperparameter

@@ -65,7 +65,7 @@ def choose_sites(name: str, given: bool | Sequence[str], known: Sequence[str]) -
     return tuple(given)
 
 
-def start_sigma(normalizer: Normalizer | str, learn: bool, given: float | None) -> float | None:
+def start_sigma(normalizer: Normalizer | str, learn: bool, given: ArrayLike | None) -> ArrayLike | None:
     """The first value of a sigma to learn, as given or the square root of the row's eps [units of z]; None learns none.
 
     Source: Ren et al. 2017, equation 3.
