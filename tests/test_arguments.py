@@ -139,7 +139,7 @@ PAIRS = [(name, option) for name, options in INTEGERS.items() for option in opti
 
 
 EVERY = [*PAIRS, *((name, option) for name, options in OF_NNX.items() for option in options)]
-QUICK = (("DivisiveNorm", "window"), ("GhostBatchNorm", "examples"), ("LocalResponseNorm", "size"), ("SPADE", "space"))
+QUICK = (("DivisiveNorm", "window"), ("GhostBatchNorm", "examples"), ("LocalResponseNorm", "size"))
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,10 @@ CASES = {
         lambda: nx.GRUCell(4, 8, rngs=cast(Any, 0)),
         "rngs of GRUCell is an nnx.Rngs, as in rngs=nnx.Rngs(0); found 0",
     ),
+    "a seed for those of a kernel": (
+        lambda: nx.Linear(4, 8, rngs=cast(Any, 0)),
+        "rngs of Linear is an nnx.Rngs, as in rngs=nnx.Rngs(0); found 0",
+    ),
     "sigma where nothing is divided": (
         lambda: nl.Norm("mean_only", learn_sigma=True),
         "learn_sigma learns what is added to a spread; Normalizer('n ...', None) divides by nothing",

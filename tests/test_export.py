@@ -9,11 +9,11 @@ import pytest
 from flax import nnx as fx
 from jax import export
 
-from normjax import TABLE, Normalizer, expect, l1_penalty, normalize, top
+from normjax import Normalizer, expect, l1_penalty, normalize, top
 from normjax.field import FieldError
 from tests import reference
 from tests.rows import CHANNELS, ROWS, jit
-from tests.test_layers import LAYERS, TRAINED, inputs, of_linen, started, training, twin_of
+from tests.test_layers import LAYERS, QUICK, TRAINED, inputs, of_linen, started, training, twin_of
 
 SIZES = ((16, 6, 5, 64), (8, 6, 5, 64), (8, 2, 9, 64))
 
@@ -59,9 +59,8 @@ def each_row(names, masked):
 @pytest.mark.parametrize(
     ("names", "shape", "masked", "sizes"),
     [
-        (tuple(TABLE), "8*m, 6, 5, 64", False, SIZES[:1]),
-        pytest.param(tuple(TABLE), "8*m, 6, 5, 64", True, SIZES[:2], marks=pytest.mark.slow),
-        pytest.param(tuple(ROWS), "8*m, h, w, 64", False, SIZES, marks=pytest.mark.slow),
+        (("batch", "group", "contrast", "ghost"), "8*m, 6, 5, 64", True, SIZES[:1]),
+        pytest.param(tuple(ROWS), "8*m, h, w, 64", False, SIZES[2:], marks=pytest.mark.slow),
         pytest.param(tuple(ROWS), "8*m, h, w, 64", True, SIZES, marks=pytest.mark.slow),
     ],
 )
@@ -109,7 +108,8 @@ def nnx_call(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "call"),
-    [(name, call) for name in LAYERS if name != "GhostBatchNorm" for call in (linen_call, nnx_call)]
+    [(name, linen_call) for name in LAYERS if name != "GhostBatchNorm"]
+    + [(name, nnx_call) for name in (*QUICK, "SPADE", "KalmanNorm", "SwitchableNorm")]
     + [(name, linen_inference) for name in TRAINED],
 )
 def test_layers_are_exported_with_a_symbol_for_the_batch(name, call):
@@ -129,6 +129,7 @@ def test_ghost_batch_norm_takes_a_symbol_in_inference_and_says_in_training_what_
     assert exported(linen_inference("GhostBatchNorm"), x)(np.ones((4, 6), np.float32)).shape == (4, 6)
 
 
+@pytest.mark.slow
 def test_windows_extremes_and_penalties_are_exported_with_a_symbol_for_every_axis():
     def f(x):
         largest = normalize(x, Normalizer("t", "t:3", order=float("inf"), power=1.0), "n t c")

@@ -299,7 +299,7 @@ def test_outputs_gradients_and_statistics_equal_flax(api, name, shape, row):
             assert_not_further(mine["infer"]["y"], theirs["infer"]["y"], y)
 
 
-@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("api", slow_but(APIS, "linen"))
 @each(ONE_OF_EACH)
 def test_what_is_not_finite_behind_a_mask_gives_the_bias_and_reaches_nothing_else(api, name, shape, row):
     """Beside it, other masked elements are normalized; nothing of a wrong one is in any output, statistic or gradient."""
@@ -330,12 +330,12 @@ def test_what_is_masked_whole_gives_the_bias(name, shape, row):
     mask = np.ones(shape, bool)
     mask[(slice(None), 1) if name == "BatchNorm" else 0] = False
     x = array(shape)
-    y, after = linen_function(our_linen, name, shape, row)(params, stats, x, mask)
+    y, after = jit(linen_function(our_linen, name, shape, row))(params, stats, x, mask)
     assert_close(jnp.where(mask, 0, y), jnp.where(mask, 0, jnp.broadcast_to(params["bias"], shape)))
     assert all((after[key][1] == stats[key][1]).all() for key in after)
 
 
-@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("api", slow_but(APIS, "nnx"))
 def test_an_epsilon_and_a_momentum_that_only_a_run_knows_give_flax_s_numbers(api):
     ours, flax, make = APIS[api]
     sweep = np.array([1e-5, 0.3, 2.0], np.float32)

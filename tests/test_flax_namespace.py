@@ -20,6 +20,7 @@ import normjax.flax
 import normjax.nnx
 from normjax.linen import swap_layers as swapped_in_linen
 from normjax.nnx import swap_layers as swapped_in_nnx
+from tests.rows import jit
 from tests.test_flax import assert_close, lenient
 
 NORMS = ("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "SpectralNorm", "WeightNorm")
@@ -81,7 +82,7 @@ def client(text: str, changed: bool) -> dict[str, Any]:
 def of_linen(model, variables, call=lambda f: f):
     """The output of a training batch with its gradients and statistics, and the output of inference."""
 
-    @jax.jit
+    @jit
     def run(variables):
         def loss(params):
             apply = call(functools.partial(model.apply, mutable=["batch_stats"]))
@@ -97,12 +98,16 @@ def of_linen(model, variables, call=lambda f: f):
 def of_nnx(model):
     """The output of a training batch, gradients, and all variables after it."""
 
-    @nnx.jit
-    def step(model, x):
-        return nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(m(x, MASK))))(model)
+    structure, state = nnx.split(model)
+
+    @jit
+    def step(state, x):
+        twin = nnx.merge(structure, state, copy=True)
+        return nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(m(x, MASK))))(twin), nnx.state(twin)
 
     with lenient():
-        out = step(model, X)
+        out, changed = step(state, X)
+    nnx.update(model, changed)
     after = [nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat)]
     return jax.tree.map(jnp.asarray, (out[0], nnx.to_pure_dict(out[1]), *after))
 

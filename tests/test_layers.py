@@ -393,8 +393,19 @@ def added(name):
     return named if named in known else None
 
 
-@pytest.mark.parametrize("name", [name for name in EACH if added(getattr(name, "values", [name])[0])])
-@pytest.mark.parametrize("make", [of_linen, of_nnx], ids=["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        pytest.param(of_linen, name, id=f"linen-{name}", marks=() if name == "Norm" else pytest.mark.slow)
+        for name in LAYERS
+        if added(name)
+    ]
+    + [
+        pytest.param(of_nnx, name, id=f"nnx-{name}", marks=() if name == "Norm" else pytest.mark.slow)
+        for name in (*QUICK, "KalmanNorm", "FilterResponseNorm")
+        if added(name)
+    ],
+)
 def test_what_is_added_to_a_moment_may_be_a_scalar_of_numpy_or_jax_or_traced(name, make):
     """The number 0.3, and the slope against finite differences."""
 

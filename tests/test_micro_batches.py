@@ -239,7 +239,8 @@ def test_a_loss_that_is_a_sum_is_summed_over_the_parts():
     np.testing.assert_allclose(found[0][0].params["bias"], -16, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", [Remembering, slow(NNXRemembering)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [Remembering, NNXRemembering])
 def test_leaves_without_examples_are_given_to_every_part(model):
     def loss(call, batch, train_mode):
         assert batch["w"].shape == (5,)
@@ -312,7 +313,8 @@ def test_a_collection_that_init_did_not_make_is_named(parts):
         step(state, {"x": X})
 
 
-@pytest.mark.parametrize("model", [Remembering, slow(NNXRemembering)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [Remembering, NNXRemembering])
 def test_on_four_devices_micro_batches_are_those_of_one(model):
     def loss(call, batch, train_mode):
         y = call(batch["x"])[:, 0] * batch["scale"]

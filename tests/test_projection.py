@@ -421,7 +421,7 @@ def test_the_norm_may_be_an_array_or_a_hyperparameter(name):
     make, options, axes = INJECTED[name]
     params = {"kernel": jnp.arange(6.0).reshape(3, 2) + 1}
     tx = optax.chain(optax.sgd(0.1), make(Kernels(output=()), **options))
-    updates, _ = jax.jit(tx.update)({"kernel": jnp.ones((3, 2))}, tx.init(params), params)
+    updates, _ = quickly(tx.update)({"kernel": jnp.ones((3, 2))}, tx.init(params), params)
     after = np.asarray(optax.apply_updates(params, updates)["kernel"], float)
     np.testing.assert_allclose(np.linalg.norm(after, axis=None if axes is None else 0), 2.0, rtol=1e-6)
 

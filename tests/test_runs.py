@@ -141,7 +141,8 @@ def test_damaged_file_is_named_with_what_to_do_and_nothing_is_lost(capsys, copie
     assert everything(copied) == before
 
 
-@pytest.mark.parametrize("lost", ["checkpoint", pytest.param(".", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["checkpoint", "."])
 def test_seed_that_lost_its_checkpoint_is_trained_again_alone(capsys, whole, copied, lost):
     seeds = [copied / "slow" / f"seed-{k}" for k in range(2)]
     shutil.rmtree(seeds[1] / lost if lost != "." else seeds[1])

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from normjax import linen as nl
 from normjax import nnx as nx
 from normjax import train
-from tests.rows import jit
+from tests.rows import jit, slow_but
 
 X = np.random.default_rng(0).normal(1, 2, (16, 3)).astype(np.float32)
 BATCH = {"x": X, "y": np.sin(X).sum(1)}
@@ -66,8 +66,9 @@ def by_hand(objective, tx, state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("api", "name"), [("linen", name) for name in OPTIMIZERS] + [("nnx", "backtracking"), ("nnx", "masked, inner")]
+)
 @jax.numpy_dtype_promotion("standard")  # which some of optax's own need
 def test_optimizers_that_ask_for_the_loss_are_given_it(api, name):
     tx, key, parts = OPTIMIZERS[name], jax.random.key(3), 1 if name == "plateau" else 2
@@ -185,7 +186,7 @@ class Inner(nn.Module):
         return carry, jax.random.uniform(self.make_rng("noise"))
 
 
-@pytest.mark.parametrize("lifted", [False, True])
+@pytest.mark.parametrize("lifted", slow_but((False, True), False))
 def test_every_stream_of_random_numbers_is_served_and_every_part_draws_its_own(lifted):
     def drawn(call, batch, train_mode):
         y, noise = call(batch["x"])
@@ -193,10 +194,9 @@ def test_every_stream_of_random_numbers_is_served_and_every_part_draws_its_own(l
 
     model, rngs = Noisy(lifted), ("dropout", "noise") if lifted else "dropout"
     state = train.linen_init(model, SGD, jax.random.key(0), X, rngs=rngs)
-    found = []
-    for parts, seed in ((1, 0), (1, 0), (1, 1), (2, 0)):
-        step = train.linen_step(model, drawn, SGD, rngs=rngs, micro_batches=parts)
-        found.append(jit(step)(state, BATCH, jax.random.key(seed))[1])
+    whole, parted = (jit(train.linen_step(model, drawn, SGD, rngs=rngs, micro_batches=parts)) for parts in (1, 2))
+    calls = ((whole, 0), (whole, 0), (whole, 1), (parted, 0))
+    found = [step(state, BATCH, jax.random.key(seed))[1] for step, seed in calls]
     for name in ("noise",) if lifted else ("noise", "other"):
         one, again, other, halves = (m[name] for m in found)
         np.testing.assert_array_equal(one["mean"], again["mean"])
@@ -209,7 +209,7 @@ def test_every_stream_of_random_numbers_is_served_and_every_part_draws_its_own(l
         assert jit(train.linen_eval(model, drawn))(state, BATCH, jax.random.key(0))["loss"].shape == ()
 
 
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("api", slow_but(("linen", "nnx"), "nnx"))
 def test_a_loss_that_takes_a_key_is_given_one_of_its_own(api):
     def drawing(call, batch, train_mode, key):
         value = jnp.mean(call(batch["x"]))
@@ -397,7 +397,7 @@ def test_weights_of_penalties_that_a_model_does_not_have_this_once_are_no_error(
         jit(train.linen_step(Plain(), total, SGD, penalty_weights={"nrom": 2.0}))(state, X)
 
 
-@pytest.mark.parametrize("laid", ["metadata", "specs"])
+@pytest.mark.parametrize("laid", slow_but(("metadata", "specs"), "metadata"))
 def test_a_history_of_updates_lies_as_its_parameter(laid):
     class Laid(nn.Module):
         @nn.compact

@@ -110,6 +110,9 @@ class KalmanNorm(RunningLayer):
     def _stores_unbiased(self) -> bool:
         return False  # here the option is that of what is believed
 
+    def _averages_merge(self) -> bool:
+        return False  # a belief of both halves is not that of the whole
+
     def _learns(self, shape: Shape) -> dict[str, Parameter | None]:
         size = describe.channel_shape(self.layout, shape) if self.learn_transition else ()
         return {

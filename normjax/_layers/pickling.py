@@ -21,7 +21,7 @@ class _Default(NamedTuple):
 
 
 class _Inside(NamedTuple):
-    """A module of Flax that is an option, in the same way."""
+    """A module of Flax that is an option, by its class and what it holds, since it cannot be pickled as it stands."""
 
     cls: type
     state: dict[str, Any]

@@ -21,7 +21,6 @@ from normjax import recurrent
 from normjax._layers.describe import Amount, Initializer, Integer, Number, Parameter, Share, hold_to_ranges, ones, zeros
 from normjax._layers.pickling import Portable
 from normjax._layers.statistics import stored_dtype
-from normjax.field import FieldError
 from normjax.recurrent import Activation, Carry, Clock, Norm, Places, Site, Weights
 from normjax.running import Running, Slot, stores
 from normjax.theory import Normalizer, row
@@ -282,22 +281,3 @@ class SimpleCell(Cell):
     def _step(self) -> Step:
         act, residual = self.activation_fn, self.residual
         return functools.partial(recurrent.simple_step, activation_fn=act, residual=residual, dtype=self.dtype)
-
-
-def mean_penalty(cell: object, values: jax.Array, seq_lengths: ArrayLike | None, before: jax.Array | None) -> jax.Array:
-    """The penalty of a sequence: the mean of that of each step, `[t]`, over all valid steps of all examples, and before."""
-    axes = recurrent.penalty_axes(cell.normalizer, cell.l1_axis_name) if isinstance(cell, Cell) else ()
-    value = recurrent.mean_over_time(values, seq_lengths, axes)
-    return value if before is None else before + value
-
-
-def start_sequence(
-    features: int, inputs: jax.Array, time_major: bool, carry: Carry, first: Callable[[tuple[int, ...]], Carry]
-) -> tuple[int, Carry, bool]:
-    """The axis of time, before so many of features; the carry (None: `first` of a step's shape); whether it counts steps."""
-    if inputs.ndim < features + 1:
-        said = "[t, n, i] or [t, i], time first" if time_major else "[n, t, i] or [t, i]"
-        raise FieldError(f"an RNN takes sequences, {said}; found an array of shape {inputs.shape}")
-    time = 0 if time_major else inputs.ndim - features - 1
-    carry = first(inputs.shape[:time] + inputs.shape[time + 1 :]) if carry is None else carry
-    return time, carry, recurrent.unpack(carry)[1] is not None

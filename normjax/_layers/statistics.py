@@ -74,6 +74,11 @@ class RunningLayer(Layer):
         """The limits of batch renormalization; None is plain."""
         return self.renorm
 
+    def _averages_merge(self) -> bool:
+        """Whether what parts of a batch have stored, each by itself, gives what the batch would have stored."""
+        row, plain = self._row(), self.averaging == "exponential" and not self.unbiased
+        return plain and row is not None and all(kept.stores(row)) and kept.mergeable(row, self.layout)
+
     # What a host says.
 
     def _uses_running(self, at_call: bool | None) -> bool:

@@ -85,7 +85,7 @@ def balanced(
     """Row, moment, eps and scale of the same output, to the last bit, with a denominator whose derivative is in range."""
     factor: jax.Array | float
     if is_positive(n, eps) and n.power in (0.5, 0.75):  # a general power of what is far from one is less exact
-        k = 2.0 ** (-STEP * math.floor((120 / (n.power + 3) + math.log2(n.eps)) / STEP))  # for three derivatives
+        k = 2.0 ** (-STEP * math.floor((120 / (n.power + 1) + math.log2(n.eps)) / STEP))
         n, factor = dataclasses.replace(n, eps=n.eps * k, gain=n.gain * k), k**n.power
     elif n.floor is None:
         s = towards_one(smoothed(moment, n, eps), STEP)

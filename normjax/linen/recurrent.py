@@ -23,6 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
 from normjax._layers import recurrent as cells
+from normjax._layers import sequence
 from normjax._layers.describe import Initializer
 from normjax._layers.pickling import Portable
 from normjax._layers.recurrent import SiteOptions
@@ -198,7 +199,7 @@ class RNN(Portable, nn.RNN):
         how = {name: getattr(self, name) if value is None else value for name, value in given.items()}
         major = how["time_major"]
         first = functools.partial(cell.initialize_carry, jax.random.key(0) if init_key is None else init_key)
-        time, carry, clocked = cells.start_sequence(cell.num_feature_axes, inputs, major, initial_carry, first)
+        time, carry, clocked = sequence.start_sequence(cell.num_feature_axes, inputs, major, initial_carry, first)
         carry = carry if seq_lengths is None else recurrent.with_lengths(carry, seq_lengths)
         examples = inputs.ndim - cell.num_feature_axes - 1
         flip = functools.partial(flip_sequences, seq_lengths=seq_lengths, num_batch_dims=examples, time_major=major)
@@ -236,6 +237,6 @@ def _scanned(
     )
     carry, outputs = scan(cell, carry, inputs)
     if cell.is_mutable_collection("losses") and cell.has_variable("losses", "l1"):
-        value = cells.mean_penalty(cell, cell.get_variable("losses", "l1"), seq_lengths, before)
+        value = sequence.mean_penalty(cell, cell.get_variable("losses", "l1"), seq_lengths, before)
         cell.put_variable("losses", "l1", value)
     return carry, outputs

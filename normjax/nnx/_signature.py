@@ -1,4 +1,4 @@
-"""The arguments of nnx classes as `inspect.signature` and `help` show them.
+"""The arguments of nnx classes as `inspect.signature` and `help` show them, and the one that all of them need.
 
 The metaclass of nnx takes anything, and constructors hand Flax's arguments on to Flax by `**`; neither tells a reader.
 """
@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from flax import nnx
+
 
 class Constructor:
     """The `__signature__` of a class and of its subclasses: the arguments of whatever constructor each has."""
@@ -18,6 +20,18 @@ class Constructor:
             raise AttributeError("__signature__")
         signature = inspect.signature(owner.__init__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def require_rngs(rngs: object, made: str) -> None:
+    """Raises TypeError unless a layer of this name is given Flax's streams of random keys.
+
+    >>> require_rngs(0, "Norm")
+    Traceback (most recent call last):
+    ...
+    TypeError: rngs of Norm is an nnx.Rngs, as in rngs=nnx.Rngs(0); found 0
+    """
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs of {made} is an nnx.Rngs, as in rngs=nnx.Rngs(0); found {rngs!r}")
 
 
 def spelled_out(
@@ -35,6 +49,8 @@ def spelled_out(
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "rngs" in kwargs:
+            require_rngs(kwargs["rngs"], type(self).__name__)
         init(self, *args, **kwargs)
 
     ordered = sorted(merged.values(), key=lambda p: (p.kind, p.kind is p.KEYWORD_ONLY and p.name == "rngs"))

@@ -35,7 +35,7 @@ from normjax._layers.describe import (
 )
 from normjax._layers.statistics import RunningLayer, as_held
 from normjax.field import FieldError
-from normjax.nnx._signature import Constructor
+from normjax.nnx._signature import Constructor, require_rngs
 from normjax.running import BatchRecord, Running, Slot
 from normjax.theory import Normalizer
 
@@ -131,18 +131,6 @@ def _replace(variable: nnx.Variable[jax.Array], value: jax.Array) -> None:
         variable[...] = value
     else:  # the first complex mean replaces a real one
         variable.set_value(value)
-
-
-def require_rngs(rngs: object, made: str) -> None:
-    """Raises TypeError unless a layer of this name is given Flax's streams of random keys.
-
-    >>> require_rngs(0, "Norm")
-    Traceback (most recent call last):
-    ...
-    TypeError: rngs of Norm is an nnx.Rngs, as in rngs=nnx.Rngs(0); found 0
-    """
-    if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(f"rngs of {made} is an nnx.Rngs, as in rngs=nnx.Rngs(0); found {rngs!r}")
 
 
 @dataclasses.dataclass(eq=False, repr=False)

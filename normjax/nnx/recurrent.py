@@ -5,64 +5,25 @@ Any `nnx.RNN` runs a cell; ours, `RNN`, also masks padding and captures the pena
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
-from flax.typing import PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import recurrent
 from normjax._layers import recurrent as cells
+from normjax._layers import sequence
 from normjax._layers.describe import Initializer
 from normjax._layers.pickling import Portable
 from normjax._layers.recurrent import SiteOptions
 from normjax._leaves import COUNT
+from normjax.nnx._options import CellOptions
 from normjax.nnx._signature import Constructor, spelled_out
-from normjax.nnx.host import Copied, Keeping, Metadata, Penalty, _replace, require_rngs
+from normjax.nnx.host import Copied, Keeping, Penalty, _replace
 from normjax.recurrent import Carry, Clock, Site, Weights
-from normjax.theory import Normalizer
-
-
-class CellOptions(TypedDict, total=False):
-    """The keyword arguments of a cell: ours, as `normjax._layers.recurrent.Cell` describes them, and those of Flax's cell.
-
-    nnx has no fields that a constructor could be made of, so this list is what type checkers read.
-    """
-
-    normalizer: Normalizer | str | None
-    place: str
-    per_gate: bool
-    bias_at: str
-    momentum: float
-    max_steps: int | None
-    use_scale: bool | Sequence[str]
-    use_bias: bool | Sequence[str]
-    learn_sigma: bool
-    sigma_init: float | None
-    scale_init: Initializer
-    norm_bias_init: Initializer
-    l1: float
-    l1_axis_name: str | Sequence[str] | None
-    forget_bias: float  # of the LSTM cells
-
-    gate_fn: Callable[[jax.Array], jax.Array]
-    activation_fn: Callable[[jax.Array], jax.Array]
-    residual: bool  # of SimpleCell
-    kernel_init: Initializer
-    recurrent_kernel_init: Initializer
-    bias_init: Initializer
-    dtype: DTypeLike | None
-    param_dtype: DTypeLike
-    carry_init: Initializer | None
-    promote_dtype: PromoteDtypeFn
-    keep_rngs: bool
-    kernel_metadata: Metadata
-    recurrent_kernel_metadata: Metadata
-    bias_metadata: Metadata
 
 
 def _value(variable: nnx.Variable | None) -> jax.Array | None:
@@ -123,7 +84,6 @@ class Host(cells.Cell, Copied, nnx.RNNCellBase):
         **options: Unpack[CellOptions],
     ):
         made = type(self).__name__
-        require_rngs(rngs, made)
         in_features = COUNT(f"in_features of {made}", in_features)
         hidden_features = COUNT(f"hidden_features of {made}", hidden_features)
         flax: dict[str, Any] = {"bias_init": initializers.zeros_init(), **options}
@@ -285,7 +245,7 @@ class RNN(Portable, Copied, nnx.RNN):
             stream = self.rngs if rngs is None else rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
             return cell.initialize_carry(shape, stream)
 
-        time, carry, clocked = cells.start_sequence(cell.num_feature_axes, inputs, major, initial_carry, first)
+        time, carry, clocked = sequence.start_sequence(cell.num_feature_axes, inputs, major, initial_carry, first)
         if seq_lengths is not None:
             seq_lengths = jnp.asarray(seq_lengths)
             carry = recurrent.with_lengths(carry, seq_lengths) if ours else carry
@@ -298,7 +258,7 @@ class RNN(Portable, Copied, nnx.RNN):
         given |= {"reverse": reverse, "keep_order": keep_order}
         last, outputs = super().__call__(inputs, return_carry=True, **given)
         for v, old in zip(sown, before, strict=True):
-            v["l1"] = cells.mean_penalty(cell, v["l1"], seq_lengths, old)
+            v["l1"] = sequence.mean_penalty(cell, v["l1"], seq_lengths, old)
         if not returned:
             return outputs
         return recurrent.hand_over(last, clocked, seq_lengths is not None), outputs

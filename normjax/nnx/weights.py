@@ -8,21 +8,14 @@ parameter is keyed by its path as text, "kernel" or "layers/0/kernel", where Fla
 the keys of a pure dictionary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
-from flax.typing import (
-    ConvGeneralDilatedT,
-    DotGeneralT,
-    PaddingLike,
-    PathParts,
-    PrecisionLike,
-    PromoteDtypeFn,
-)
+from flax.typing import PathParts, PromoteDtypeFn
 from jax.sharding import PartitionSpec, Sharding
 from jax.typing import ArrayLike, DTypeLike
 
@@ -30,76 +23,12 @@ from normjax._layers import weights
 from normjax._layers.describe import Initializer, ones
 from normjax._layers.pickling import Portable
 from normjax._leaves import as_python
+from normjax.nnx._by_path import ByPath
+from normjax.nnx._options import ConvOptions, LinearOptions
 from normjax.nnx._signature import Constructor, spelled_out
 from normjax.nnx.host import NO_METADATA, Copied, Metadata
 from normjax.reparametrize import Weight
 from normjax.weights import weight_norm
-
-
-def _text(path: PathParts | str) -> str:
-    """A path as text; text is one already."""
-    return path if isinstance(path, str) else "/".join(map(str, path))
-
-
-class ByPath(nnx.Dict):
-    """Variables by the path of a parameter: text, or the tuple that is Flax's key for the same.
-
-    >>> scales = ByPath({("dense", "kernel"): nnx.Param(jnp.ones(2))})
-    >>> list(scales), scales[("dense", "kernel")].shape, ("dense", "bias") in scales
-    (['dense/kernel'], (2,), False)
-    """
-
-    def __init__(self, variables: Mapping[PathParts, nnx.Variable]):
-        super().__init__({_text(path): variable for path, variable in variables.items()})
-
-    def __getitem__(self, key: PathParts | str) -> Any:
-        return vars(self)[_text(key)]
-
-    def __setitem__(self, key: PathParts | str, value: Any) -> None:
-        setattr(self, _text(key), value)
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, str | tuple) and _text(key) in vars(self)
-
-    def _graph_node_set_key(self, key: PathParts | str, value: Any) -> None:
-        """Takes an entry of a state that is not there under this key, which `nnx.update` brings."""
-        held = vars(self).get(_text(key))
-        if isinstance(held, nnx.Variable):
-            held.set_value(value.get_value() if isinstance(value, nnx.Variable) else value)
-        else:
-            super()._graph_node_set_key(key, value)
-
-
-class _Options(TypedDict, total=False):
-    """Keyword arguments that `nnx.Linear` and `nnx.Conv` share."""
-
-    use_bias: bool
-    dtype: DTypeLike | None
-    param_dtype: DTypeLike
-    precision: PrecisionLike
-    kernel_init: Initializer
-    bias_init: Initializer
-    promote_dtype: PromoteDtypeFn
-    preferred_element_type: DTypeLike | None
-    kernel_metadata: Metadata
-    bias_metadata: Metadata
-
-
-class LinearOptions(_Options, total=False):
-    """The keyword arguments of `nnx.Linear`."""
-
-    dot_general: DotGeneralT
-
-
-class ConvOptions(_Options, total=False):
-    """The keyword arguments of `nnx.Conv`."""
-
-    padding: PaddingLike
-    input_dilation: int | Sequence[int] | None
-    kernel_dilation: int | Sequence[int] | None
-    feature_group_count: int
-    mask: jax.Array | None
-    conv_general_dilated: ConvGeneralDilatedT
 
 
 def _with_params(module: nnx.Module, change: Callable[[PathParts, nnx.Variable], jax.Array | None]) -> Any:
@@ -195,7 +124,7 @@ Linear.__init__ = spelled_out(Linear.__init__, nnx.Linear.__init__)
 Conv.__init__ = spelled_out(Conv.__init__, nnx.Conv.__init__)
 
 
-class WeightNorm(Portable, Copied, nnx.WeightNorm):
+class WeightNorm(Copied, Portable, nnx.WeightNorm):
     """Weight norm around a layer: arguments and outputs of `flax.nnx.WeightNorm`, whose kernel each call overwrites.
 
     Here the kernel stays what the layer made and the optimizer makes of it, as in the paper and in torch. So steps differ:
@@ -268,7 +197,7 @@ class WeightNorm(Portable, Copied, nnx.WeightNorm):
         return _with_params(self.layer_instance, change)(x, *args, **kwargs)
 
 
-class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
+class SpectralNorm(Copied, Portable, nnx.SpectralNorm):
     """Spectral norm around a layer: arguments, variables and outputs of `flax.nnx.SpectralNorm`.
 
     Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change, as
@@ -292,6 +221,8 @@ class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
     >>> layer(jnp.ones((2, 3)), update_stats=False).shape, layer.batch_stats["kernel/u"].shape
     ((2, 4), (1, 4))
     """
+
+    __signature__ = Constructor()
 
     feature_axes: weights.Axes
     batch_stats: ByPath

@@ -37,7 +37,7 @@ class _Uniform:
 
 @dataclass(frozen=True)
 class _Constant:
-    """An initializer of one number, in the same way."""
+    """An initializer of one number: a value, so that cells with it compare, hash and pickle."""
 
     value: float
 

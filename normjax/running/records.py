@@ -84,7 +84,7 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
         after = jnp.asarray(after)
         return mean_of_parts(after) if jnp.issubdtype(after.dtype, jnp.inexact) else after[-1]
     left = seen.get("batch") if isinstance(seen, Mapping) else None
-    if isinstance(left, OwnAverage):
+    if isinstance(left, OwnAverage) and {"mean", "var"} <= set(before):
         mean, var = merge_averages(after["mean"], after["var"], left.momentum)
         return {**{k: merge_trees(before[k], after[k], {}) for k in before}, "mean": mean, "var": var}
     if isinstance(left, tuple) and len(left) == 1:  # a layer may be called "batch" too

@@ -67,7 +67,7 @@ def stores(normalizer: Normalizer | str) -> tuple[bool, bool]:
     """Whether the mean is stored, and whether the moment is: each where its own field mixes examples.
 
     Args:
-      normalizer: the row.
+      normalizer: the row, or its name in TABLE.
 
     >>> from normjax import Normalizer, TABLE
     >>> stores(TABLE["batch"]), stores(TABLE["layer"])

@@ -10,12 +10,12 @@ import jax
 from flax import errors, nnx
 from flax import linen as nn
 
-from normjax._leaves import is_number
 from normjax._paths import PyTree
 from normjax.linen import BatchNorm
 from normjax.linen import recurrent as cells
 from normjax.linen.host import Keeping
 from normjax.train._forward import PENALTY, RECORD, Leaving, Left
+from normjax.train._objective import own_momentum
 from normjax.train._report import named_key
 
 LEAVING = (Keeping, BatchNorm, cells.Host)  # the layers that leave penalties or records
@@ -68,11 +68,14 @@ def note_momentum(
     kwargs: PyTree,
     context: nn.module.InterceptorContext,
 ) -> PyTree:
-    """Notes how Flax's own batch norms average, which leave no record; under a mask their parts do not weigh alike."""
+    """Notes how layers average, where they leave no record: Flax's own batch norms, and ours in a branch or a loop.
+
+    Under a mask their parts do not weigh alike.
+    """
     module = context.module
-    if isinstance(module, nn.BatchNorm) and not isinstance(module, LEAVING) and context.method_name == "__call__":
+    if isinstance(module, nn.BatchNorm | Keeping) and context.method_name == "__call__":
         masked = kwargs.get("mask") is not None or (module.path in momenta and math.isnan(momenta[module.path]))
-        momenta[module.path] = math.nan if masked or not is_number(module.momentum) else module.momentum
+        momenta[module.path] = math.nan if masked else own_momentum(module)
     return call(*args, **kwargs)
 
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from normjax._leaves import is_number
 from normjax._paths import PyTree, path_name, path_parts
 from normjax.penalty import total_penalty
 from normjax.running.records import OwnAverage
@@ -57,8 +58,14 @@ class Found(NamedTuple):
     seen: PyTree
 
 
+def own_momentum(layer: Any) -> float:
+    """The momentum of a layer whose stored mean and variance merge, though it leaves no record; NaN of any other."""
+    merges = getattr(layer, "_averages_merge", lambda: True)  # a batch norm of Flax's has no other averages
+    return layer.momentum if is_number(layer.momentum) and merges() else math.nan
+
+
 def with_averages(seen: PyTree, momenta: Mapping[tuple[PyTree, ...], float]) -> PyTree:
-    """What the layers saw, and beside it the momentum of Flax's own batch norms by path; NaN is not known."""
+    """What the layers saw, and, of those that left nothing, how they average: their momentum by path, NaN if not known."""
     seen = jax.tree.map(lambda a: a, seen)  # a copy
     for path, momentum in momenta.items():
         node = seen

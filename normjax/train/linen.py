@@ -82,9 +82,10 @@ def linen_step(
         `train.Shared`, go to every part. Parts weigh alike unless the loss is a `train.Mean`; metrics are averaged unless
         they are a `train.Sum`. Each part is normalized by itself; running statistics (`batch_stats`) start from those
         before the step and are stored merged, exactly where the row allows it (order 2, A = B or None, no windows), else
-        averaged; Flax's own BatchNorm merges if it has no mask. Every other collection goes from part to part, as in
-        successive steps. Lifted layers (`nn.scan`, `nn.vmap`) merge if `moments` is lifted with them; statistics of
-        recurrent cells, and of layers in a branch or a loop such as `nn.cond`, are averaged.
+        averaged. Every other collection goes from part to part, as in successive steps. Lifted layers (`nn.scan`, `nn.vmap`)
+        merge if `moments` is lifted with them. Those that are not, layers in a branch or a loop such as `nn.cond`, and
+        Flax's own BatchNorm merge if they have no mask and average exponentially, as is their default; statistics of
+        recurrent cells are averaged.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`; a

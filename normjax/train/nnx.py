@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from normjax._leaves import is_number
 from normjax._paths import PyTree
 from normjax.nnx import BatchNorm, Moments, Penalty
 from normjax.nnx import recurrent as cells
@@ -22,7 +21,7 @@ from normjax.running import merge_trees, recalibrated
 from normjax.train import _step
 from normjax.train._batch import Batch
 from normjax.train._forward import PENALTY, RECORD, Leaving, Left, Path, in_their_dtypes, run_through_branches
-from normjax.train._objective import Pass, weighted_penalty, with_averages
+from normjax.train._objective import Pass, own_momentum, weighted_penalty, with_averages
 from normjax.train._report import Loss, Metrics, Value, ask, require_loss
 from normjax.train._step import Evaluation, Recalibration, State, Step
 from normjax.train.mesh import Axis, BatchSharding
@@ -108,8 +107,9 @@ def nnx_step(
         what is marked `train.Shared`, go to every part. Parts weigh alike unless the loss is a `train.Mean`; metrics are
         averaged unless they are a `train.Sum`. Each part is normalized by itself; running statistics (`nnx.BatchStat`)
         start from those before the step and are stored merged, exactly where the row allows it (order 2, A = B or None, no
-        windows), else averaged, as are those of layers in a branch or a loop, such as `nnx.cond`; Flax's own BatchNorm
-        merges if it has no mask. Every other variable, random states too, goes from part to part, as in successive steps.
+        windows), else averaged; in a branch or a loop, such as `nnx.cond`, and of Flax's own BatchNorm, exactly if there is
+        no mask and the average is exponential, as it is by default. Every other variable, random states too, goes from
+        part to part, as in successive steps.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`; a
@@ -242,11 +242,10 @@ class _NnxModel(Generic[M]):
         return Pass(value, metrics, penalty, after, with_averages(seen, self._momenta(model)))
 
     def _momenta(self, model: M) -> dict[Path, float]:
-        """How Flax's own batch norms average, which leave no record, by path."""
+        """How layers average, by path, where they leave no record: Flax's own batch norms, ours in a branch or a loop."""
         if not (self.records and self.train):
             return {}
-        flax = ((path, m) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm))
-        return {path: m.momentum for path, m in flax if is_number(m.momentum) and not isinstance(m, BatchNorm)}
+        return {path: own_momentum(m) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm | Keeping)}
 
     def keep(self, before: nnx.State, after: nnx.State) -> nnx.State:
         return nnx.merge_state(after, nnx.filter_state(before, nnx.BatchStat))
