@@ -47,6 +47,11 @@ NOTHING = Running()  # no stored statistics
 def require_kinds(running: object = NOTHING, batch: object = Stats(), shape: object = ()) -> None:
     """Raises TypeError for what is taken for stored statistics, for those of a batch, or for a shape, and is none.
 
+    Args:
+      running: what must be a Running.
+      batch: what must be a Stats.
+      shape: what must be a tuple of lengths, or a list.
+
     >>> require_kinds((jnp.zeros(3), jnp.ones(3)))
     Traceback (most recent call last):
     ...
