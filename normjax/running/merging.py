@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from normjax._expect.arrays import statistics_dtype
 from normjax._leaves import SHARE, nan_if_infinite
-from normjax.running.state import require_kinds
+from normjax.running.state import _require_kinds
 from normjax.theory import Stats
 
 
@@ -27,8 +27,8 @@ def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
     >>> merge(one, other).var == jnp.var(jnp.concatenate([low, high]))
     Array(True, dtype=bool)
     """
-    require_kinds(batch=a)
-    require_kinds(batch=b)
+    _require_kinds(batch=a)
+    _require_kinds(batch=b)
     if order != 2 and a.var is not None:
         raise ValueError(f"moments of order {order!r} cannot be merged, only those of order 2")
     pairs = zip(a, b, strict=True)

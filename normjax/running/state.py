@@ -44,7 +44,7 @@ class Running(NamedTuple):
 NOTHING = Running()  # no stored statistics
 
 
-def require_kinds(running: object = NOTHING, batch: object = Stats(), shape: object = ()) -> None:
+def _require_kinds(running: object = NOTHING, batch: object = Stats(), shape: object = ()) -> None:
     """Raises TypeError for what is taken for stored statistics, for those of a batch, or for a shape, and is none.
 
     Args:
@@ -52,7 +52,7 @@ def require_kinds(running: object = NOTHING, batch: object = Stats(), shape: obj
       batch: what must be a Stats.
       shape: what must be a tuple of lengths, or a list.
 
-    >>> require_kinds((jnp.zeros(3), jnp.ones(3)))
+    >>> _require_kinds((jnp.zeros(3), jnp.ones(3)))
     Traceback (most recent call last):
     ...
     TypeError: stored statistics are a normjax.running.Running(mean, var); found tuple
@@ -140,7 +140,7 @@ def slots(
     ['mean', 'var', 'mean_count', 'var_count']
     """
     one_of("averaging", averaging, AVERAGES)
-    require_kinds(shape=shape)
+    _require_kinds(shape=shape)
     normalizer, by_name = row(normalizer), {}
     wide = statistics_dtype(dtype)
     real = jnp.finfo(wide).dtype
@@ -189,7 +189,7 @@ def as_stats(running: Running, normalizer: Normalizer | str, layout: str, shape:
     >>> as_stats(Running(jnp.zeros(3), jnp.ones(3)), TABLE["batch"], "n c ...", (8, 3, 4, 4)).mean.shape
     (1, 3, 1, 1)
     """
-    require_kinds(running, shape=shape)
+    _require_kinds(running, shape=shape)
     normalizer, laid = row(normalizer), []
     for name, value, field in (("mean", running.mean, normalizer.mean), ("var", running.var, normalizer.var)):
         if value is None or field is None:
@@ -225,7 +225,7 @@ def observe(stats: Stats, normalizer: Normalizer | str, layout: str, shape: tupl
     >>> observe(normalize(x, "ghost").stats, TABLE["ghost"], "n ... c", x.shape).mean.tolist()
     [15.0, 16.0]
     """
-    require_kinds(batch=stats, shape=shape)
+    _require_kinds(batch=stats, shape=shape)
     normalizer = row(normalizer)
     merged: list[tuple[jax.Array | None, jax.Array | None]] = []
     triples = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
