@@ -46,11 +46,12 @@ def spectral_norm(
     the singular vector (as PyTorch does). Where sigma is 0 the kernel stays as it is.
 
     PyTorch stores both vectors, and one iteration of its training is the other half first: u from the stored v, then v from
-    that u; here it is v from the stored u, as in the paper, and then u. So its sigma is |v W| of the new u, half an
-    iteration beyond ours, which is |W u| of the stored one. Its training weight is that of two calls, the second without a
-    step: `out = spectral_norm(kernel, u)`, then `spectral_norm(kernel, out.u, steps=0).kernel`, exactly where its v belongs
-    to the same kernel and u. With `steps=0`, u is only brought to length 1, v = W u / |W u| follows from it, and u returns
-    as it was but for its length; the wrappers `SpectralNorm` normalize nothing with `n_steps=0`, as Flax's.
+    that u; here it is v from the stored u, as in the paper, and then u. So its sigma is |W u| of the new u, half an
+    iteration beyond ours, which is |v W| of the v that the stored u gives. Its training weight is that of two calls, the
+    second without a step: `out = spectral_norm(kernel, u)`, then `spectral_norm(kernel, out.u, steps=0).kernel`, exactly
+    where its v belongs to the same kernel and u. With `steps=0`, u is only brought to length 1, v = W u / |W u| follows
+    from it, and u returns as it was but for its length; the wrappers `SpectralNorm` normalize nothing with `n_steps=0`, as
+    Flax's.
 
     Args:
       kernel: array of a real floating dtype, `[... i o]` or as the layout says.

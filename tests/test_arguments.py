@@ -81,6 +81,7 @@ NUMBERS: dict[str, dict[str, tuple[Any, ...]]] = {  # what an option must not be
     "AlphaDropout": {"rate": (-0.1, 1.1, NAN), "mean": (NAN,), "var": (-1.0,)},
     "GDN": {"alpha": (-1.0, NAN), "epsilon": (NAN,), "beta_min": (-1.0,), "offset": (NAN,)},
     "GRN": {"epsilon": (-1.0, NAN)},
+    "FilterResponseNorm": {"epsilon": (-1.0, NAN)},
     "RevIN": {"slack": (-1.0, NAN)},
     "DyT": {"alpha_init": (NAN,)},
     **{key: {"momentum": (1.5, NAN), "l1": (-1.0, NAN), "sigma_init": (-1.0,)} for key in CELLS},
@@ -369,3 +370,14 @@ def test_functions_take_integers_of_numpy_for_those_of_python(name):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert str(ours) == str(theirs)
     jax.tree.map(lambda a, b: isinstance(a, jax.Array) and np.testing.assert_array_equal(a, b), ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm"])
+def test_an_epsilon_of_flax_is_refused_under_its_own_name(name):
+    groups = {"num_groups": 2} if name == "GroupNorm" else {}
+    train = {"use_running_average": False} if name == "BatchNorm" else {}
+    for epsilon in (-1.0, NAN, np.float32(-1.0), jnp.float32(NAN)):
+        with pytest.raises(ValueError, match="epsilon is a finite number of at least 0; found"):
+            getattr(linen, name)(epsilon=epsilon, **groups, **train).init(jax.random.key(0), X)
+        with pytest.raises(ValueError, match="epsilon is a finite number of at least 0; found"):
+            getattr(nnx, name)(C, epsilon=epsilon, **groups, **train, rngs=fx.Rngs(0))(X)

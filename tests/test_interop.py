@@ -899,3 +899,26 @@ def test_counted_average_of_another_library_goes_on_in_normjax_as_it_would_have_
         for field in ("mean", "var"):
             np.testing.assert_allclose(getattr(here, field), getattr(there, field), rtol=1e-5)
         assert (set(here.count.tolist()), int(there.count)) == ({3}, 3)
+
+
+@pytest.mark.parametrize("key", [int, str])
+def test_a_model_read_piece_by_piece_and_written_again_is_as_it_was(key):
+    rngs = flax.nnx.Rngs(0)
+    wrappers = [
+        getattr(normjax.nnx, name)(flax.nnx.Linear(4, 5, rngs=rngs), rngs=rngs)
+        for name in ("WeightNorm", "SpectralNorm")
+    ]
+    norm, cell = normjax.nnx.BatchNorm(5, rngs=rngs), normjax.nnx.OptimizedLSTMCell(5, 4, rngs=rngs)
+    parts = [flax.nnx.Linear(3, 4, rngs=rngs), *wrappers, norm, cell]
+    model = flax.nnx.Module()
+    model.layers = flax.nnx.List(parts)  # pyright: ignore[reportAttributeAccessIssue]
+    state = flax.nnx.to_pure_dict(flax.nnx.state(model, (flax.nnx.Param, flax.nnx.BatchStat)))
+    state = {"layers": {key(number): layer for number, layer in state["layers"].items()}}
+    norms, rest = read(state, "nnx")
+    kernels, rest = read_weights(rest, "nnx")
+    cells, rest = read_cells(rest, "nnx")
+    assert (list(norms), list(kernels), list(cells)) == (["layers/3"], ["layers/1", "layers/2"], ["layers/4"])
+    assert list(rest["layers"]) == [key(0)]
+    rest = write_cells(cells, "nnx", rest)
+    rest = write_weights(kernels, "nnx", rest=rest)
+    assert_same(write(norms, "nnx", rest=rest), state)

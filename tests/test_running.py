@@ -1,5 +1,6 @@
 """Running statistics and the penalty: values, updates, merging, shards."""
 
+import re
 from typing import Any, cast
 
 import chex
@@ -380,7 +381,7 @@ OF_A_ROW = {
     "observe": lambda n: observe(BATCH, n, *ALONG),
     "record": lambda n: record(SEEN, BATCH, n, *ALONG, momentum=0.5, unbiased=True)[0],
     "corrections": lambda n: corrections(BATCH, SEEN, n, *ALONG),
-    "renormalized": lambda n: running.renormalized(BATCH, jnp.ones(2), jnp.ones(2), n),
+    "renormalized": lambda n: running.renormalized(BATCH, jnp.ones((1, 2)), jnp.ones((1, 2)), n),
     "require_renormalizable": lambda n: require_renormalizable(n, (3.0, 5.0)),
     "require_unbiased": require_unbiased,
     "mergeable": lambda n: mergeable(n, "n c"),
@@ -399,3 +400,37 @@ def test_what_takes_a_row_takes_its_name_in_the_table(name):
     chex.assert_trees_all_equal(OF_A_ROW[name]("batch"), OF_A_ROW[name](TABLE["batch"]))
     with pytest.raises(ValueError, match="no normalizer is called 'bach'; did you mean 'batch'"):
         OF_A_ROW[name]("bach")
+
+
+PAIR: Any = (jnp.zeros(2), jnp.ones(2))
+WHOLE: Any = normalize(jnp.ones((4, 2)), "batch")
+STORED_ONES: Any = SEEN
+MISTAKEN = {
+    "a pair is stored": (
+        lambda: update(PAIR, BATCH),
+        TypeError,
+        "are a normjax.running.Running(mean, var); found tuple",
+    ),
+    "stored, as a batch": (lambda: update(SEEN, STORED_ONES), TypeError, "of a batch are a normjax.Stats"),
+    "a pair beside x": (lambda: as_stats(PAIR, "batch", *ALONG), TypeError, "found tuple"),
+    "all that normalize gives": (
+        lambda: observe(WHOLE, "batch", *ALONG),
+        TypeError,
+        "(...).stats` or of `observe`; found N",
+    ),
+    "x for its shape": (lambda: observe(BATCH, "batch", "n c", PAIR[0]), TypeError, "such as x.shape; found ArrayImpl"),
+    "another shape": (lambda: observe(BATCH, "batch", "n c", (4, 3)), ValueError, "(1, 2) are not those of an array"),
+    "no weights": (lambda: merge(Stats(jnp.ones(2)), Stats(jnp.ones(2))), ValueError, "these lack mean_weight"),
+    "momentum": (
+        lambda: running.merge_averages(jnp.ones((2, 1)), jnp.ones((2, 1)), 2.0),
+        ValueError,
+        "momentum is a num",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_what_is_mistaken_for_statistics_is_refused(name):
+    call, kind, text = MISTAKEN[name]
+    with pytest.raises(kind, match=re.escape(text)):
+        call()

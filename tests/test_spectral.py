@@ -118,6 +118,19 @@ def test_spectral_norm_in_evaluation_is_that_of_torch():
     close(ours.kernel, layer.weight.detach().numpy(), 1e-5)
 
 
+def test_the_training_weight_of_torch_is_half_an_iteration_beyond_ours():
+    k, u = draw((6, 4), 15), draw((4,), 16)
+    v = k @ u / np.linalg.norm(k @ u)
+    new = v @ k / np.linalg.norm(v @ k)  # torch: u from the stored v, then v from that u, then sigma
+    ours = spectral_norm(np.float32(k), np.float32(u))
+    theirs = spectral_norm(np.float32(k), ours.u, steps=0)
+    close(ours.u, new)
+    close(ours.sigma, np.linalg.norm(v @ k))
+    close(theirs.sigma, np.linalg.norm(k @ new))
+    close(theirs.kernel, k / np.linalg.norm(k @ new))
+    assert abs(ours.sigma - theirs.sigma) > 1e-3
+
+
 def test_zeros_stay_zeros_with_or_without_eps():
     zero, one = np.zeros((3, 2), np.float32), np.ones(2, np.float32)
     for eps in (1e-12, 0.0):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import as_weights, statistics_dtype
-from normjax._leaves import INTEGER, integers, split_eps
+from normjax._leaves import AMOUNT, INTEGER, integers, split_eps
 from normjax._normalize.evaluate import Normalized, equation
 from normjax.field import Field, FieldError, Span
 from normjax.running import NOTHING, BatchRecord, Running, as_stats, mergeable, record
@@ -53,7 +53,7 @@ def read(
     names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
     index_groups = tuple(tuple(int(i) for i in group) for group in groups) if groups is not None and names else None
     field = Field((*spans, *(Span(None, mapped=name, groups=index_groups) for name in names)))
-    number, eps = split_eps(module.epsilon)
+    number, eps = split_eps(AMOUNT("epsilon", module.epsilon))
     normalizer = Normalizer(field if centre else None, field, eps=number)
     layout = " ".join(f"a{i}" for i in range(ndim))
     return Reading(normalizer, layout, features, tuple(shape[a] for a in features), eps)

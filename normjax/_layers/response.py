@@ -7,7 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import response
 from normjax._expect.arrays import require_float
 from normjax._layers import describe
-from normjax._layers.describe import Initializer, Layer, Number, Parameter, Shape, description, ones, zeros
+from normjax._layers.describe import Amount, Initializer, Layer, Parameter, Shape, description, ones, zeros
 
 
 @description
@@ -33,7 +33,7 @@ class FilterResponseNorm(Layer):
     ([[[8.0], [0.0]]], ['bias', 'eps', 'scale', 'tau'])
     """
 
-    epsilon: Number = 1e-6
+    epsilon: Amount = 1e-6
     learn_eps: bool = False
     use_tau: bool = True
     layout: str = "n ... c"

@@ -98,10 +98,10 @@ def text_keys(entries: Mapping[Any, Any]) -> dict[str, Any]:
     >>> text_keys({"scales": {("layers", 0, "kernel"): 1.0, "('bias',)": 2.0}})
     {'scales': {'layers/0/kernel': 1.0, 'bias': 2.0}}
     """
-    return {_text(key): text_keys(value) if isinstance(value, Mapping) else value for key, value in entries.items()}
+    return {as_text(key): text_keys(value) if isinstance(value, Mapping) else value for key, value in entries.items()}
 
 
-def _text(key: object) -> str:
+def as_text(key: object) -> str:
     """A key as text; the text of a tuple is that of its members too."""
     if isinstance(key, str) and key.startswith("(") and key.endswith(")"):
         try:

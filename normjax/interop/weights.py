@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from normjax._leaves import one_of
-from normjax.interop._boxes import flatten, like_neighbours, nest, text_keys, unboxed
+from normjax.interop._boxes import as_text, flatten, like_neighbours, nest, unboxed
 from normjax.interop._checks import check_entries
 from normjax.interop._layer import Array, Options, said_of
 from normjax.interop._libraries import refuse
@@ -59,7 +59,10 @@ def read_weights(
     """
     one_of("library", library, LIBRARIES)
     check_entries(entries, library)
-    flat = dict(flatten(text_keys(entries) if library == "nnx" else entries, library != "torch"))
+    flat, came = {}, {}
+    for path, value in flatten(entries, library != "torch"):
+        at = tuple(map(as_text, path)) if library == "nnx" else path
+        flat[at], came[at] = value, path
     found = _find_torch(flat) if library == "torch" else _find_flax(flat, library)
     records = {}
     for layer, (record, paths) in found.items():
@@ -70,7 +73,7 @@ def read_weights(
     for _, paths in found.values():
         for path in paths.values():
             flat.pop(path, None)
-    return records, nest(flat)
+    return records, nest({came[at]: value for at, value in flat.items()})
 
 
 def write_weights(

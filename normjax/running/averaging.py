@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from normjax._expect.arrays import statistics_dtype
 from normjax._leaves import SHARE, one_of
 from normjax.field import FieldError
-from normjax.running.state import AVERAGES, Running
+from normjax.running.state import AVERAGES, Running, _require_kinds
 from normjax.theory import Normalizer, Stats, row
 
 _Given = jax.Array | None
@@ -41,6 +41,7 @@ def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging
     Array([1., 0.], dtype=float32)
     """
     momentum = SHARE("momentum", momentum)
+    _require_kinds(running, batch)
     _require_observed(running, batch)
     one_of("averaging", averaging, AVERAGES)
     moments = (

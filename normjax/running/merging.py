@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from normjax._expect.arrays import statistics_dtype
-from normjax._leaves import nan_if_infinite
+from normjax._leaves import SHARE, nan_if_infinite
+from normjax.running.state import _require_kinds
 from normjax.theory import Stats
 
 
@@ -26,6 +27,8 @@ def merge(a: Stats, b: Stats, order: float = 2) -> Stats:
     >>> merge(one, other).var == jnp.var(jnp.concatenate([low, high]))
     Array(True, dtype=bool)
     """
+    _require_kinds(batch=a)
+    _require_kinds(batch=b)
     if order != 2 and a.var is not None:
         raise ValueError(f"moments of order {order!r} cannot be merged, only those of order 2")
     pairs = zip(a, b, strict=True)
@@ -45,6 +48,9 @@ def merge_stacked(stats: Stats, mergeable: bool = True) -> Stats:
     >>> merge_stacked(parts)[:2]
     (Array(6.5, dtype=float32), Array(32.75, dtype=float32))
     """
+    for name, value, weight in zip(("mean", "var"), stats[:2], stats[2:], strict=True):
+        if value is not None and weight is None:
+            raise ValueError(f"statistics merge by their weights; these lack {name}_weight, which `observe` gives")
 
     def mean_of(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Around the first value: a mean large beside its spread keeps its digits.
@@ -85,6 +91,7 @@ def merge_averages(mean: jax.Array, var: jax.Array, momentum: float) -> tuple[ja
     >>> mean == half * 6.5, var == half * 1 + half * jnp.var(jnp.array([0.0, 2.0, 10.0, 14.0]))
     (Array(True, dtype=bool), Array(True, dtype=bool))
     """
+    momentum = SHARE("momentum", momentum)
     wide = mean.astype(statistics_dtype(mean.dtype))
     first = wide[:1]  # around it, a mean large beside its spread keeps its digits
     middle = jnp.mean(wide - first, 0, keepdims=True)

@@ -4,6 +4,7 @@ A moment is stored if and only if its own field mixes examples (an atom `n` or `
 the stored mean. Stored arrays lack the axes that are averaged whole and the axis of examples: batch norm stores `[c]`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,30 @@ class Running(NamedTuple):
 
 
 NOTHING = Running()  # no stored statistics
+
+
+def _require_kinds(running: object = NOTHING, batch: object = Stats(), shape: object = ()) -> None:
+    """Raises TypeError for what is taken for stored statistics, for those of a batch, or for a shape, and is none.
+
+    Args:
+      running: what must be a Running.
+      batch: what must be a Stats.
+      shape: what must be a tuple of lengths, or a list.
+
+    >>> _require_kinds((jnp.zeros(3), jnp.ones(3)))
+    Traceback (most recent call last):
+    ...
+    TypeError: stored statistics are a normjax.running.Running(mean, var); found tuple
+    """
+    if not isinstance(running, Running):
+        raise TypeError(f"stored statistics are a normjax.running.Running(mean, var); found {type(running).__name__}")
+    if not isinstance(batch, Stats):
+        found = type(batch).__name__
+        raise TypeError(
+            f"statistics of a batch are a normjax.Stats, `normalize(...).stats` or of `observe`; found {found}"
+        )
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"a shape is a tuple of lengths, such as x.shape; found {type(shape).__name__}")
 
 
 def stores(normalizer: Normalizer | str) -> tuple[bool, bool]:
@@ -115,6 +140,7 @@ def slots(
     ['mean', 'var', 'mean_count', 'var_count']
     """
     one_of("averaging", averaging, AVERAGES)
+    _require_kinds(shape=shape)
     normalizer, by_name = row(normalizer), {}
     wide = statistics_dtype(dtype)
     real = jnp.finfo(wide).dtype
@@ -163,6 +189,7 @@ def as_stats(running: Running, normalizer: Normalizer | str, layout: str, shape:
     >>> as_stats(Running(jnp.zeros(3), jnp.ones(3)), TABLE["batch"], "n c ...", (8, 3, 4, 4)).mean.shape
     (1, 3, 1, 1)
     """
+    _require_kinds(running, shape=shape)
     normalizer, laid = row(normalizer), []
     for name, value, field in (("mean", running.mean, normalizer.mean), ("var", running.var, normalizer.var)):
         if value is None or field is None:
@@ -198,6 +225,7 @@ def observe(stats: Stats, normalizer: Normalizer | str, layout: str, shape: tupl
     >>> observe(normalize(x, "ghost").stats, TABLE["ghost"], "n ... c", x.shape).mean.tolist()
     [15.0, 16.0]
     """
+    _require_kinds(batch=stats, shape=shape)
     normalizer = row(normalizer)
     merged: list[tuple[jax.Array | None, jax.Array | None]] = []
     triples = ((normalizer.mean, stats.mean, stats.mean_weight), (normalizer.var, stats.var, stats.var_weight))
@@ -205,6 +233,8 @@ def observe(stats: Stats, normalizer: Normalizer | str, layout: str, shape: tupl
         if field is None or value is None or weight is None:
             merged.append((None, None))
             continue
+        if value.ndim != len(shape) or any(g not in (1, s) for g, s in zip(value.shape, shape, strict=True)):
+            raise FieldError(f"statistics of shape {value.shape} are not those of an array of shape {tuple(shape)}")
         along = _stored_axes(field, layout, len(shape))
         weight = jnp.broadcast_to(jnp.asarray(weight), jnp.broadcast_shapes(jnp.shape(weight), value.shape))
         rest = tuple(axis for axis in range(len(shape)) if axis not in along)
