@@ -110,17 +110,18 @@ class WeightNorm(Portable, nn.WeightNorm):
         def change(name: str, value: jax.Array) -> jax.Array:
             if self.variable_filter and not any(part in name for part in self.variable_filter):
                 return value
-            scale = self.param(f"{name}/scale", lambda key: self._first(key, value)) if self.use_scale else None
+            scale = self.param(f"{name}/scale", lambda key: _first(self, key, value)) if self.use_scale else None
             return weights.weight_normed(value, scale, self.feature_axes, self.epsilon, self.dtype)
 
         return _with_params(self, change, lambda layer: layer(*args, **kwargs))
 
-    @nn.nowrap
-    def _first(self, key: jax.Array, value: jax.Array) -> jax.Array:
-        """The scale of a parameter as it starts."""
-        if self.scale_init is None:
-            return weights.first_scale(value, self.feature_axes, self.epsilon, self.param_dtype)
-        return self.scale_init(key, [*weights.scale_shape(value.shape, self.feature_axes)], self.param_dtype)
+
+def _first(layer: nn.WeightNorm, key: jax.Array, value: jax.Array) -> jax.Array:
+    """The scale of a parameter as it starts."""
+    init: Initializer | None = layer.scale_init
+    if init is None:
+        return weights.first_scale(value, layer.feature_axes, layer.epsilon, layer.param_dtype)
+    return init(key, [*weights.scale_shape(value.shape, layer.feature_axes)], layer.param_dtype)
 
 
 class SpectralNorm(Portable, nn.SpectralNorm):
@@ -153,17 +154,18 @@ class SpectralNorm(Portable, nn.SpectralNorm):
     @nn.compact
     def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
         """Calls the layer, with its parameters normalized; `update_stats` stores the new u and sigma."""
+        axes = getattr(self, "feature_axes", -1)  # Flax's own layers have none, under `swap_layers`
 
         def change(name: str, value: jax.Array) -> jax.Array:
             if value.ndim <= 1 or self.n_steps < 1:
                 return value
             if value.ndim > 2 and self.error_on_non_matrix:
                 raise ValueError(f"Input is {value.ndim}D but error_on_non_matrix is True")
-            collection, shape = self.collection_name, weights.u_shape(value.shape, self.feature_axes)
+            collection, shape = self.collection_name, weights.u_shape(value.shape, axes)
             start = None if self.has_variable(collection, f"{name}/u") else self.make_rng("params")
             u = self.variable(collection, f"{name}/u", jax.random.normal, start, shape, self.param_dtype)
             sigma = self.variable(collection, f"{name}/sigma", jnp.ones, (), self.param_dtype)
-            how = self.n_steps, self.epsilon, self.feature_axes, self.dtype
+            how = self.n_steps, self.epsilon, axes, self.dtype
             out = weights.spectral_normed(value, u.value, sigma.value, *how)
             if update_stats and not self.is_initializing():
                 u.value, sigma.value = out.u, out.sigma.astype(self.param_dtype)

@@ -26,8 +26,9 @@ def swap_layers(model: Model) -> Model:
     The layers are `BatchNorm`, `GroupNorm`, `InstanceNorm`, `LayerNorm`, `RMSNorm`, `SpectralNorm` and `WeightNorm`,
     wherever the model has them: in lists, in dicts, shared. They keep their variables, so that checkpoints load before and
     after, and references to them hold; only the scales of a `WeightNorm`, which in Flax are bare arrays, become
-    `nnx.Param`s. Subclasses of these layers stay what they are. Call it before the model is split, or an optimizer made of
-    it; `swap_layers(nnx.clone(model))` leaves the model as it is.
+    `nnx.Param`s, and what the wrappers keep of a parameter has its path as text, "kernel", where Flax has a tuple.
+    Subclasses of these layers stay what they are. Call it before the model is split, or an optimizer made of it;
+    `swap_layers(nnx.clone(model))` leaves the model as it is.
 
     Args:
       model: any nnx module.
@@ -39,7 +40,12 @@ def swap_layers(model: Model) -> Model:
     for _, node in list(nnx.iter_graph(model)):
         if ours := OURS.get(type(node)):
             object.__setattr__(node, "__class__", ours)
-            if isinstance(node, nnx.WeightNorm) and node.scales is not None:
-                scales = {path: nnx.Param(s) if isinstance(s, jax.Array) else s for path, s in node.scales.items()}
-                node.scales = nnx.data(scales)
+            if isinstance(node, weights.WeightNorm):
+                node.scale_init = None  # it has done its work
+                if node.scales is not None:
+                    scales = {path: nnx.Param(s) if isinstance(s, jax.Array) else s for path, s in node.scales.items()}
+                    node.scales = nnx.data(weights.ByPath(scales))
+            if isinstance(node, weights.SpectralNorm):
+                node.feature_axes = -1  # Flax has no other
+                node.batch_stats = nnx.data(weights.ByPath(node.batch_stats))
     return model

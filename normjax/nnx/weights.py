@@ -195,7 +195,7 @@ Linear.__init__ = spelled_out(Linear.__init__, nnx.Linear.__init__)
 Conv.__init__ = spelled_out(Conv.__init__, nnx.Conv.__init__)
 
 
-class WeightNorm(Portable, Copied, nnx.WeightNorm):
+class WeightNorm(Copied, Portable, nnx.WeightNorm):
     """Weight norm around a layer: arguments and outputs of `flax.nnx.WeightNorm`, whose kernel each call overwrites.
 
     Here the kernel stays what the layer made and the optimizer makes of it, as in the paper and in torch. So steps differ:
@@ -268,7 +268,7 @@ class WeightNorm(Portable, Copied, nnx.WeightNorm):
         return _with_params(self.layer_instance, change)(x, *args, **kwargs)
 
 
-class SpectralNorm(Portable, Copied, nnx.SpectralNorm):
+class SpectralNorm(Copied, Portable, nnx.SpectralNorm):
     """Spectral norm around a layer: arguments, variables and outputs of `flax.nnx.SpectralNorm`.
 
     Every parameter of two axes or more is divided by its largest singular value. The parameters themselves never change, as

@@ -106,10 +106,12 @@ def nnx_step(
         numbers at other parameters.
       micro_batches: equal parts of the batch, whose gradients and metrics are averaged in float32 or wider; scalars, and
         what is marked `train.Shared`, go to every part. Parts weigh alike unless the loss is a `train.Mean`; metrics are
-        averaged unless they are a `train.Sum`. Each part is normalized by itself; running statistics (`nnx.BatchStat`)
-        start from those before the step and are stored merged, exactly where the row allows it (order 2, A = B or None, no
-        windows), else averaged, as are those of layers in a branch or a loop, such as `nnx.cond`; Flax's own BatchNorm
-        merges if it has no mask. Every other variable, random states too, goes from part to part, as in successive steps.
+        averaged unless they are a `train.Sum`, or have a first axis of examples, whose order stays. Each part is normalized
+        by itself; running statistics (`nnx.BatchStat`) start from those before the step and are stored merged, exactly
+        where the row allows it (order 2, A = B or None, no windows), else averaged; Flax's own BatchNorm merges if it is
+        called once, without a mask. In a branch or a loop, such as `nnx.cond`, `BatchNorm` merges as Flax's, and the
+        statistics of other layers are averaged. Every other variable, random states too, goes from part to part, as in
+        successive steps.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`; a
@@ -239,14 +241,15 @@ class _NnxModel(Generic[M]):
         penalties, seen = map(nnx.to_pure_dict, (*sown, nnx.State({}))[:2])
         after = in_their_dtypes(stats, nnx.split(model, nnx.Param, ...)[2])
         penalty = weighted_penalty(penalties, self.penalty_weights, params)
-        return Pass(value, metrics, penalty, after, with_averages(seen, self._momenta(model)))
+        return Pass(value, metrics, penalty, after, with_averages(seen, self._momenta(model, leaving)))
 
-    def _momenta(self, model: M) -> dict[Path, float]:
-        """How Flax's own batch norms average, which leave no record, by path."""
+    def _momenta(self, model: M, leaving: Leaving) -> dict[Path, float]:
+        """How batch norms average that leave no record, by path."""
         if not (self.records and self.train):
             return {}
-        flax = ((path, m) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm))
-        return {path: m.momentum for path, m in flax if is_number(m.momentum) and not isinstance(m, BatchNorm)}
+        norms = ((path, m) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm))
+        none = [(p, m) for p, m in norms if not isinstance(m, BatchNorm) or (p, RECORD) in leaving.silent]
+        return {path: m.momentum for path, m in none if is_number(m.momentum)}
 
     def keep(self, before: nnx.State, after: nnx.State) -> nnx.State:
         return nnx.merge_state(after, nnx.filter_state(before, nnx.BatchStat))
