@@ -380,12 +380,14 @@ def test_a_layer_that_is_called_twice_merges_each_call(model):
 
 
 def test_a_metric_of_every_example_keeps_the_order_of_the_batch_and_what_parts_cannot_give_is_named():
-    def loss(call, x, train_mode):
-        y = call(x)[:, 0]
-        return jnp.mean(y), {"each": {"first": x[:, 0], "row": x}, "matrix": jnp.ones((3, 4)), "bad": bad(x)}
+    def made(bad):
+        def loss(call, x, train_mode):
+            metrics = {"each": {"first": x[:, 0], "row": x}, "matrix": jnp.ones((3, 4)), "bad": bad(x)}
+            return jnp.mean(call(x)), metrics
 
-    bad = lambda x: ()  # noqa: E731
-    state, step = make(nn.Dense(1), loss, x=X, micro_batches=4)
+        return make(nn.Dense(1), loss, x=X, micro_batches=4)
+
+    state, step = made(lambda x: ())
     metrics = jit(step)(state, X)[1]
     np.testing.assert_array_equal(metrics["each"]["first"], X[:, 0])
     np.testing.assert_array_equal(metrics["each"]["row"], X)
@@ -394,6 +396,7 @@ def test_a_metric_of_every_example_keeps_the_order_of_the_batch_and_what_parts_c
         (lambda x: x.T, r"\(6, 16\) .* \(6, 4\)"),
         (lambda x: train.Sum(x[:, 0]), r"\(16,\) .* \(4,\)"),
     ):
+        state, step = made(bad)
         with pytest.raises(
             ValueError, match=f"metric bad has the shape {shapes} of a micro-batch: sum or average over"
         ):

@@ -47,5 +47,5 @@ def swap_layers(model: Model) -> Model:
                     node.scales = nnx.data(weights.ByPath(scales))
             if isinstance(node, weights.SpectralNorm):
                 node.feature_axes = -1  # Flax has no other
-                node.batch_stats = nnx.data(weights.ByPath(node.batch_stats))
+                node.batch_stats = nnx.data(weights.ByPath({**node.batch_stats}))
     return model
