@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx, struct
 
 import normjax.flax
 import normjax.nnx
+from normjax import train
 from normjax.linen import swap_layers as swapped_in_linen
 from normjax.nnx import swap_layers as swapped_in_nnx
 from tests.rows import jit
@@ -205,6 +207,37 @@ def test_swapped_layers_of_an_nnx_model_keep_variables_references_and_numbers():
     assert wrapped.scales is not None
     assert {type(scale) for scale in wrapped.scales.values()} == {nnx.Param}
     assert type(pickle.loads(pickle.dumps(wrapped))) is normjax.nnx.WeightNorm
+
+
+def test_swapped_wrappers_of_kernels_keep_their_numbers_and_train():
+    for made in (nnx.SpectralNorm, nnx.WeightNorm):
+        wrapped, plain = (made(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)) for _ in range(2))
+        ours = swapped_in_nnx(wrapped)
+        assert ours is wrapped
+        assert type(ours) is getattr(normjax.nnx, made.__name__)
+        with lenient():
+            assert_close(ours(X), plain(X), 1e-6)
+        nnx.update(
+            ours, nnx.state(made(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)))
+        )  # a checkpoint of Flax's
+
+
+def test_a_training_step_of_swapped_layers_merges_micro_batches_and_freezes_as_that_of_flax():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False, momentum=0.5)(x)
+
+    def loss(call, batch, train):
+        return jnp.mean((call(batch) - 1) ** 2), {}
+
+    x, tx = X.reshape(20, 3), optax.sgd(0.1)
+    state = train.linen_init(Model(), tx, jax.random.key(0), x)
+    merged = jax.jit(swapped_in_linen()(train.linen_step(Model(), loss, tx, micro_batches=4)))(state, x)[0].stats
+    var = x.var(0, dtype=np.float64)
+    np.testing.assert_allclose(merged["batch_stats"]["BatchNorm_0"]["var"], 0.5 + 0.5 * var, rtol=1e-5)
+    frozen = jax.jit(swapped_in_linen()(train.linen_step(Model(), loss, tx, statistics="frozen")))(state, x)[1]
+    np.testing.assert_allclose(frozen["loss"], np.mean((x / np.sqrt(1 + 1e-5) - 1) ** 2), rtol=1e-5)
 
 
 TYPED = """

@@ -352,3 +352,68 @@ def test_seeds_side_by_side_have_parts_of_their_own():
         for k in range(2):
             alone = jit(step)(jax.tree.map(lambda a, k=k: a[k], states), batch)
             close(alone, jax.tree.map(lambda a, k=k: a[k], (together, metrics)), rtol=1e-4)
+
+
+class Twins(nn.Module):
+    """One layer, called twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nl.BatchNorm(use_running_average=False, momentum=0.5)
+        return norm(x) + norm(3 * x + 1)
+
+
+class NNXTwins(nnx.Module):
+    def __init__(self):
+        self.norm = nx.BatchNorm(6, momentum=0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x) + self.norm(3 * x + 1)
+
+
+@pytest.mark.parametrize("model", [Twins, slow(NNXTwins)])
+def test_a_layer_that_is_called_twice_merges_each_call(model):
+    state, step = make(model(), lambda call, x, train: (jnp.mean(call(x)), {}), micro_batches=4)
+    after, _ = jit(step)(state, X)
+    norm = after.stats["norm"] if model is NNXTwins else after.stats["batch_stats"]["BatchNorm_0"]
+    mean, var = X.mean(0, np.float64), X.var(0, dtype=np.float64)
+    np.testing.assert_allclose(norm["mean"][...], 0.25 * mean + 0.5 * (3 * mean + 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm["var"][...], 0.25 + 0.25 * var + 0.5 * 9 * var, rtol=1e-5)
+
+
+def test_a_metric_of_every_example_keeps_the_order_of_the_batch_and_what_parts_cannot_give_is_named():
+    def made(bad):
+        def loss(call, x, train_mode):
+            metrics = {"each": {"first": x[:, 0], "row": x}, "matrix": jnp.ones((3, 4)), "bad": bad(x)}
+            return jnp.mean(call(x)), metrics
+
+        return make(nn.Dense(1), loss, x=X, micro_batches=4)
+
+    state, step = made(lambda x: ())
+    metrics = jit(step)(state, X)[1]
+    np.testing.assert_array_equal(metrics["each"]["first"], X[:, 0])
+    np.testing.assert_array_equal(metrics["each"]["row"], X)
+    assert metrics["matrix"].shape == (3, 4)
+    for bad, shapes in (
+        (lambda x: x.T, r"\(6, 16\) .* \(6, 4\)"),
+        (lambda x: train.Sum(x[:, 0]), r"\(16,\) .* \(4,\)"),
+    ):
+        state, step = made(bad)
+        with pytest.raises(
+            ValueError, match=f"metric bad has the shape {shapes} of a micro-batch: sum or average over"
+        ):
+            step(state, X)
+
+
+def test_what_is_stored_of_every_example_is_named_where_a_part_of_them_fails():
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            state = self.variable("states", "h", jnp.zeros, x.shape)
+            state.value = 0.5 * state.value + x
+            return nn.Dense(1)(state.value)
+
+    state, step = make(Recurrent(), lambda call, x, train: (jnp.mean(call(x)), {}), micro_batches=4)
+    message = r"a micro-batch of 4 examples fails, .* an axis of the 16 of the whole batch: states/h of shape \(16, 6\)"
+    with pytest.raises(ValueError, match=message):
+        step(state, X)

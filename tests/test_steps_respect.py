@@ -266,6 +266,14 @@ class Forwarding(nn.Module):
         return nl.BatchNorm(use_running_average=self.use_running_average)(x, *args, **kwargs)
 
 
+class Renamed(nl.BatchNorm):
+    """One whose call has other arguments than that of its base class."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return super().__call__(x, not train)
+
+
 CALLS = {  # a layer, and a call of it in training or not
     "ConditionalNorm": (lambda: nl.ConditionalNorm(3), lambda n, x, train: n(x, jnp.arange(len(x)) % 3, not train)),
     "FiLM": (lambda: nl.FiLM("batch"), lambda n, x, train: n(x, x[:, :4], use_running_average=not train)),
@@ -275,6 +283,7 @@ CALLS = {  # a layer, and a call of it in training or not
     "wrapper": (lambda: Wrapper(), lambda n, x, train: n(x, not train, 3.0, factor=2.0)),
     "keyword": (lambda: Wrapper(), lambda n, x, train: n(x, shift=3.0, use_running_average=not train)),
     "forwarding": (lambda: Forwarding(), lambda n, x, train: n(x, not train, mask=x > 0)),
+    "subclass": (lambda: Renamed(), lambda n, x, train: n(x, train)),
     "cell": (
         lambda: nl.RNN(nl.SimpleCell(6, normalizer="batch")),
         lambda n, x, train: n(x[:, None], use_running_average=not train)[:, 0],
@@ -303,6 +312,17 @@ def test_arguments_pass_through_whatever_the_statistics(name):
         mean = [a for path, a in jax.tree_util.tree_leaves_with_path(recalibrated.stats) if "mean" in str(path[-1])]
         want = np.mean(X, 0, where=np.asarray(X) > 0) if name == "forwarding" else X.mean(0)
         close(mean, [want])
+
+
+def test_collections_that_a_call_changes_are_named():
+    def loss(mutable):
+        return lambda call, batch, train: (jnp.mean(call(batch, mutable=mutable)), {})
+
+    layer = nl.BatchNorm(use_running_average=False)
+    assert linen_stepped(layer, loss=loss(False))[2]["loss"].shape == ()
+    for everything in (True, nn.DenyList("params")):
+        with pytest.raises(TypeError, match=r"mutable= names further collections, such as \['intermediates'\]; found"):
+            linen_stepped(layer, loss=loss(everything))
 
 
 # Dtypes.

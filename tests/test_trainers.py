@@ -124,6 +124,14 @@ def test_the_first_state_may_be_donated_whatever_the_optimizer_keeps_of_it(api):
     jit(lambda state: state, donate_argnums=0)(state)
 
 
+def test_an_optimizer_that_names_other_arguments_is_given_none_of_them():
+    tx = optax.contrib.sam(SGD, optax.sgd(0.01))
+    state = train.linen_init(nn.Dense(1), tx, jax.random.key(0), X)
+    step = train.linen_step(nn.Dense(1), lambda call, batch, train: (jnp.mean(call(batch)), {}), tx)
+    with jax.numpy_dtype_promotion("standard"):  # which sam itself asks for
+        assert step(state, X)[0].step == 1
+
+
 def spy():
     """A transformation that asks for the loss, and keeps what it is told."""
 

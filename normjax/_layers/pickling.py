@@ -34,6 +34,8 @@ class Portable:
     `jax.numpy.tanh` are, and those that were defined within another function, as all initializers with a number are.
     """
 
+    __slots__ = ()  # so that a layer of Flax's may become one of ours where it stands
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: _portable(type(self), name, value) for name, value in vars(self).items()}
 

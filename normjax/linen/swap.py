@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax import linen as nn
-from flax.linen.module import InterceptorContext
+from flax.linen.module import InterceptorContext, run_interceptors
 
 from normjax.linen import flax_names, weights
 
@@ -34,8 +34,8 @@ def swap_layers() -> Iterator[None]:
     under lifted transformations. It is also a decorator: `swap_layers()(f)` is f, within.
 
     What it does is `nn.intercept_methods`, so it holds for the thread that enters it, and while a function is traced:
-    decorate what is given to `jax.jit`, as below; a function that was compiled before stays as it is. Interceptors that
-    were entered earlier do not see the calls of these layers.
+    decorate what is given to `jax.jit`, as below; a function that was compiled before stays as it is. Other interceptors,
+    such as those of `normjax.train`, see our calls; those that were entered earlier see Flax's as well.
 
     >>> from flax import linen as nn
     >>> model, x = nn.Sequential([nn.Dense(4), nn.LayerNorm()]), jnp.ones((2, 3))
@@ -47,7 +47,8 @@ def swap_layers() -> Iterator[None]:
     def ours(following: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
         asked: Any = context.orig_method  # a partial of the method as it was written
         mine = OURS.get(asked.func)
-        return following(*args, **kwargs) if mine is None else mine(context.module, *args, **kwargs)
+        # Not `mine` itself: interceptors that were entered later, as a training step does, would not see the call.
+        return following(*args, **kwargs) if mine is None else run_interceptors(mine, context.module, *args, **kwargs)
 
     with nn.intercept_methods(ours):
         yield

@@ -4,6 +4,7 @@ A layer leaves a `BatchRecord` of each batch (linen sows it into `moments`, nnx 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,8 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     Args:
       before: nested dictionaries of running statistics, a layer's by their names in `Running`.
       after: nested dictionaries like `before`, stacked: the result of each micro-batch along a first axis.
-      seen: nested dictionaries with `batch: (BatchRecord,)` under a layer's path, micro-batches along a first axis.
+      seen: nested dictionaries with `batch: (BatchRecord, ...)`, one a call, under a layer's path, micro-batches along a
+        first axis.
 
     Source: Chan, Golub & LeVeque 1983, equation 2.1.
 
@@ -87,9 +89,9 @@ def merge_trees(before: Any, after: Any, seen: Any) -> Any:
     if isinstance(left, OwnAverage) and {"mean", "var"} <= set(before):
         mean, var = merge_averages(after["mean"], after["var"], left.momentum)
         return {**{k: merge_trees(before[k], after[k], {}) for k in before}, "mean": mean, "var": var}
-    if isinstance(left, tuple) and len(left) == 1:  # a layer may be called "batch" too
+    if isinstance(left, tuple):  # a record a call, in turn; a layer may be called "batch" too
         mine = {name: value for name, value in before.items() if name in Running._fields}
-        new = merge_into(Running(**mine), left[0])._asdict()
+        new = functools.reduce(merge_into, left, Running(**mine))._asdict()
         return {k: _as_stored(new[k], mine[k]) if k in mine else merge_trees(before[k], after[k], {}) for k in before}
     below = seen if isinstance(seen, Mapping) else {}
     return {k: merge_trees(before[k], after[k], below.get(k, {})) for k in before}
@@ -142,8 +144,8 @@ def recalibrated(before: Any, seen: Any, path: str = "") -> Any:
         if not isinstance(calls, tuple):
             raise ValueError(
                 f"layer {path!r} stores {', '.join(stored)} but saw no batch: it is not one of normjax's; or it was not "
-                "called, or only in a branch or a loop such as `cond`; or it is lifted by `nn.scan` or `nn.vmap` of linen "
-                'without variable_axes={"moments": 0}'
+                "called, or only in a branch or a loop such as `cond`; or it has update_running_average=False; or it is "
+                'lifted by `nn.scan` or `nn.vmap` of linen without variable_axes={"moments": 0}'
             )
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *calls)
         whole = dataclasses.replace(whole, momentum=jnp.zeros_like(whole.momentum), averaging="exponential")

@@ -93,6 +93,11 @@ def split(batch: Batch, parts: int) -> tuple[list[jax.Array], Callable[[list[jax
     return [one(a) for a in found.values()], join
 
 
+def in_order(parts: jax.Array) -> jax.Array:
+    """An array `[parts n/parts ...]` of examples as `[n ...]`, in the order of the batch that `split` took apart."""
+    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+
+
 def is_known(a: ArrayLike) -> bool:
     """Whether the values of an array can be looked at: outside of jit and its kin."""
     return not isinstance(a, Tracer)

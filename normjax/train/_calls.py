@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeAlias
 
 import jax
@@ -40,25 +40,29 @@ def watch(
                 if (module.path, what) in leaving.silent:
                     object.__setattr__(module, option, nothing)  # the layer is bound afresh at every apply
         if stored is not None and hasattr(module, "use_running_average"):
-            args, kwargs = _told(module, stored, args, kwargs)
+            args, kwargs = _told(module, stored, context.orig_method, args, kwargs)
     return call(*args, **kwargs)
 
 
-def _told(module: PyTree, stored: bool, args: PyTree, kwargs: PyTree) -> tuple[PyTree, PyTree]:
-    """The arguments of a call in which a module normalizes with stored statistics, or not, whatever the model asks of it."""
-    name, signature = "use_running_average", inspect.signature(type(module).__call__)
+def _told(module: PyTree, stored: bool, method: Call, args: PyTree, kwargs: PyTree) -> tuple[PyTree, PyTree]:
+    """The arguments of a call in which a module normalizes with stored statistics, or not, whatever the model asks of it.
+
+    `method` is what is called, of the module's class or, by `super()`, of a base class.
+    """
+    name, signature = "use_running_average", inspect.signature(method)
     takes, built = name in signature.parameters, module.use_running_average is not None
     hands_on = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
-    bound = signature.bind(module, *args, **kwargs) if takes else None
+    bound = signature.bind(*args, **kwargs) if takes else None
     given = kwargs.get(name) if bound is None else bound.arguments.get(name)
-    if built or not (takes or hands_on):
-        object.__setattr__(module, name, stored)  # the layer is bound afresh at every apply
+    if given is not None or built or not (takes or hands_on):
+        # Said once, at the call where it is an argument there; the layer is bound afresh at every apply.
+        object.__setattr__(module, name, stored if given is None else None)
     if given is None and (built or not takes):
         return args, kwargs
     if bound is None:
         return args, {**kwargs, name: stored}
     bound.arguments[name] = stored
-    return bound.args[1:], bound.kwargs
+    return bound.args, bound.kwargs
 
 
 def note_momentum(
@@ -87,6 +91,18 @@ def made_by_init() -> Iterator[None]:
     except (errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError, errors.ScopeParamNotFoundError) as error:
         said = str(error).split(" (https:")[0]
         raise ValueError(f"{said} `linen_init` makes every variable: give it the arguments of training") from error
+
+
+def collections(mutable: bool | str | Collection[str] | nn.DenyList) -> tuple[str, ...]:
+    """The names of collections that a loss asks the model to change beside those that a step carries."""
+    if isinstance(mutable, str):
+        return (mutable,)
+    if mutable is True or isinstance(mutable, nn.DenyList):
+        raise TypeError(
+            "`call` of a step changes what the step carries by itself; mutable= names further collections, such as "
+            f"['intermediates']; found {mutable!r}"
+        )
+    return tuple(mutable or ())
 
 
 def require_linen(model: nn.Module, maker: str) -> None:

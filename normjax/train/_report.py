@@ -12,8 +12,8 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax._expect.arrays import statistics_dtype
-from normjax._paths import PyTree
-from normjax.train._batch import Batch, bare_batch
+from normjax._paths import PyTree, path_name
+from normjax.train._batch import Batch, bare_batch, in_order
 
 
 class Mean(NamedTuple):
@@ -174,6 +174,33 @@ def settled(report: PyTree) -> PyTree:
     return jax.tree.map(one, report, is_leaf=_is_report)
 
 
+class Examples(NamedTuple):
+    """A metric of every example of a batch, in their order."""
+
+    values: jax.Array
+
+
+def joined(report: PyTree, whole: PyTree) -> PyTree:
+    """Metrics of parts, stacked along a first axis, where those with a number for every example are put in their order.
+
+    `whole` are those of the whole batch, as far as their shapes go; ValueError names one that parts cannot give.
+    """
+
+    def one(path: jax.tree_util.KeyPath, part: PyTree, all_: PyTree) -> PyTree:
+        sizes = [(jnp.shape(p)[1:], jnp.shape(w)) for p, w in zip(*map(jax.tree.leaves, (part, all_)), strict=True)]
+        if all(p == w for p, w in sizes):
+            return part
+        (p, w), number = sizes[0], len(jax.tree.leaves(part)[0])
+        if _is_report(part) or (p[0] * number, *p[1:]) != w:
+            raise ValueError(
+                f"metric {path_name(path)} has the shape {w} of a whole batch and {p} of a micro-batch: sum or average over "
+                "the examples, or give one number, or one array, for each along the first axis"
+            )
+        return Examples(in_order(part))
+
+    return jax.tree_util.tree_map_with_path(one, report, whole, is_leaf=_is_report)
+
+
 def pooled(report: PyTree, weights: jax.Array | None) -> PyTree:
     """The metrics of a whole batch, plain numbers, of those of its parts, stacked along a first axis.
 
@@ -185,6 +212,8 @@ def pooled(report: PyTree, weights: jax.Array | None) -> PyTree:
             return quotient(jnp.sum(wide(leaf.total), 0), jnp.sum(wide(leaf.weight), 0))
         if isinstance(leaf, Sum):
             return _added(leaf.total)
+        if isinstance(leaf, Examples):
+            return leaf.values
         leaf = jnp.asarray(leaf)
         values = wide(leaf)
         if weights is None:
@@ -195,7 +224,7 @@ def pooled(report: PyTree, weights: jax.Array | None) -> PyTree:
             mean = quotient(jnp.sum(jnp.where(each != 0, each * values, 0), 0), jnp.sum(each, 0))
         return mean.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else mean
 
-    return jax.tree.map(one, report, is_leaf=_is_report)
+    return jax.tree.map(one, report, is_leaf=lambda leaf: _is_report(leaf) or isinstance(leaf, Examples))
 
 
 def _added(totals: ArrayLike) -> jax.Array:

@@ -120,8 +120,8 @@ def make_step(
     model.check()
     require_transformation(tx)
     # Some transformations that pass on what they are given do not say so in their type: `optax.MultiSteps`.
-    kinds = {argument.kind for argument in inspect.signature(tx.update).parameters.values()}
-    optimizer: PyTree = tx if inspect.Parameter.VAR_KEYWORD in kinds else optax.with_extra_args_support(tx)
+    takes = inspect.signature(tx.update).parameters
+    everything = any(argument.kind is argument.VAR_KEYWORD for argument in takes.values())
 
     def step(state: State, batch: Batch, key: jax.Array | None = None) -> tuple[State, Metrics]:
         require_state(state, "step(state, batch, key=None)")
@@ -129,7 +129,8 @@ def make_step(
         batch = sharding.constrain_batch(batch)
         value, grads, metrics, stats, value_fn = _evaluated(model, parts, sharding, state, batch, key)
         found = {"value": value, "grad": grads, "value_fn": value_fn}  # for those that ask: line searches, plateaus
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **found)
+        asked: PyTree = {name: told for name, told in found.items() if everything or name in takes}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **asked)
         params = optax.apply_updates(state.params, updates)
         stats = stats if statistics == "update" else model.keep(state.stats, stats)
         return sharding.constrain_state(State(state.step + 1, params, stats, opt_state)), metrics

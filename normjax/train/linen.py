@@ -18,7 +18,7 @@ from normjax._paths import PyTree
 from normjax.running import merge_trees, recalibrated
 from normjax.train import _step
 from normjax.train._batch import Batch
-from normjax.train._calls import made_by_init, note_momentum, require_linen, streams, watch
+from normjax.train._calls import collections, made_by_init, note_momentum, require_linen, streams, watch
 from normjax.train._forward import Leaving, Left, in_their_dtypes, run_through_branches
 from normjax.train._metadata import bare
 from normjax.train._objective import Pass, weighted_penalty, with_averages
@@ -80,12 +80,12 @@ def linen_step(
       micro_batches: equal parts of the batch, whose gradients and metrics are averaged in float32 or wider: part k of p
         takes the examples k, k + p, k + 2 p, ..., so that every device has its share; scalars, and what is marked
         `train.Shared`, go to every part. Parts weigh alike unless the loss is a `train.Mean`; metrics are averaged unless
-        they are a `train.Sum`. Each part is normalized by itself; running statistics (`batch_stats`) start from those
-        before the step and are stored merged, exactly where the row allows it (order 2, A = B or None, no windows), else
-        averaged. Every other collection goes from part to part, as in successive steps. Lifted layers (`nn.scan`, `nn.vmap`)
-        merge if `moments` is lifted with them. Those that are not, layers in a branch or a loop such as `nn.cond`, and
-        Flax's own BatchNorm merge if they have no mask and average exponentially, as is their default; statistics of
-        recurrent cells are averaged.
+        they are a `train.Sum`, or have a first axis of examples, whose order stays. Each part is normalized by itself;
+        running statistics (`batch_stats`) start from those before the step and are stored merged, exactly where the row
+        allows it (order 2, A = B or None, no windows), else averaged. Every other collection goes from part to part, as in
+        successive steps. Lifted layers (`nn.scan`, `nn.vmap`) merge if `moments` is lifted with them. Those that are not,
+        layers in a branch or a loop such as `nn.cond`, and Flax's own BatchNorm merge if they are called once, have no mask
+        and average exponentially, as is their default; statistics of recurrent cells are averaged.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`; a
@@ -192,12 +192,13 @@ class _LinenModel:
         watched = functools.partial(watch, self.stored, leaving, met)
         momenta: dict[tuple[str, ...], float] = {}
 
-        def call(*args: PyTree, mutable: str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
+        def call(*args: PyTree, mutable: bool | str | Collection[str] = (), **kwargs: PyTree) -> PyTree:
             """The model's output, and beside it what has changed in the collections `mutable`, where some are asked for."""
             if key is not None:
                 kwargs.setdefault("rngs", streams(key, self.rngs))
-            asked, names = [mutable] if isinstance(mutable, str) else mutable, (*stats, *sown)
-            with nn.intercept_methods(watched), nn.intercept_methods(functools.partial(note_momentum, momenta)):
+            asked, names = collections(mutable), (*stats, *sown)
+            noted = functools.partial(note_momentum, momenta)
+            with nn.intercept_methods(watched), nn.intercept_methods(noted):
                 output, changed = self.model.apply(variables, *args, mutable=[*names, *asked], **kwargs)
             changed = {**sown, **changed}
             variables.update({name: changed.pop(name) for name in names if name in changed})

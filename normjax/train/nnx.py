@@ -105,11 +105,12 @@ def nnx_step(
         numbers at other parameters.
       micro_batches: equal parts of the batch, whose gradients and metrics are averaged in float32 or wider; scalars, and
         what is marked `train.Shared`, go to every part. Parts weigh alike unless the loss is a `train.Mean`; metrics are
-        averaged unless they are a `train.Sum`. Each part is normalized by itself; running statistics (`nnx.BatchStat`)
-        start from those before the step and are stored merged, exactly where the row allows it (order 2, A = B or None, no
-        windows), else averaged; in a branch or a loop, such as `nnx.cond`, and of Flax's own BatchNorm, exactly if there is
-        no mask and the average is exponential, as it is by default. Every other variable, random states too, goes from
-        part to part, as in successive steps.
+        averaged unless they are a `train.Sum`, or have a first axis of examples, whose order stays. Each part is normalized
+        by itself; running statistics (`nnx.BatchStat`) start from those before the step and are stored merged, exactly
+        where the row allows it (order 2, A = B or None, no windows), else averaged; in a branch or a loop, such as
+        `nnx.cond`, and of Flax's own BatchNorm, exactly if it is called once, there is no mask and the average is
+        exponential, as it is by default. Every other variable, random states too, goes from part to part, as in successive
+        steps.
       statistics: "update" the running ones; "keep" them, while normalizing with the batch's; or "frozen": normalize with
         the stored ones and leave them (fine-tuning).
       penalty_weights: factors of the layers' penalties by path component, see `normjax.penalty.total_penalty`; a
