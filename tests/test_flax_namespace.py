@@ -168,6 +168,7 @@ def test_a_linen_program_computes_what_it_did_with_one_changed_line_and_unchange
         seen.clear()
 
 
+@pytest.mark.slow
 def test_an_nnx_program_with_one_changed_line_computes_what_it_did():
     mine = client(NNX_CLIENT, True)["Model"](nnx.Rngs(0))
     assert type(mine.norms[0]).__module__ == "normjax.nnx.flax_names"

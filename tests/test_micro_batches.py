@@ -92,7 +92,7 @@ def slow(*values):
     ("model", "dtype"),
     [
         (Remembering, jnp.float32),
-        (NNXRemembering, jnp.bfloat16),
+        slow(NNXRemembering, jnp.bfloat16),
         slow(NNXRemembering, jnp.float32),
         slow(Remembering, jnp.bfloat16),
     ],

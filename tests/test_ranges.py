@@ -212,6 +212,7 @@ def test_rows_without_eps_take_inputs_of_any_size(name):
         )  # there the gradient itself is next to the least float32
 
 
+@pytest.mark.slow
 def test_rows_without_eps_are_numpys_in_float64_for_both_signs_of_the_exponent():
     assert normalize(jnp.array([[1e30, -1e30]]), Normalizer("c", "c", eps=0.0)).y.tolist() == [[1.0, -1.0]]
     assert normalize(jnp.array([[1e-30, -1e-30]]), Normalizer("c", "c", eps=0.0)).y.tolist() == [[1.0, -1.0]]
