@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.experimental.jet import jet_rules
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -217,15 +220,29 @@ def inverse_power(q: jax.Array, power: float, positive: bool = False) -> jax.Arr
     return 1 / q if power == 1 else q**-power
 
 
+_inverse_root_p = Primitive("inverse_root")  # a primitive, since Taylor mode cannot see through a `jax.custom_jvp`
+
+
 def _inverse_root(q: jax.Array) -> jax.Array:
-    """The power q ** -0.5, to the last bit, whose derivatives of all orders are taken near one.
+    """The power q ** -0.5, whose derivatives of all orders hold no power of q that it does not hold itself.
 
     JAX's own take q ** -2 from the second on, which is infinite for a q of 1e-20, and infinity times a tangent of 0 is NaN.
-    Here the root is a constant r, and q r ** 2 differs from one by a number that is 0, but not its derivatives.
+    Here tangents come first: what they are multiplied by, one by one, is the root.
     """
-    root = lax.rsqrt(lax.stop_gradient(q))
-    near_one = q * root * root
-    return root * lax.rsqrt(1 + (near_one - lax.stop_gradient(near_one)))
+    return _inverse_root_p.bind(q)
+
+
+def _root_tangent(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array | ad.Zero]:
+    root, (dq,) = _inverse_root(*primals), tangents
+    return root, ad.Zero(root.aval) if type(dq) is ad.Zero else ((dq * root) * root) * (-0.5 * root)
+
+
+_inverse_root_p.def_impl(lax.rsqrt)
+_inverse_root_p.def_abstract_eval(lambda q: q)
+ad.primitive_jvps[_inverse_root_p] = _root_tangent
+batching.defvectorized(_inverse_root_p)
+mlir.register_lowering(_inverse_root_p, mlir.lower_fun(lax.rsqrt, multiple_results=False))
+jet_rules[_inverse_root_p] = jet_rules[lax.rsqrt_p]
 
 
 def nan_if_infinite(q: jax.Array, gain: float = 1.0) -> jax.Array:

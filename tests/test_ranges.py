@@ -158,8 +158,8 @@ def test_second_and_third_derivatives_pass_by_fields_that_are_masked_whole(name)
     mask[1], mask[:, 2, 3], mask[..., 5] = False, False, False  # an example, a pixel of each, a channel
 
     def written(x):
-        count = np.maximum(mask.sum(axes, keepdims=True), 1)
-        v = jnp.where(mask, x - (x * mask).sum(axes, keepdims=True) / count, 0)
+        count = np.maximum(mask.sum(axes, keepdims=True), 1).astype(x.dtype)
+        v = jnp.where(mask, x - jnp.where(mask, x, 0).sum(axes, keepdims=True) / count, 0)
         return v * ((v**2).sum(axes, keepdims=True) / count + 1e-5) ** -n.power
 
     def derivatives(f, x, t):

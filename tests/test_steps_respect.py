@@ -270,7 +270,7 @@ class Renamed(nl.BatchNorm):
     """One whose call has other arguments than that of its base class."""
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x, train):  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().__call__(x, not train)
 
 

@@ -46,18 +46,22 @@ def _checkpointer() -> ocp.StandardCheckpointer:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Leaves the word to our own error, where Orbax logs a traceback and another arrives after its event loop is gone."""
-    logger, hook = logging.getLogger("absl"), sys.excepthook
+    logger, hook, hook_of_threads = logging.getLogger("absl"), sys.excepthook, sys.unraisablehook
 
     def without_the_loop(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if str(error) != "Event loop is closed":
             hook(kind, error, trace)
+
+    def of_threads_without_the_loop(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            hook_of_threads(found)
 
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     except Exception:
-        sys.excepthook = without_the_loop
+        sys.excepthook, sys.unraisablehook = without_the_loop, of_threads_without_the_loop
         raise
     finally:
         logger.setLevel(level)

@@ -1,6 +1,6 @@
 """Our layers in the place of Flax's in an nnx model that somebody else wrote."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -53,4 +53,5 @@ def _take_over(node: object) -> None:
         node.scales = nnx.data(ByPath(held) if node.use_scale else None)
     elif isinstance(node, weights.SpectralNorm):
         node.feature_axes = -1
-        node.batch_stats = nnx.data(ByPath(node.batch_stats))
+        held_by_flax: Any = node.batch_stats  # under tuples
+        node.batch_stats = nnx.data(ByPath(held_by_flax))

@@ -152,7 +152,7 @@ def normalize_site(
     """
     max_steps = None if max_steps is None else COUNT("max_steps", max_steps)
     momentum, l1 = SHARE("momentum", momentum), AMOUNT("l1", l1)
-    shape = z.shape
+    normalizer, shape = row(normalizer), z.shape
     z, going = z.reshape(-1, shape[-1]), valid(clock)
     mask = None if going is None else going.reshape(-1, 1)
     stored = any(value is not None for value in running)
