@@ -44,7 +44,7 @@ def forward(
     """
     length = length or x.shape[1]
     x = x.astype(jnp.float32)
-    mean = nan_if_infinite(_total(x) / length) if how.centre else None
+    mean = _total(x) / length if how.centre else None
     v = _deviations(x, mean, valid)
     var = nan_if_infinite(_total(v * v) / length, how.gain)
     y = v * inverse_power(eps + how.gain * var, how.power)
