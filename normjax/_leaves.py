@@ -204,18 +204,22 @@ class Frozen(Mapping[K, V]):
         return f"{type(self).__name__}({self._items!r})"
 
 
-def inverse_power(q: jax.Array, power: float, positive: bool = False) -> jax.Array:
+def inverse_power(
+    q: jax.Array, power: float, positive: bool = False, inverse_root: Callable[[jax.Array], jax.Array] | None = None
+) -> jax.Array:
     """The power q ** -power, zero where q is zero; by square roots where they do, since a general power is slow.
 
-    `positive` promises that q is positive: a select would break a chain that XLA:CPU computes in one pass.
+    `positive` promises that q is positive: a select would break a chain that XLA:CPU computes in one pass. `inverse_root`
+    stands in for the one here, which compilers of kernels do not know.
     """
+    inverse_root = inverse_root or _inverse_root
     if not positive:
         nonzero = (q > 0) | jnp.isnan(q)
-        return jnp.where(nonzero, inverse_power(jnp.where(nonzero, q, 1), power, True), 0)
+        return jnp.where(nonzero, inverse_power(jnp.where(nonzero, q, 1), power, True, inverse_root), 0)
     if power == 0.5:
-        return _inverse_root(q)
+        return inverse_root(q)
     if power == 0.75:
-        root = _inverse_root(q)
+        root = inverse_root(q)
         return root * lax.sqrt(root)
     return 1 / q if power == 1 else q**-power
 

@@ -9,15 +9,18 @@ of y, and h = g scale:
 E[u] and gmean only where rows are centred. E[v] is in there: it is what rounding left of the mean.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from normjax._leaves import inverse_power, nan_if_infinite
 
 Given = jax.Array | None  # None where there is none
+_inverse_power = functools.partial(inverse_power, inverse_root=lax.rsqrt)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def forward(
     mean = _total(x) / length if how.centre else None
     v = _deviations(x, mean, valid)
     var = nan_if_infinite(_total(v * v) / length, how.gain)
-    y = v * inverse_power(eps + how.gain * var, how.power)
+    y = v * _inverse_power(eps + how.gain * var, how.power)
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.astype(how.dtype), mean, var
@@ -76,8 +79,8 @@ def backward(
     g = g.astype(jnp.float32)
     h = g if scale is None else g * scale
     q = eps + how.gain * var
-    r = inverse_power(q, how.power)
-    dq = inverse_power(q, 1.0) * (-how.power * r * _total(h * v))  # r / q alone would underflow
+    r = _inverse_power(q, how.power)
+    dq = _inverse_power(q, 1.0) * (-how.power * r * _total(h * v))  # r / q alone would underflow
     dvar = how.gain * dq if gvar is None else how.gain * dq + gvar
     k = (2 / length) * dvar
     dx = h * r + v * k
