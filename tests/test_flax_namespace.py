@@ -210,6 +210,7 @@ def test_swapped_layers_of_an_nnx_model_keep_variables_references_and_numbers():
     assert type(pickle.loads(pickle.dumps(wrapped))) is normjax.nnx.WeightNorm
 
 
+@pytest.mark.slow
 def test_swapped_wrappers_of_kernels_keep_their_numbers_and_train():
     for made in (nnx.SpectralNorm, nnx.WeightNorm):
         wrapped, plain = (made(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)) for _ in range(2))

@@ -96,7 +96,7 @@ LENGTHS = {  # what nnx is told of these
 INSIDE = ("ConditionalNorm", "FiLM", "AdaLN", "AdaLNZero", "SPADE")  # the statistics are those of a layer inside
 TRAINED = [name for name in LAYERS if issubclass(getattr(linen, name), RunningLayer)]
 RUNNING = [name for name in TRAINED if name not in (*INSIDE, "KalmanNorm", "SwitchableNorm")]  # test_running_options.py
-QUICK = ("Norm", "EvoNormB0", "DyT", "GhostTopKBatchNorm", "LocalContrastNorm")
+QUICK = ("Norm", "EvoNormB0", "DyT", "LocalContrastNorm")
 EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS]
 EACH_RUNNING = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNNING]
 
@@ -396,7 +396,7 @@ def added(name):
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        pytest.param(of_linen, name, id=f"linen-{name}", marks=() if name == "EvoNormB0" else pytest.mark.slow)
+        pytest.param(of_linen, name, id=f"linen-{name}", marks=pytest.mark.slow)
         for name in LAYERS
         if added(name)
     ]
