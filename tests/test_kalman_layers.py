@@ -160,7 +160,7 @@ REFUSED = [
     (lambda: NNXKalmanNorm(6, "batch", stored="last", rngs=nnx.Rngs(0)), ValueError,
      "stored is one of 'filtered', 'batch', 'first_block'; found 'last'"),
     (lambda: NNXKalmanNorm(6, "batch", gain=2.0, rngs=nnx.Rngs(0)), ValueError,
-     "gain lies between 0 and 1; found 2.0"),
+     "gain of KalmanNorm is a number from 0 to 1; found 2.0"),
     (lambda: NNXKalmanNorm(6, "rms", rngs=nnx.Rngs(0)), ValueError,
      "Kalman normalization needs a mean and a variance: A = B, order 2, gain 1, power 1/2, without windows, floor or "
      "keep_mean; found Normalizer(None, 'c')"),
@@ -170,7 +170,7 @@ REFUSED = [
      "Normalizer('n', 'n') stores statistics along other axes than the channels: give the whole shape of an input as "
      "`features`, found 6"),
     (lambda: NNXKalmanNorm(4, "batch", use_scale=False, use_bias=False, rngs=nnx.Rngs(0))(X), FieldError,
-     'the stored mean has shape (4,), but field "n ..." on an array of shape (4, 3, 2, 6), layout "n ... c", needs (6,)'),
+     "a layer made for 4 features cannot take an input of shape (4, 3, 2, 6)"),
 ]  # fmt: skip
 
 
