@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from experiments.common import classify, cli, command, data, experiment, loop, pictures, report, tables
+from experiments.common import classify, cli, command, data, experiment, loop, pictures, report, tables, trained
 from experiments.networks import cnn
 from experiments.networks.resnet import ResNet
 from normjax import Normalizer
@@ -279,7 +279,7 @@ def train(job: Job, config: Config) -> loop.Task:
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) -> report.Report:
+def write(job: Job, configs: Mapping[str, Config], rows: dict[str, trained.Row]) -> report.Report:
     """Tables beside the published numbers, the paper's claims, curves, and what two units look like."""
     config = next(iter(rows.values())).config
     which = {"cifar10": 0, "cifar100": 1}.get(config["dataset"])  # nothing is published of digits
@@ -294,7 +294,7 @@ def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) 
     histograms = classify.histograms(job.folder, list(rows), lambda name: build(job, configs[name]), batch)
     values = {
         "dataset": config["dataset"],
-        "settings": f"{report.settings(config, 'scale', 'batch_size', 'border')}, {report.seeds(rows)}",
+        "settings": f"{report.settings(config, 'scale', 'batch_size', 'border')}, {trained.seeds(rows)}",
         "scale": config["scale"],
         "shrunk": config["scale"] != 1,
         "results": results,

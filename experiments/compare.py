@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from experiments.common import classify, cli, command, data, experiment, loop, pictures, report, tables
+from experiments.common import classify, cli, command, data, experiment, loop, pictures, report, tables, trained
 from experiments.networks.cnn import CNN
 from normjax import TABLE, Normalizer, diagnostics
 from normjax.train import State
@@ -200,7 +200,7 @@ def train(job: Job, config: Config) -> loop.Task:
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) -> report.Report:
+def write(job: Job, configs: Mapping[str, Config], rows: dict[str, trained.Row]) -> report.Report:
     """The table of results, differences between rows, curves, and what two units look like."""
     config = next(iter(configs.values()))
     test = classify.first(job.data.test, config.examples)
@@ -214,7 +214,7 @@ def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) 
     histograms = classify.histograms(job.folder, list(rows), lambda name: build(job, configs[name]), batch)
     drawn = {"curves": report.curves(rows, metrics, style, smooth), "response": pictures.draw_responses()}
     values = {
-        "settings": f"{report.settings(vars(config), 'dataset', 'steps', 'batch_size', 'lr')}, {report.seeds(rows)}",
+        "settings": f"{report.settings(vars(config), 'dataset', 'steps', 'batch_size', 'lr')}, {trained.seeds(rows)}",
         "summary": summary,
         "differences": differences,
         "all_differences": tables.differences(rows, ACCURACY),

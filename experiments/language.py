@@ -40,7 +40,7 @@ import numpy as np
 import optax
 
 import normjax.train
-from experiments.common import cli, command, experiment, loop, report, tables, text
+from experiments.common import cli, command, experiment, loop, report, tables, text, trained
 from experiments.networks.language import LanguageModel, cross_entropy, mean_nats
 from normjax import Normalizer, recurrent
 from normjax.train import State
@@ -253,7 +253,7 @@ def train(job: Job, config: Config) -> loop.Task:
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) -> report.Report:
+def write(job: Job, configs: Mapping[str, Config], rows: dict[str, trained.Row]) -> report.Report:
     """The test beside the published numbers, the paper's claims, and curves."""
     config, metric, numbers = next(iter(rows.values())).config, METRICS[job.options.level], job.options.published
     compared = numbers if config["text"] == "Penn Treebank" else {}
@@ -290,7 +290,7 @@ def schedule(config: Mapping[str, Any], job: Job) -> str:
 def settings(unit: str) -> dict[str, tables.Column]:
     """What each row is."""
 
-    def training(row: report.Row) -> str:
+    def training(row: trained.Row) -> str:
         c = row.config
         nats = np.array(row.recent("loss", c["evaluate_every"])) / c["unrolled"]
         return report.plus_minus((np.exp(nats) if unit == "perplexity" else nats / np.log(2)).tolist(), 2)

@@ -44,7 +44,7 @@ import numpy as np
 import optax
 
 import normjax.train
-from experiments.common import command, experiment, images, loop, pairs, pictures, report, runs, scores, tables
+from experiments.common import command, experiment, images, loop, pairs, pictures, report, runs, scores, tables, trained
 from experiments.networks.srcnn import SRCNN
 from normjax import Normalizer
 from normjax.train import State
@@ -139,7 +139,7 @@ def listing(options: Options) -> str:
     """The tables of --list and --bicubic."""
     if not options.show:
         dataset = load(options, source(options))
-        rows = {"bicubic": report.Row({"steps": 0}, {}, [[scores.means(scores.score(dataset, scores.bicubic))]])}
+        rows = {"bicubic": trained.Row({"steps": 0}, {}, [[scores.means(scores.score(dataset, scores.bicubic))]])}
         return tables.each(rows, summary(list(dataset.tests)))
     head = ["row", "normalizer", "sigma", "alpha", "affine", *(f"BSD200 x{zoom}: PSNR / SSIM" for zoom in PUBLISHED)]
 
@@ -277,35 +277,35 @@ def enlarger(folder: Path, network: Network) -> pairs.Enlarge:
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write(job: Job, configs: Mapping[str, Config], rows: dict[str, report.Row]) -> report.Report:
+def write(job: Job, configs: Mapping[str, Config], rows: dict[str, trained.Row]) -> report.Report:
     """Scores on each set beside the published numbers, curves, and a piece of an image of each set."""
     dataset, config = job.data, next(iter(configs.values()))
     scores.write(job.folder / "bicubic", scores.score(dataset, scores.bicubic))
     scored = scores.joined(job.folder, rows)
-    trained = {name: row for name, row in scored.items() if name != "bicubic"}
+    networks = {name: row for name, row in scored.items() if name != "bicubic"}
     results, compared = tables.each(scored, summary(list(dataset.tests))), compare(scored, dataset)
     watched = next(iter(dataset.tests))
 
-    def late(row: report.Row) -> str:
+    def late(row: trained.Row) -> str:
         return report.plus_minus(row.curve("test_psnr")[1][:, -5:].ravel().tolist(), 2)
 
     enlarge: dict[str, pairs.Enlarge] = {"bicubic": scores.bicubic}
-    for name in trained:
+    for name in networks:
         enlarge[name] = enlarger(runs.seed_folders(job.folder, name, 1)[0], build(configs[name]))
     drawn = {"images": pictures.draw_images(dataset, enlarge)}
-    if trained:
+    if networks:
         metrics = {"test_psnr": f"PSNR on {watched} (the first {WATCHED}), dB", "loss": "training loss (log)"}
-        drawn["curves"] = report.curves(trained, metrics, style, config.evaluate_every)
+        drawn["curves"] = report.curves(networks, metrics, style, config.evaluate_every)
     columns = tables.NORMALIZERS | tables.config({"learning rate": "lr"})
     columns |= {f"PSNR on {watched}, last 5 evaluations": late}
     values = {
-        "settings": f"{report.settings(vars(config), 'zoom', 'train', 'steps', 'images', 'patches')}, {report.seeds(rows)}",
+        "settings": f"{report.settings(vars(config), 'zoom', 'train', 'steps', 'images', 'patches')}, {trained.seeds(rows)}",
         "summary": results,
         "compared": compared,
         "zoom": config.zoom,
         "watched": watched,
         "many": WATCHED,
-        "normalizers": tables.each(trained, columns),
+        "normalizers": tables.each(networks, columns),
     }
     return report.Report((results, compared), drawn, values)
 
@@ -318,7 +318,7 @@ def summary(tests: Sequence[str]) -> dict[str, tables.Column]:
     return columns | {"seconds": lambda row: tables.seconds()(row) if row.environment else ""}
 
 
-def compare(rows: Mapping[str, report.Row], dataset: pairs.Dataset) -> str:
+def compare(rows: Mapping[str, trained.Row], dataset: pairs.Dataset) -> str:
     """Published numbers beside ours where there are any, and differences between rows, paired over seeds."""
     parts = []
     last = list(dataset.tests)[-1]

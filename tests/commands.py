@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Runs a module's command, and kills it (no clean-up, as `kill -9`) at the n-th time that a moment comes.
 KILLER = """
 import importlib, os, pathlib, shutil, signal, sys
-from experiments.common import loop, runs
+from experiments.common import files, loop, runs
 
 name, moment, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 main = importlib.import_module(name).main
@@ -34,7 +34,7 @@ def die():
 def batches(*args, do=loop.batches):  # before the steps of a chunk
     return die() if its_time() else do(*args)
 
-def append(path, lines, do=runs.append):  # half the lines, the last one torn
+def append(path, lines, do=files.append):  # half the lines, the last one torn
     if its_time():
         do(path, lines)
         os.truncate(path, path.stat().st_size - 30)
@@ -53,7 +53,7 @@ def rmtree(path, *args, do=shutil.rmtree, **kwargs):  # an old checkpoint is hal
     do(path, *args, **kwargs)
 
 if moment == "steps": loop.batches = batches
-if moment == "metrics": runs.append = append
+if moment == "metrics": files.append = append
 if moment == "checkpoint": os.rename = rename
 if moment == "deletion": shutil.rmtree = rmtree
 main(sys.argv[4:])

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from experiments import cifar
-from experiments.common import classify, data, loop, runs
+from experiments.common import classify, data, files, loop, runs
 from experiments.networks import cnn, conv, layers
 from experiments.networks.resnet import ResNet
 from normjax import Normalizer
@@ -452,7 +452,7 @@ def test_killed_run_resumes_to_the_same_bits_and_the_report_shows_them(tmp_path,
     for seed in ("seed-0", "seed-1"):
         assert contents(a / "base+dropout" / seed) == contents(b / "base+dropout" / seed)
     text = (a / "report.md").read_text()
-    last = [runs.read(a / "bn-star" / f"seed-{k}" / "metrics.jsonl")[-1] for k in (0, 1)]
+    last = [files.read(a / "bn-star" / f"seed-{k}" / "metrics.jsonl")[-1] for k in (0, 1)]
     shown = [100 * line["test_accuracy"] for line in last]
     assert f"{np.mean(shown):.2f} +- {np.std(shown, ddof=1):.2f}" in text
     assert "(histograms.png)" in text

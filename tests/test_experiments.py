@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import compare
-from experiments.common import loop, pictures, report, runs, tables
+from experiments.common import files, loop, pictures, report, runs, tables, trained
 from experiments.networks import layers
 from experiments.networks.conv import Conv
 from tests import toy
@@ -52,7 +52,7 @@ def test_smoke_run_leaves_configurations_metrics_and_checkpoints(smoke):
 def test_printed_table_holds_the_means_of_the_run_folders(smoke):
     folder, done = smoke
     seeds = [folder / "runs" / "compare-smoke" / "batch" / f"seed-{k}" / "metrics.jsonl" for k in range(2)]
-    last = [runs.read(seed)[-1] for seed in seeds]
+    last = [files.read(seed)[-1] for seed in seeds]
     accuracy = [100 * line["test_accuracy"] for line in last]
     shown = f"{np.mean(accuracy):.2f} +- {np.std(accuracy, ddof=1):.2f}"
     (row,) = (line for line in done.stdout.splitlines() if line.startswith("| batch "))
@@ -174,7 +174,7 @@ def test_misspelt_option_names_the_closest(capsys, tmp_path):
 def test_results_are_neither_lost_nor_mixed(capsys, tmp_path):
     folder = tmp_path / "compare" / "batch-star"
     runs.create([folder / "seed-0"], compare.configure("batch*", compare.Options(steps=20)), {})
-    runs.append(folder / "seed-0" / "metrics.jsonl", [{"step": 0}, {"step": 1}])
+    files.append(folder / "seed-0" / "metrics.jsonl", [{"step": 0}, {"step": 1}])
     out = ["--out", str(tmp_path), "--steps"]
     assert refused(capsys, compare.main, *out, "20", "--rows", "batch-star") == (
         f"error: {folder} already holds a run; --resume continues or keeps it, --overwrite deletes it first, "
@@ -201,7 +201,7 @@ def test_smallest_experiment_lists_trains_resumes_and_reports(capsys, tmp_path):
     assert [line.get("test_error") is not None for line in before[0]] == [True, False, True, False, True, False, True]
     toy.main([*out, "--resume"])  # rows that are complete stay, and the report has both
     assert contents(folder / "slow" / "seed-1") == before
-    errors = [runs.read(folder / "fast-star" / f"seed-{k}" / "metrics.jsonl")[-1]["test_error"] for k in range(2)]
+    errors = [files.read(folder / "fast-star" / f"seed-{k}" / "metrics.jsonl")[-1]["test_error"] for k in range(2)]
     shown = f"| {np.mean(errors):.3f} +- {np.std(errors, ddof=1):.3f} |"
     for page in (capsys.readouterr().out, (folder / "report.md").read_text()):
         assert [shown in line for line in page.splitlines() if line.startswith("| `fast*`")] == [True]
@@ -221,14 +221,14 @@ def test_an_experiment_of_no_steps_measures_the_first_weights(tmp_path):
 
 def test_torn_line_and_later_steps_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    runs.append(path, [{"step": 0, "loss": 0.1}, {"step": 1, "loss": None}, {"step": 2, "loss": 0.3}])
+    files.append(path, [{"step": 0, "loss": 0.1}, {"step": 1, "loss": None}, {"step": 2, "loss": 0.3}])
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 3, "lo')
-    assert runs.read(path) == [{"step": 0, "loss": 0.1}, {"step": 1, "loss": None}, {"step": 2, "loss": 0.3}]
-    runs.keep_until(path, 2)
+    assert files.read(path) == [{"step": 0, "loss": 0.1}, {"step": 1, "loss": None}, {"step": 2, "loss": 0.3}]
+    files.keep_until(path, 2)
     assert path.read_bytes() == whole
-    runs.keep_until(path, 1)
-    assert [line["step"] for line in runs.read(path)] == [0, 1]
+    files.keep_until(path, 1)
+    assert [line["step"] for line in files.read(path)] == [0, 1]
 
 
 def test_seeds_resume_at_their_last_common_checkpoint(tmp_path):
@@ -306,7 +306,7 @@ def test_differences_are_paired_over_seeds():
 
 
 def test_training_that_diverges_leaves_valid_json():
-    assert [runs.number(v) for v in (np.float32(0.1), np.nan, np.inf)] == [float(np.float32(0.1)), None, None]
+    assert [files.number(v) for v in (np.float32(0.1), np.nan, np.inf)] == [float(np.float32(0.1)), None, None]
 
 
 @pytest.mark.parametrize("row", compare.ROWS)
@@ -317,7 +317,7 @@ def test_configuration_in_json_evaluates_back(row):
 
 def test_curves_of_rows_that_all_diverged_are_drawn():
     lines = [{"step": k, "loss": None} for k in range(1, 9)]
-    figure = report.curves({"bn": report.Row({}, {}, [lines])}, {"loss": "training loss (log)"}, lambda name: {}, 2)
+    figure = report.curves({"bn": trained.Row({}, {}, [lines])}, {"loss": "training loss (log)"}, lambda name: {}, 2)
     assert figure.axes[0].get_yscale() == "linear"
 
 

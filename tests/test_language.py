@@ -10,7 +10,7 @@ import pytest
 
 import normjax.train
 from experiments import language
-from experiments.common import cli, data, loop, runs, text
+from experiments.common import cli, data, files, loop, text
 from experiments.networks.language import LanguageModel, mean_nats
 from normjax.penalty import total_penalty
 from tests.commands import contents, kill_here, refused
@@ -299,7 +299,7 @@ def test_killed_run_resumes_to_the_same_bits_and_the_report_shows_them(tmp_path,
         assert [line["step"] for line in lines if line.get("test_perplexity")] == [6]
         assert [line["step"] for line in lines if line.get("test_valid_perplexity")] == [0, 2, 4, 6]
         assert all(line["penalty"] > 0 for line in lines[1:])
-    ours = [runs.read(a / "bn-star" / f"seed-{k}" / "metrics.jsonl")[-1]["test_perplexity"] for k in range(2)]
+    ours = [files.read(a / "bn-star" / f"seed-{k}" / "metrics.jsonl")[-1]["test_perplexity"] for k in range(2)]
     shown = f"{np.mean(ours):.2f} +- {np.std(ours, ddof=1):.2f}"
     for page in (printed, (a / "report.md").read_text()):
         assert sum(line.startswith("| `bn*`") and shown in line for line in page.splitlines()) == 1

@@ -395,11 +395,7 @@ def added(name):
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [
-        pytest.param(of_linen, name, id=f"linen-{name}", marks=pytest.mark.slow)
-        for name in LAYERS
-        if added(name)
-    ]
+    [pytest.param(of_linen, name, id=f"linen-{name}", marks=pytest.mark.slow) for name in LAYERS if added(name)]
     + [
         pytest.param(of_nnx, name, id=f"nnx-{name}", marks=() if name == "EvoNormB0" else pytest.mark.slow)
         for name in (*QUICK, "KalmanNorm", "FilterResponseNorm")

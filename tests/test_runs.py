@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cifar, compare
-from experiments.common import experiment, folders, locks, loop, report, runs, stop, tables
+from experiments.common import experiment, files, folders, locks, loop, runs, stop, tables, trained
 from tests import toy
 from tests.commands import ROOT, command, contents, kill_here, refused
 
@@ -37,7 +37,7 @@ def everything(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def trained(folder):
+def of_row_slow(folder):
     """All that must not change of row slow."""
     return [contents(folder / "slow" / f"seed-{k}") for k in range(2)]
 
@@ -179,7 +179,7 @@ def trained_but(folder, strays):
 
 @pytest.mark.slow
 def test_full_disk_is_one_sentence_and_the_run_goes_on_with_the_same_bits(capsys, whole, tmp_path, monkeypatch):
-    do = runs.append
+    do = files.append
 
     def append(path, lines):
         do(path, lines[:1])
@@ -196,7 +196,7 @@ def test_full_disk_is_one_sentence_and_the_run_goes_on_with_the_same_bits(capsys
         "before is whole, and --resume goes on there once it can be written"
     )
     toy.main([*arguments, "--resume"])
-    assert trained(tmp_path / "toy") == trained(whole)
+    assert of_row_slow(tmp_path / "toy") == of_row_slow(whole)
 
 
 def test_seeds_go_on_where_they_have_a_common_checkpoint(tmp_path):
@@ -248,7 +248,7 @@ def test_folder_without_results_does_not_stand_in_the_way(capsys, whole, tmp_pat
     assert [runs.last_step([seed]) for seed in seeds] == [0, 0]
     torn(seeds[0] / "config.json")
     toy.main(out)
-    assert trained(tmp_path / "toy") == trained(whole)
+    assert of_row_slow(tmp_path / "toy") == of_row_slow(whole)
 
 
 def seeds_from_options(row, options, source):
@@ -261,11 +261,11 @@ def test_seeds_are_added_to_a_finished_run_and_no_other_option_is_changed(capsys
     out = ["--out", str(copied.parent), "--rows", "slow", "--resume"]
     experiment.run(more, [*out, "--seeds", "4"])
     assert everything(copied / "slow").items() > before.items()
-    rows = report.read_rows(copied, ["slow"])
+    rows = trained.read_rows(copied, ["slow"])
     errors = rows["slow"].last("test_error")
     assert len(set(errors)) == 4
     assert tables.shown("test_error", 3)(rows["slow"]) in (copied / "report.md").read_text()
-    assert report.seeds(rows) == "seeds 4"
+    assert trained.seeds(rows) == "seeds 4"
     assert "seeds added: `python -m experiments.toy --out" in (copied / "report.md").read_text()
     said = refused(capsys, toy.main, *out, "--steps", "9")
     assert f"{copied / 'slow' / 'seed-0'} holds a run of another configuration: steps (6 there, 9 here)" in said
@@ -315,7 +315,7 @@ def test_signal_ends_the_chunk_commits_it_and_says_how_to_go_on(capsys, whole, t
     assert [signal.getsignal(each) for each in stop.SIGNALS] == handlers
     assert runs.last_step(runs.seed_folders(tmp_path / "toy", "slow", 2)) == 4
     toy.main([*out, "--resume"])
-    assert trained(tmp_path / "toy") == trained(whole)
+    assert of_row_slow(tmp_path / "toy") == of_row_slow(whole)
 
 
 # Runs the smallest experiment; at the n-th time that a moment comes it says so, and then takes long.
@@ -379,7 +379,7 @@ def test_process_that_is_told_to_stop_does(whole, tmp_path, moment, n, grace, si
     assert "Traceback" not in said
     resumed = command("-m", "tests.toy", "--rows", "slow", "--resume", folder=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert trained(tmp_path / "runs" / "toy") == trained(whole)
+    assert of_row_slow(tmp_path / "runs" / "toy") == of_row_slow(whole)
 
 
 @pytest.mark.slow
@@ -400,7 +400,7 @@ def test_second_command_names_the_process_that_has_the_folder_and_a_kill_frees_i
 
 def test_verdicts_are_those_of_the_numbers():
     def row(*values):
-        return report.Row({}, {}, [[{"step": 1, "a": value}] for value in values])
+        return trained.Row({}, {}, [[{"step": 1, "a": value}] for value in values])
 
     rows = {"bn": row(0.5, 0.7), "bn*": row(0.6, 0.9), "ln": row(0.5), "ln*": row(0.4, 0.1), "dn": row(0.5, 0.7)}
     metric = tables.Metric("a", "accuracy", digits=3)
@@ -412,7 +412,7 @@ def test_verdicts_are_those_of_the_numbers():
 
 
 def test_curves_can_be_drawn_again_from_the_csv(whole):
-    rows = report.read_rows(whole, ["slow"])
+    rows = trained.read_rows(whole, ["slow"])
     head, *lines = (whole / "metrics.csv").read_text().splitlines()
     assert head == "row,seed,step,loss,seconds,test_error"
     found = [line.split(",") for line in lines]

@@ -16,7 +16,7 @@ from scipy import ndimage
 from scipy import signal as scipy_signal
 
 from experiments import superres
-from experiments.common import images, pairs, runs, scores
+from experiments.common import files, images, pairs, scores
 from experiments.common.data import DataError
 from experiments.networks.conv import Conv
 from tests.commands import kill_here, refused
@@ -369,7 +369,7 @@ def left(folder):
     """All that must not change: metrics without the seconds, and the scores."""
     found = {}
     for path in sorted((folder / "superres-smoke").glob("*/seed-*")):
-        lines = [{k: v for k, v in line.items() if k != "seconds"} for line in runs.read(path / "metrics.jsonl")]
+        lines = [{k: v for k, v in line.items() if k != "seconds"} for line in files.read(path / "metrics.jsonl")]
         found[str(path.relative_to(folder))] = lines, json.loads((path / "scores.json").read_text())
     return found
 

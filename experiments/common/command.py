@@ -16,7 +16,7 @@ import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import cli, data, folders, locks, runs
+from experiments.common import cli, data, files, folders, locks, runs
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Any)
@@ -179,7 +179,7 @@ def begin(
         if writes:
             check()
         loaded = load()
-    except (runs.RunError, data.DataError) as error:
+    except (files.RunError, data.DataError) as error:
         cli.fail(str(error))
     except OSError as error:
         cli.fail(f"cannot read or prepare the data in {options.data_dir or data.DEFAULT_DATA_DIR}: {error}")
@@ -190,7 +190,7 @@ def begin(
                 locked.enter_context(locks.held(path))
             folders.check(experiment, staying, rows, options.resume)  # another command may have ended meanwhile
             _delete(experiment, rows, deleted, configs, mine if fresh else [])
-    except runs.RunError as error:
+    except files.RunError as error:
         cli.fail(str(error))
     except OSError as error:
         cli.fail(f"cannot write to {experiment}: {error}")

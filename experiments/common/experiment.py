@@ -22,7 +22,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import cli, command, data, folders, locks, loop, machine, report, runs, stop
+from experiments.common import cli, command, data, files, folders, locks, loop, machine, report, runs, stop, trained
 
 
 class Config(Protocol):
@@ -94,7 +94,7 @@ class Experiment(Generic[O, D, C]):
     configure: Callable[[str, O, Any], C]
     load: Callable[[O, Any], D]
     train: Callable[[Job[O, D], C], loop.Task]
-    report: Callable[[Job[O, D], Mapping[str, C], dict[str, report.Row]], report.Report]
+    report: Callable[[Job[O, D], Mapping[str, C], dict[str, trained.Row]], report.Report]
     folder: Callable[[O], str] | None = None
     source: Callable[[O], Any] = lambda options: None
     text: Path | None = None
@@ -135,7 +135,7 @@ def run(experiment: Experiment[O, D, C], argv: Sequence[str] | None = None) -> N
 def _report(experiment: Experiment[O, D, C], job: Job[O, D], configs: dict[str, C]) -> None:
     """Reports on all rows that are complete; of two commands that end at once, the second waits and reports on both."""
     with locks.held(job.folder, wait=True):
-        complete = report.read_rows(job.folder, list(configs))
+        complete = trained.read_rows(job.folder, list(configs))
         text = experiment.text or report.TEXTS / f"{experiment.name}.md"
         report.publish(job.folder, text, experiment.report(job, configs, complete), complete)
 
@@ -181,7 +181,7 @@ def _refused(what: str = "") -> Iterator[None]:
     """Data or runs that are not there or damaged, or cannot be written, end the command with a message and exit code 2."""
     try:
         yield
-    except (data.DataError, runs.RunError) as error:
+    except (data.DataError, files.RunError) as error:
         cli.fail(str(error))
     except OSError as error:
         cli.fail(f"{what}{error}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import machine, runs
-from experiments.common.runs import RunError
+from experiments.common.files import RunError
 
 
 def seeds(experiment: Path, row: str) -> list[Path]:

@@ -23,7 +23,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from experiments.common.runs import LOCK, RunError
+from experiments.common.files import RunError
+from experiments.common.runs import LOCK
 
 
 class InUse(RunError):

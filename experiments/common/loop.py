@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import normjax.train
-from experiments.common import cli, place, runs, stop
+from experiments.common import cli, files, place, runs, stop
 
 State = Any
 Batch = Any  # a pytree of arrays with a leading axis of examples
@@ -186,9 +186,9 @@ def _restore(folders: Sequence[Path], begin: int, nothing: tuple) -> tuple:
         return nothing
     path = folders[0] / "metrics.jsonl"
     try:
-        return np.float64(runs.read(path)[-1]["seconds"]), restored[1]
+        return np.float64(files.read(path)[-1]["seconds"]), restored[1]
     except (KeyError, TypeError, ValueError):
-        raise runs.unreadable(path, f"its line of step {begin} lacks the seconds") from None
+        raise files.unreadable(path, f"its line of step {begin} lacks the seconds") from None
 
 
 def _over_seeds(f: Callable[[Any, Any], Any], side_by_side: bool) -> Callable[[Any, Any], Any]:
@@ -271,7 +271,7 @@ def mean_over(evaluate: Callable[[State, Batch], Metrics], state: State, data: B
     )
 
 
-def _lines(first: int, metrics: Metrics, evaluation: dict[str, np.ndarray], seconds: float) -> list[list[runs.Line]]:
+def _lines(first: int, metrics: Metrics, evaluation: dict[str, np.ndarray], seconds: float) -> list[list[files.Line]]:
     """For each seed, a line a step; the evaluation and the seconds in the last one."""
     columns = {name: np.asarray(values) for name, values in metrics.items()}  # [seeds, steps]
     seeds = len(next(iter(evaluation.values())))
@@ -279,9 +279,9 @@ def _lines(first: int, metrics: Metrics, evaluation: dict[str, np.ndarray], seco
     lines = []
     for k in range(seeds):
         mine = [
-            {"step": first + t} | {name: runs.number(v[k, t]) for name, v in columns.items()} for t in range(length)
+            {"step": first + t} | {name: files.number(v[k, t]) for name, v in columns.items()} for t in range(length)
         ]
-        mine[-1] |= {f"test_{name}": runs.number(v[k]) for name, v in evaluation.items()}
+        mine[-1] |= {f"test_{name}": files.number(v[k]) for name, v in evaluation.items()}
         mine[-1] |= {"seconds": round(seconds, 3)}
         lines.append(mine)
     return lines

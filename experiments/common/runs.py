@@ -21,34 +21,17 @@ Where several processes train together, process 0 alone calls what is here.
 import collections
 import dataclasses
 import json
-import math
-import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.common import orbax
+from experiments.common import files, orbax
 
-Line = dict[str, Any]
 LOCK = "lock"
-
-
-class RunError(ValueError):
-    """A run folder does not fit what is asked of it, cannot be read or cannot be written."""
-
-
-def unreadable(path: Path, why: object) -> RunError:
-    """The error of a file in a seed's folder: which, what is wrong, what to do."""
-    seed = next((part for part in (path, *path.parents) if part.name.startswith("seed-")), path)
-    first = " ".join(str(why).split())[:200]
-    return RunError(
-        f"{path} cannot be used: {first}; put back a whole copy of it, or move {seed} elsewhere and --resume, which trains "
-        "that seed again and keeps the others"
-    )
 
 
 def row_folder(experiment: Path, row: str) -> Path:
@@ -65,68 +48,6 @@ def seed_folders(experiment: Path, row: str, seeds: int) -> list[Path]:
     return [row_folder(experiment, row) / f"seed-{k}" for k in range(seeds)]
 
 
-# --- files ------------------------------------------------------------------------------------
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Writes a whole file atomically: under another name, then renamed."""
-    data = content.encode() if isinstance(content, str) else content
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another command may write it too
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def append(path: Path, lines: Sequence[Line]) -> None:
-    """Appends JSON lines and waits until they are on the disk."""
-    with open(path, "ab") as file:
-        file.write(_text(lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read(path: Path) -> list[Line]:
-    """Reads JSON lines; without the last one if a kill tore it (it has no line end).
-
-    Raises:
-      RunError: another line is damaged, or the steps do not follow each other.
-    """
-    try:
-        whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
-    except UnicodeDecodeError as error:
-        raise unreadable(path, "it is not text") from error
-    except OSError as error:
-        raise unreadable(path, error.strerror) from error
-    lines: list[Line] = []
-    for k, text in enumerate(whole.split("\n") if whole else (), 1):
-        try:
-            line = json.loads(text)
-            step = line["step"] + 0
-        except (ValueError, TypeError, KeyError):
-            raise unreadable(path, f"line {k} is damaged, {text[:40]!r}") from None
-        if lines and step <= lines[-1]["step"]:
-            raise unreadable(path, f"line {k} has step {step} after step {lines[-1]['step']}")
-        lines.append(line)
-    return lines
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Rewrites a metrics file without its torn last line and without the steps after `step`."""
-    write(path, _text(line for line in read(path) if line["step"] <= step))
-
-
-def _text(lines: Iterable[Line]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-def number(value: Any) -> float | None:
-    """A finite float exactly, else None: JSON has no NaN."""
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
 # --- configurations -----------------------------------------------------------------------------
 
 
@@ -136,7 +57,7 @@ def as_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=repr))
 
 
-def read_config(folder: Path) -> Line:
+def read_config(folder: Path) -> files.Line:
     """What config.json of a seed's folder says: "config", "seed", "environment" and, if it was resumed, "resumed".
 
     Raises:
@@ -147,19 +68,19 @@ def read_config(folder: Path) -> Line:
         found = json.loads(path.read_text())
         whole = isinstance(found["config"], dict) and isinstance(found["environment"], dict)
         if not whole or f"seed-{found['seed']}" != folder.name:
-            raise unreadable(path, f"it does not describe {folder.name}")
+            raise files.unreadable(path, f"it does not describe {folder.name}")
     except FileNotFoundError:
-        raise unreadable(path, "it is not there") from None
+        raise files.unreadable(path, "it is not there") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, RunError):
+        if isinstance(error, files.RunError):
             raise
-        raise unreadable(path, "it is torn or not JSON of a run") from error
+        raise files.unreadable(path, "it is torn or not JSON of a run") from error
     return found
 
 
-def write_config(folder: Path, content: Line) -> None:
+def write_config(folder: Path, content: files.Line) -> None:
     """Writes config.json."""
-    write(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    files.write(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 def remove(folder: Path) -> None:
@@ -193,14 +114,14 @@ def steps_known(folder: Path) -> int:
     try:
         lines = path.read_bytes().count(b"\n") if path.exists() else 0
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise files.unreadable(path, error) from error
     return max(lines - 1, *_checkpoints(folder), -1)
 
 
 # --- metrics and checkpoints ----------------------------------------------------------------------
 
 
-def commit(folders: Sequence[Path], step: int, lines: Sequence[Sequence[Line]], states: Any) -> None:
+def commit(folders: Sequence[Path], step: int, lines: Sequence[Sequence[files.Line]], states: Any) -> None:
     """Writes what one chunk of steps added, in the order that makes it atomic over the seeds.
 
     Args:
@@ -216,14 +137,14 @@ def commit(folders: Sequence[Path], step: int, lines: Sequence[Sequence[Line]], 
     folder = folders[0]
     try:
         for folder, added in zip(folders, lines, strict=True):
-            append(folder / "metrics.jsonl", added)
+            files.append(folder / "metrics.jsonl", added)
         with orbax.saving() as save:
             for k, folder in enumerate(folders):
                 save(folder / "checkpoint" / str(step), jax.tree.map(lambda a, k=k: a[k], states))
         for folder in folders:
             _remove_checkpoints(folder, except_step=step)
     except Exception as error:  # Orbax has many for a full disk
-        raise RunError(
+        raise files.RunError(
             f"{folder} cannot take step {step}: {orbax.reason(error)}; what was committed before is whole, and --resume "
             "goes on there once it can be written"
         ) from error
@@ -276,9 +197,9 @@ def rewind(folders: Sequence[Path], like: Any, step: int | None = None) -> tuple
     for folder in folders:
         _remove_checkpoints(folder, except_step=step)
         if step >= 0:
-            keep_until(folder / "metrics.jsonl", step)
+            files.keep_until(folder / "metrics.jsonl", step)
         else:
-            write(folder / "metrics.jsonl", "")
+            files.write(folder / "metrics.jsonl", "")
         for part in folder.glob("*.part"):  # of a killed process
             part.unlink()
     return None if states is None else (step, jax.tree.map(lambda *leaves: np.stack(leaves), *states))
@@ -288,7 +209,7 @@ def load(folder: Path, like: Any) -> Any:
     """The state at one seed's last checkpoint, in the structure of `like` (arrays or shapes)."""
     step = last_step([folder])
     if step is None:
-        raise RunError(f"{folder} has no checkpoint")
+        raise files.RunError(f"{folder} has no checkpoint")
     return _load(folder, step, jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like))
 
 
@@ -298,17 +219,17 @@ def _load(folder: Path, step: int, target: Any) -> Any:
     try:
         return orbax.restore(path, target)
     except Exception as error:  # Orbax and its file formats have many
-        raise unreadable(path, "it is damaged, or was written by another version of the experiment") from error
+        raise files.unreadable(path, "it is damaged, or was written by another version of the experiment") from error
 
 
 def _require_metrics(path: Path, step: int) -> None:
     """A RunError unless the metrics reach a step, with every line that leads to it."""
-    lines = [line for line in read(path) if line["step"] <= step]
+    lines = [line for line in files.read(path) if line["step"] <= step]
     if not lines or lines[-1]["step"] != step:
         ends = f"ends after step {lines[-1]['step']}" if lines else "is empty" if path.exists() else "is not there"
-        raise unreadable(path, f"it {ends}, and the checkpoint is of step {step}")
+        raise files.unreadable(path, f"it {ends}, and the checkpoint is of step {step}")
     if lines[-1]["step"] - lines[0]["step"] != len(lines) - 1 and lines[0]["step"] == 0:
-        raise unreadable(path, f"it has {len(lines)} lines for the steps 0 to {step}")
+        raise files.unreadable(path, f"it has {len(lines)} lines for the steps 0 to {step}")
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.common import images, report, runs
+from experiments.common import files, images, runs, trained
 from experiments.common.images import Pair
 from experiments.common.pairs import Dataset, Enlarge
 
@@ -19,7 +19,7 @@ def score(dataset: Dataset, enlarge: Enlarge) -> Scores:
 
     def one(pair: Pair) -> dict[str, float | None]:
         found = images.score(enlarge(pair.low.astype(np.float32)), pair.high, dataset.zoom)
-        return {name: runs.number(value) for name, value in found.items()}
+        return {name: files.number(value) for name, value in found.items()}
 
     return {test: {name: one(pair) for name, pair in of.items()} for test, of in dataset.tests.items()}
 
@@ -27,30 +27,30 @@ def score(dataset: Dataset, enlarge: Enlarge) -> Scores:
 def write(folder: Path, scores: Scores) -> None:
     """Writes scores.json, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+    files.write(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
 
 
-def means(scores: Scores) -> runs.Line:
+def means(scores: Scores) -> files.Line:
     """Averages over the images of each set: {"Set5 psnr": ..., "Set5 ssim": ..., ...}, null where one is."""
     line = {}
     for test, of in scores.items():
         for name in ("psnr", "ssim"):
             values = [math.nan if each[name] is None else each[name] for each in of.values()]
-            line[f"{test} {name}"] = runs.number(np.mean(np.asarray(values, np.float64)))
+            line[f"{test} {name}"] = files.number(np.mean(np.asarray(values, np.float64)))
     return line
 
 
-def joined(folder: Path, rows: Mapping[str, report.Row]) -> dict[str, report.Row]:
+def joined(folder: Path, rows: Mapping[str, trained.Row]) -> dict[str, trained.Row]:
     """Bicubic, and those rows that are scored: the scores join the last line of each seed."""
 
-    def read(folder: Path) -> runs.Line:
+    def read(folder: Path) -> files.Line:
         path = folder / "scores.json"
         try:
             return means(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise runs.RunError(f"{path} is damaged; delete it and --resume, which scores again") from error
+            raise files.RunError(f"{path} is damaged; delete it and --resume, which scores again") from error
 
-    scored = {"bicubic": report.Row({"steps": 0}, {}, [[{"step": 0} | read(folder / "bicubic")]])}
+    scored = {"bicubic": trained.Row({"steps": 0}, {}, [[{"step": 0} | read(folder / "bicubic")]])}
     for name, row in rows.items():
         folders = runs.seed_folders(folder, name, len(row.seeds))
         if all((folder / "scores.json").exists() for folder in folders):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import scipy.stats
 
-from experiments.common import report
+from experiments.common import report, trained
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Metric:
     digits: int = 2
     lower: bool = False
 
-    def of(self, row: report.Row) -> list[float]:
+    def of(self, row: trained.Row) -> list[float]:
         """Its last value for each seed."""
         return [self.factor * value for value in row.last(self.name)]
 
-    def difference(self, a: report.Row, b: report.Row) -> tuple[float, float]:
+    def difference(self, a: trained.Row, b: trained.Row) -> tuple[float, float]:
         """Mean and spread of a - b, over the seeds that both have."""
         seeds = min(len(a.seeds), len(b.seeds))
         return report.difference(self.of(a)[:seeds], self.of(b)[:seeds])
@@ -43,7 +43,7 @@ class Metric:
         return f"{mean:+.{self.digits}f}{spread}"
 
 
-Column = Callable[[report.Row], str]
+Column = Callable[[trained.Row], str]
 
 
 def shown(metric: str, digits: int, factor: float = 1.0, when: str = "last") -> Column:
@@ -57,7 +57,7 @@ def shown(metric: str, digits: int, factor: float = 1.0, when: str = "last") -> 
         evaluation.
     """
 
-    def column(row: report.Row) -> str:
+    def column(row: trained.Row) -> str:
         if when == "recent":
             values = row.recent(metric, row.config["evaluate_every"])
         else:
@@ -84,10 +84,10 @@ NORMALIZERS: dict[str, Column] = {
 }
 
 
-def each(rows: Mapping[str, report.Row], columns: Mapping[str, Column], code: bool = True) -> str:
+def each(rows: Mapping[str, trained.Row], columns: Mapping[str, Column], code: bool = True) -> str:
     """A line for each row, with a function of it in each column; `code` sets the rows' names as such.
 
-    >>> print(each({"bn": report.Row({"lr": 0.1}, {}, [])}, config({"rate": "lr"})))
+    >>> print(each({"bn": trained.Row({"lr": 0.1}, {}, [])}, config({"rate": "lr"})))
     | row  | rate |
     | :--- | ---: |
     | `bn` |  0.1 |
@@ -97,7 +97,7 @@ def each(rows: Mapping[str, report.Row], columns: Mapping[str, Column], code: bo
 
 
 def published(
-    rows: Mapping[str, report.Row], metric: Metric, numbers: Mapping[str, float | None], names: Sequence[str]
+    rows: Mapping[str, trained.Row], metric: Metric, numbers: Mapping[str, float | None], names: Sequence[str]
 ) -> str:
     """A line for each of `names`: the published number, ours, and what it was trained with.
 
@@ -124,7 +124,7 @@ def published(
     return report.table(["row", f"{metric.title}: published", "ours", "ours - published", "seeds", "steps"], lines)
 
 
-def missed(rows: Mapping[str, report.Row], metric: Metric, numbers: Mapping[str, float]) -> str:
+def missed(rows: Mapping[str, trained.Row], metric: Metric, numbers: Mapping[str, float]) -> str:
     """Says which published numbers lie further from ours than two standard deviations over our seeds."""
     if not any(row in rows for row in numbers):
         return "None of these rows has a published number."
@@ -164,7 +164,7 @@ def answer(mean: float, std: float, lower: bool = False) -> str:
     return f"{'yes,' if (mean < 0) == lower else 'no, the opposite'} by more than the spread over seeds"
 
 
-def compared(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tuple[str, str]]) -> str:
+def compared(rows: Mapping[str, trained.Row], metric: Metric, claims: Sequence[tuple[str, str]]) -> str:
     """A sentence: the difference of each pair (a, b) that was run, paired over seeds, and what it is beside its spread."""
     said = []
     for a, b in claims:
@@ -175,7 +175,7 @@ def compared(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tu
     return f"{metric.title[:1].upper()}{metric.title[1:]}, paired over seeds: {'; '.join(said)}." if said else ""
 
 
-def differences(rows: Mapping[str, report.Row], metric: Metric) -> str:
+def differences(rows: Mapping[str, trained.Row], metric: Metric) -> str:
     """Each row minus each other row; bold where the mean exceeds the spread."""
 
     def cell(a: str, b: str) -> str:
@@ -195,7 +195,7 @@ def claims(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((a, b) for a, _, b in (claim.partition(" > ") for claim in text.split(", ")))
 
 
-def pairs(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tuple[str, str]]) -> str:
+def pairs(rows: Mapping[str, trained.Row], metric: Metric, claims: Sequence[tuple[str, str]]) -> str:
     """A line for each pair (a, b) that was run: a - b, paired over seeds, and how many seeds have the better a."""
     lines = []
     for a, b in claims:
@@ -209,7 +209,7 @@ def pairs(rows: Mapping[str, report.Row], metric: Metric, claims: Sequence[tuple
     return report.table(head, lines) if lines else ""
 
 
-def exceeding(rows: Mapping[str, report.Row], metric: Metric) -> str:
+def exceeding(rows: Mapping[str, trained.Row], metric: Metric) -> str:
     """Says which differences exceed their spread over seeds."""
     seeds = min(len(row.seeds) for row in rows.values())
     if seeds < 2:

@@ -16,9 +16,9 @@ from normjax.interop._libraries import Path
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a record was read: the library, the keys of the layer, and the empty boxes of its parts."""
+    """Where a record was read: the library that wrote it, the keys of the layer, and the empty boxes of its parts."""
 
-    library: str
+    written_by: str
     path: Path
     boxes: Mapping[str, object]
 

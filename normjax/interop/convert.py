@@ -108,7 +108,7 @@ def write(
             if at in joined:
                 refuse(where, f"the entry {at!r} in the rest too", "one of the two")
             origin = record.origin if isinstance(record, Found) and record.origin else Origin("", (), {})
-            box = origin.boxes.get(part) if origin.library == library else None
+            box = origin.boxes.get(part) if origin.written_by == library else None
             flat[_place(at, layer, library, origin, others)] = value if box is None else boxed(box, value)
     return nest(flat)
 
@@ -148,7 +148,7 @@ def _place(at: str, layer: str, library: str, origin: Origin, others: Iterable[P
     keys = libraries.keys_of(at, library)
     if library not in NESTED:
         return keys
-    if origin.library == library and libraries.joined(origin.path, library) == layer:
+    if origin.written_by == library and libraries.joined(origin.path, library) == layer:
         return (*keys[: len(libraries.COLLECTIONS.get(library, ())[:1])], *origin.path, keys[-1])
     return like_neighbours(keys, others, library == "nnx")
 
