@@ -11,7 +11,7 @@ import pytest
 from flax import linen as fnn
 from jax.experimental.jet import jet
 
-from normjax import Normalizer, kernels, linen, normalize, top
+from normjax import TABLE, Normalizer, kernels, linen, normalize, top
 from normjax.batch_extremes import range_batch
 from normjax.conditional import adain
 from normjax.diagnostics import gradient_norm
@@ -179,6 +179,18 @@ def test_second_and_third_derivatives_pass_by_fields_that_are_masked_whole(name)
         want = run(written, jnp.asarray(X), jnp.asarray(along))
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(got))
     jax.tree.map(lambda a, b: near(np.asarray(a), np.asarray(b), 2e-4), got, want)
+
+
+@each(dict.fromkeys(("contrast", "divisive", "response", "instance", "filter")), ("contrast",))
+def test_third_derivatives_of_windows_and_floors_are_finite_where_an_example_is_masked_whole(name):
+    mask = np.arange(len(X))[:, None, None, None] != 1
+
+    def moved(f):
+        return lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+
+    second = moved(moved(lambda x: jnp.sum(jnp.sin(row(TABLE[name], mask)(x)))))
+    assert np.isfinite(quickly(jax.grad(second))(single(X))).all()
+    assert np.isfinite(quickly(moved(second))(single(X)))
 
 
 # Rows without eps.

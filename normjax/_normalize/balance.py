@@ -84,13 +84,13 @@ def balanced(
 ) -> tuple[Normalizer, jax.Array, jax.Array | None, jax.Array | None]:
     """Row, moment, eps and scale of the same output, to the last bit, with a denominator whose derivative is in range."""
     factor: jax.Array | float
+    if n.floor is not None:  # whose denominators are compared, and are roots by then
+        return n, moment, eps, scale
     if is_positive(n, eps) and n.power in (0.5, 0.75):  # a general power of what is far from one is less exact
         k = 2.0 ** (-STEP * math.floor((120 / (n.power + 1) + math.log2(n.eps)) / STEP))
         n, factor = dataclasses.replace(n, eps=n.eps * k, gain=n.gain * k), k**n.power
-    elif n.floor is None:
+    else:
         s = towards_one(smoothed(moment, n, eps), STEP)
         eps, moment, factor = s * (n.eps if eps is None else eps), s * moment, 1 / inverse_power(s, n.power)
-    else:
-        return n, moment, eps, scale
     factor = jnp.asarray(factor, dtype)
     return n, moment, eps, factor if scale is None else scale * factor
