@@ -13,7 +13,7 @@ def _text(path: PathParts | str) -> str:
 
 
 class ByPath(nnx.Dict):
-    """Variables by the path of a parameter: text, or the tuple that is Flax's key for the same.
+    """Variables by the path of a parameter, which is text, or the tuple that Flax has for a key.
 
     >>> scales = ByPath({("dense", "kernel"): nnx.Param(jnp.ones(2))})
     >>> list(scales), scales[("dense", "kernel")].shape, ("dense", "bias") in scales
