@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.harness import Options, Row
-from experiments.common import cli, report, runs
+from experiments.common import cli, files, report
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_ARENA_MAX": "1"}
 LIBRARIES = ("normjax", "jax", "jaxlib", "flax", "optax", "numpy", "equinox", "dm-haiku", "torch")
@@ -190,7 +190,7 @@ def finish(result: Result, options: Options, argv: Sequence[str] | None, script:
     content = facts | result.extra | {"rows": [asdict(row) for row in result.rows]}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        runs.write(options.out / f"{name}.json", json.dumps(content, indent=1) + "\n")
-        runs.write(options.out / f"{name}.md", text)
+        files.write(options.out / f"{name}.json", json.dumps(content, indent=1) + "\n")
+        files.write(options.out / f"{name}.md", text)
         report.save(result.figure, options.out / f"{name}.png")
     return content

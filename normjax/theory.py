@@ -196,9 +196,7 @@ def statistics(
     (Array([-1.,  1.], dtype=float32), Array([2.], dtype=float32), Array([1.], dtype=float32))
     """
     if mean is None and n.mean is not None:
-        mean = (
-            E(x, n.mean) if n.var is not None else _leaves.nan_if_infinite(E(x, n.mean))
-        )  # else the moment is infinite
+        mean = _leaves.nan_if_infinite(E(x, n.mean)) if n.var is None else E(x, n.mean)  # the moment tells
     v = x if mean is None else E.only(x - mean)
     if moment is None and n.var is not None:
         moment = _leaves.nan_if_infinite(E(v, n.var, n.order), n.gain)
