@@ -189,7 +189,7 @@ def test_full_disk_is_one_sentence_and_the_run_goes_on_with_the_same_bits(capsys
 
     arguments = ["--out", str(tmp_path), "--rows", "slow"]
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "append", append)
+        patch.setattr(files, "append", append)
         said = refused(capsys, toy.main, *arguments).splitlines()[-1]
     assert said == (
         f"error: {tmp_path / 'toy' / 'slow' / 'seed-0'} cannot take step 4: No space left on device; what was committed "

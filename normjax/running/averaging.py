@@ -3,11 +3,14 @@
 Nothing that is not finite is ever stored, and a field without a valid element leaves its statistic as it was.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.experimental.jet import jet_rules, zero_prop
 from jax.typing import ArrayLike
 
 from normjax._expect.arrays import statistics_dtype
@@ -17,6 +20,8 @@ from normjax.running.state import AVERAGES, Running, _require_kinds
 from normjax.theory import Normalizer, Stats, row
 
 _Given = jax.Array | None
+
+jet_rules.setdefault(lax.reduce_and_p, functools.partial(zero_prop, lax.reduce_and_p))  # JAX lacks it; booleans do not move
 
 
 def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging: str = "exponential") -> Running:

@@ -2,14 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
+from normjax._expect import extremes
 from normjax._expect.arrays import statistics_dtype
-from normjax._expect.expectation import expect
+from normjax._expect.expectation import OverFields, expect
 from normjax._expect.ranges import towards_one
 from normjax._leaves import one_of
 from normjax._normalize.evaluate import normalize
-from normjax.field import FieldError
+from normjax.field import Field, FieldError
 from normjax.theory import Normalizer
 from normjax.weights import _kernel
 from normjax.weights._kernel import INPUTS, KERNEL, OUTPUTS, AnyField
@@ -198,9 +200,11 @@ def norm_bound(
     kernel = _kernel.zero_masked_kernel(kernel, mask)
     n = _kernel.lp_norm(kernel, p, layout, field)
     kernel = kernel.astype(statistics_dtype(kernel.dtype))
-    s = towards_one(
-        jnp.max(jnp.abs(kernel), initial=0)
-    )  # exact, so that powers of small and of large weights are floats
+    # One factor for all outputs and all shards, exact, so that powers of small and of large weights are floats.
+    E, size = OverFields(layout, kernel.shape), lax.stop_gradient(jnp.abs(kernel))
+    for every in (field, outputs):
+        size = extremes.pooled_maximum(size, E.plan(Field.parse(every)))
+    s = towards_one(jnp.max(size, initial=0))
     norms = _kernel.root(n.gain * normalize(kernel * s.astype(kernel.dtype), n, layout).stats.var, n.power)
     rho = expect(norms if rule == "mean" else norms**2, outputs, layout)
     if rho.size != 1:
