@@ -21,7 +21,8 @@ from normjax.theory import Normalizer, Stats, row
 
 _Given = jax.Array | None
 
-jet_rules.setdefault(lax.reduce_and_p, functools.partial(zero_prop, lax.reduce_and_p))  # JAX lacks it; booleans do not move
+# JAX lacks this one; booleans do not move.
+jet_rules.setdefault(lax.reduce_and_p, functools.partial(zero_prop, lax.reduce_and_p))
 
 
 def update(running: Running, batch: Stats, momentum: ArrayLike = 0.99, averaging: str = "exponential") -> Running:
