@@ -50,6 +50,11 @@ def computed_again(again: jax.Array, known: jax.Array) -> jax.Array:
     return _again_p.bind(again, known)
 
 
+def on_cpu_else_zero(statistic: jax.Array) -> jax.Array:
+    """A statistic that is zero to rounding, computed on the CPU alone."""
+    return computed_again(statistic, jnp.zeros_like(statistic))
+
+
 def _say(x: jax.Array, *, use: int) -> jax.Array:
     return jnp.where(x != x, x + x.dtype.type(use), x) if use else lax.optimization_barrier(x)
 

@@ -23,15 +23,15 @@ import jax.numpy as jnp
 from jax.experimental.jet import JetTrace
 from jax.typing import DTypeLike
 
-from normjax._expect.arrays import statistics_dtype
 from normjax._expect.binding import Bound
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard
 from normjax._expect.sizes import at_least
 from normjax._expect.xla import FOR_Y, distinct_copy
 from normjax._normalize import tangents
-from normjax._normalize.tangents import Known, Parts, Tangents, divisor
-from normjax.theory import Normalizer, output, scale_and_shift, statistics
+from normjax._normalize.moments import of_field
+from normjax._normalize.tangents import Known, Outputs, Parts, Tangents, divisor
+from normjax.theory import Normalizer, output, scale_and_shift
 
 LARGE = 2**20  # elements; 4 MB of float32
 
@@ -74,38 +74,44 @@ def in_passes(bound: Bound) -> bool:
 
 def ruled(n: Normalizer, E: OverFields, dtype: DTypeLike, x: jax.Array, *small: jax.Array | None) -> Parts:
     """The equation with its derivative rule, for what `has_rule`, y of this dtype; `small` is eps, scale and bias."""
-    return _ruled(n, E, dtype, in_passes(E.plan(divisor(n)).bound), x, *small)
+    y, pivot, rest, moment = _ruled(n, E, dtype, in_passes(E.plan(divisor(n)).bound), False, x, *small)
+    known = Known(x.astype(moment.dtype), pivot, rest, moment)
+    mean = pivot if pivot is None or rest is None else pivot + rest
+    return y, known.centred(), mean, moment
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _ruled(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, x, eps, scale, bias) -> Parts:
-    """The equation; with `own_pass`, y shares nothing big with the statistics."""
-    x = x.astype(statistics_dtype(x.dtype))
-    v, mean, moment = statistics(x, n, E)
-    if own_pass and moment is not None:
-        around = x if mean is None else x - distinct_copy(mean, FOR_Y)
-        y = output(x, around, distinct_copy(moment, FOR_Y), n, E, eps)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _ruled(
+    n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, differentiated: bool, x, eps, scale, bias
+) -> Outputs:
+    """The output and the statistics; with `own_pass`, the output shares nothing big with these."""
+    pivot, rest, moment = of_field(x, n, E, differentiated)
+    known = Known(x.astype(moment.dtype), pivot, rest, moment)
+    if own_pass:
+        y = output(known.x, known.centred(FOR_Y), distinct_copy(moment, FOR_Y), n, E, eps)
     else:
-        y = output(x, v, moment, n, E, eps)
-    return scale_and_shift(y, scale, bias).astype(dtype), v, mean, moment
+        y = output(known.x, known.centred(), moment, n, E, eps)
+    return scale_and_shift(y, scale, bias).astype(dtype), pivot, rest, moment
 
 
 @_ruled.defjvp
-def _derive(n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, primals, moves) -> tuple[Parts, Parts]:
+def _derive(
+    n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, differentiated: bool, primals, moves
+) -> tuple[Outputs, Outputs]:
     x, eps, scale, _ = primals
     bound, large = E.plan(divisor(n)).bound, at_least(x.size, LARGE, unknown=False)
-    results = _ruled(n, E, dtype, large or in_passes(bound), *primals)
-    _, _, mean, moment = results
+    results = _ruled(n, E, dtype, large or in_passes(bound), True, *primals)
+    _, pivot, rest, moment = results
     if not bound.pooled:
         form = tangents.windowed
-    elif _is_small(x, mean, moment, eps, scale):
+    elif _is_small(x, pivot, moment, eps, scale):
         form = tangents.pooled
     elif large and _is_bare(n, bound, x, eps):
         form = tangents.rowwise_bare
     else:
         form = functools.partial(tangents.rowwise, large=large)
     keep_x = jax.checkpoint(functools.partial(form, n, E, dtype), prevent_cse=False)
-    return results, keep_x(Known(x, mean, moment, eps, scale), Tangents(*moves))
+    return results, keep_x(Known(x, pivot, rest, moment, eps, scale), Tangents(*moves))
 
 
 def _is_small(x, *parts) -> bool:

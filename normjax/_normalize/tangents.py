@@ -27,13 +27,25 @@ from normjax.theory import Normalizer, is_positive, smoothed
 
 
 class Known(NamedTuple):
-    """What the tangent is computed from: x, and what is small; None where there is none."""
+    """What the tangent is computed from: x, and what is small; None where there is none, and for a rest of zero."""
 
     x: jax.Array
-    mean: jax.Array | None
+    pivot: jax.Array | None
+    rest: jax.Array | None
     moment: jax.Array
-    eps: jax.Array | None
-    scale: jax.Array | None
+    eps: jax.Array | None = None
+    scale: jax.Array | None = None
+
+    def centred(self, use: int | None = None, wide: Callable[[jax.Array], jax.Array] = lambda s: s) -> jax.Array:
+        """The array around its mean, or around a copy of it for a use of its own; `wide` broadcasts against x."""
+        if self.pivot is None:
+            return self.x
+        v = self.x - wide(self.pivot if use is None else distinct_copy(self.pivot, use))
+        return v if self.rest is None else v - wide(self.rest)
+
+    def left(self, sum_of_v: jax.Array) -> jax.Array:
+        """What rounding left of the mean in E[v]: nothing off the CPU where there is a rest."""
+        return sum_of_v if self.rest is None else xla.on_cpu_else_zero(sum_of_v)
 
 
 class Tangents(NamedTuple):
@@ -45,7 +57,8 @@ class Tangents(NamedTuple):
     bias: jax.Array | None
 
 
-Parts = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]  # y, v, mean, moment, or the tangents of these
+Parts = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]  # y, v, mean, moment
+Outputs = tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]  # y, pivot, rest, moment, or their tangents
 
 
 def divisor(n: Normalizer) -> Field:
@@ -54,17 +67,20 @@ def divisor(n: Normalizer) -> Field:
     return n.var
 
 
-def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Parts:
-    """Tangents of (y, v, mean, moment), linear in those of the arguments: dy = alpha dx + gamma v + beta."""
-    mean, moment, positive = known.mean, known.moment, is_positive(n, known.eps)
-    x, dx = known.x.astype(moment.dtype), d.x.astype(moment.dtype)
-    dmean, dv, dm = _moments_of(n, E, _centred(x, mean, FOR_GRADIENT), dx, _centred(x, mean, FOR_ROUNDING))
+def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Outputs:
+    """Tangents of (y, pivot, rest, moment), linear in those of the arguments: dy = alpha dx + gamma v + beta."""
+    moment, positive, narrow = known.moment, is_positive(n, known.eps), known.x.dtype.itemsize < 4
+    known, dx = known._replace(x=known.x.astype(moment.dtype)), d.x.astype(moment.dtype)
+    x = known.x
+    dmean, dm = _moments_of(n, E, known, dx, FOR_GRADIENT, FOR_ROUNDING)
     q, dq = smoothed(moment, n, known.eps), _smoothed_tangent(n, dm, d.eps)
     r = inverse_power(q, n.power, positive)
     alpha = r if known.scale is None else r * known.scale
     gamma = alpha * _relative(n, q, dq, positive)
     along = functools.partial(xla.broadcast_in_order, x=x)
     beta = None if dmean is None or n.keep_mean else -alpha * dmean
+    if beta is not None and narrow:  # XLA fuses this better with what makes dx, for 16 bits alone
+        dx, beta = dx - along(dmean), None
     if n.keep_mean:
         dy = along(alpha) * dx + along(gamma) * x
         if d.scale is not None:
@@ -72,17 +88,17 @@ def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tang
     else:
         if d.scale is not None:
             gamma = gamma + r * d.scale
-        dy = along(alpha) * dx + along(gamma) * _centred(x, mean, FOR_SCALE)
+        dy = along(alpha) * dx + along(gamma) * known.centred(FOR_SCALE)
     if d.bias is not None:
         beta = d.bias if beta is None else beta + d.bias
     if beta is not None:
         dy = dy + along(beta)
-    return dy.astype(dtype), dv, dmean, dm
+    return dy.astype(dtype), dmean, _still(known.rest), dm
 
 
-def _centred(x: jax.Array, mean: jax.Array | None, use: int) -> jax.Array:
-    """The array around a copy of the mean of its own."""
-    return x if mean is None else x - distinct_copy(mean, use)
+def _still(rest: jax.Array | None) -> jax.Array | None:
+    """The tangent of the rest; that of the mean is all the pivot's."""
+    return None if rest is None else jnp.zeros_like(rest)
 
 
 def _smoothed_tangent(n: Normalizer, dm: jax.Array, deps: jax.Array | None) -> jax.Array:
@@ -100,21 +116,21 @@ def _slope(n: Normalizer, q: jax.Array, positive: bool) -> jax.Array:
     return -n.power * (1 / q if positive else inverse_power(q, 1.0))
 
 
-def rowwise(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents, *, large: bool) -> Parts:
+def rowwise(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents, *, large: bool) -> Outputs:
     """The tangents of `pooled`, where the products with scale are of the size of x.
 
     Without copies where x is not large: in a CPU's caches, what is shared costs less than what is computed twice.
     """
     copy = distinct_copy if large else lambda statistic, _: statistic
-    x, dx = known.x.astype(known.moment.dtype), d.x.astype(known.moment.dtype)
-    v = x if known.mean is None else x - copy(known.mean, FOR_GRADIENT)
-    dmean, dv, dm = _moments_of(n, E, v, dx, v)
+    known, d = known._replace(x=known.x.astype(known.moment.dtype)), d._replace(x=d.x.astype(known.moment.dtype))
+    use = FOR_GRADIENT if large else None
+    v, (dmean, dm) = known.centred(use), _moments_of(n, E, known, d.x, use, use)
     m = copy(known.moment, FOR_GRADIENT)
-    dy = _rowwise_output(n, known._replace(x=x), d._replace(x=dx), v, m, dmean, dm, copy, lambda statistic: statistic)
-    return dy.astype(dtype), dv, dmean, dm
+    dy = _rowwise_output(n, known, d, v, m, dmean, dm, copy, lambda statistic: statistic)
+    return dy.astype(dtype), dmean, _still(known.rest), dm
 
 
-def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Parts:
+def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Outputs:
     """The tangents of `rowwise` for large arrays: reshapes of the statistics would break the one pass of XLA:CPU."""
     shape, whole = known.x.shape, E.plan(divisor(n)).bound.whole
     kept = tuple(i for i in range(len(shape)) if i not in whole)
@@ -132,16 +148,16 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
         return None if statistic is None else statistic.reshape([1 if i in whole else n for i, n in enumerate(shape)])
 
     x, dx = known.x.astype(known.moment.dtype), d.x.astype(known.moment.dtype)
-    mean, moment = narrow(known.mean), known.moment.reshape([shape[i] for i in kept])
-    v = x if mean is None else x - wide(distinct_copy(mean, FOR_GRADIENT))
-    v = v if n.mean is None else v - wide(average(v))  # what rounding left of the mean, as in `_moments_of`
+    moment = known.moment.reshape([shape[i] for i in kept])
+    bare = known._replace(x=x, pivot=narrow(known.pivot), rest=narrow(known.rest), moment=moment)
+    v = bare.centred(FOR_GRADIENT, wide)
+    v = v if n.mean is None else v - wide(known.left(average(v)))
     dmean = None if n.mean is None else average(dx)
-    dv, dm = dx if dmean is None else dx - wide(dmean), 2 * average(v * dx)
+    dm = 2 * average(v * dx)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
     m = xla.computed_again(nan_if_infinite(average(v * v), n.gain), distinct_copy(moment, FOR_GRADIENT))
-    bare = known._replace(x=x, mean=mean, moment=moment)
     dy = _rowwise_output(n, bare, d._replace(x=dx), v, m, dmean, dm, distinct_copy, wide)
-    return dy.astype(dtype), dv, restored(dmean), restored(dm)
+    return dy.astype(dtype), restored(dmean), _still(known.rest), restored(dm)
 
 
 def _rowwise_output(
@@ -156,47 +172,47 @@ def _rowwise_output(
     wide: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """The tangent of y, given v, the moment m and the tangents of both statistics; `wide` broadcasts against x."""
-    x, mean = known.x, known.mean
     power = functools.partial(inverse_power, positive=is_positive(n, known.eps))
     q, dq = smoothed(m, n, known.eps), _smoothed_tangent(n, dm, d.eps)
     r = power(q, n.power)
     # Signs go with what is small, so that no copy of the cotangent is made for them.
-    dy = wide(r) * d.x + (x if n.keep_mean else v) * wide(r * _relative(n, q, dq, is_positive(n, known.eps)))
+    dy = wide(r) * d.x + (known.x if n.keep_mean else v) * wide(r * _relative(n, q, dq, is_positive(n, known.eps)))
     if dmean is not None and not n.keep_mean:
         dy = dy + wide(-r * dmean)
     if known.scale is not None:
         dy = dy * copy(known.scale, FOR_GRADIENT)
     if d.scale is not None:
         r = power(smoothed(copy(known.moment, FOR_SCALE), n, known.eps), n.power)
-        around = x if mean is None or n.keep_mean else x - wide(copy(mean, FOR_SCALE))
+        around = known.x if n.keep_mean else known.centred(FOR_SCALE if copy is distinct_copy else None, wide)
         dy = dy + around * wide(r) * d.scale
     if d.bias is not None:
         dy = dy + d.bias
-    return jnp.broadcast_to(dy, x.shape)
+    return jnp.broadcast_to(dy, known.x.shape)
 
 
-def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Parts:
+def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Outputs:
     """The tangents of `pooled`, where the array is pooled first and the windows are windows of small maps.
 
     The windows stand between the sums over x and the gradient of x, so that each sum has its own copies. What is small is
     multiplied before it meets a sum, and copied, so that no sum is written out in one pass with constants of its size.
     """
     plan = E.plan(divisor(n))
-    mean, moment, scale, whole = known.mean, known.moment, known.scale, plan.bound.whole
+    mean, moment, scale, whole = known.pivot, known.moment, known.scale, plan.bound.whole
     pool, slide = (functools.partial(total, plan=part) for part in pooled_and_windowed(plan))
     count = counts(plan, moment.dtype).astype(moment.dtype)
-    x, dx = known.x.astype(moment.dtype), d.x.astype(moment.dtype)
+    known, dx = known._replace(x=known.x.astype(moment.dtype)), d.x.astype(moment.dtype)
+    x = known.x
     q, positive = smoothed(moment, n, known.eps), is_positive(n, known.eps)
     r = inverse_power(q, n.power, positive)
     slope = _slope(n, q, positive)
 
     def divided(use: int) -> jax.Array:
-        return x if n.keep_mean else _centred(x, mean, use)
+        return x if n.keep_mean else known.centred(use)
 
     def scaled(term: jax.Array, use: int) -> jax.Array:
         return term if scale is None else term * distinct_copy(scale, use)
 
-    seen = pool(_centred(x, mean, FOR_GRADIENT) * dx)
+    seen = pool(known.centred(FOR_GRADIENT) * dx)
     around = None if mean is None else slide(pool(dx))
     dmean = None if around is None else around / count
     if mean is not None and around is not None:
@@ -215,7 +231,7 @@ def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Ta
         dy = dy + divided(FOR_SCALE) * distinct_copy(r, FOR_SCALE) * d.scale
     if d.bias is not None:
         dy = dy + d.bias
-    return dy.astype(dtype), dx if dmean is None else dx - dmean, dmean, dm
+    return dy.astype(dtype), dmean, None, dm
 
 
 def _outer(small: jax.Array, scale: jax.Array | None, x: jax.Array, whole: tuple[int, ...]) -> jax.Array:
@@ -233,16 +249,15 @@ def _outer(small: jax.Array, scale: jax.Array | None, x: jax.Array, whole: tuple
 
 
 def _moments_of(
-    n: Normalizer, E: OverFields, v: jax.Array, dx: jax.Array, same: jax.Array
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Tangents of the mean, of v and of the moment; `same` is another copy of v."""
-    a, b = n.mean, divisor(n)
+    n: Normalizer, E: OverFields, known: Known, dx: jax.Array, use: int | None, use_of_sum: int | None
+) -> tuple[jax.Array | None, jax.Array]:
+    """Tangents of the mean and of the moment."""
+    v, a, b = known.centred(use), n.mean, divisor(n)
     if a is None:
-        return None, dx, 2 * E(v * dx, b)
+        return None, 2 * E(v * dx, b)
     dmean = E(dx, a)
-    dv = dx - dmean
     if a != b:
-        return dmean, dv, 2 * E(v * dv, b)
+        return dmean, 2 * E(v * (dx - dmean), b)
     # E[v dv] without a chained reduction. E[v] is what rounding left of the mean: not small beside the v of a small field,
     # or where the mean is large.
-    return dmean, dv, 2 * (E(v * dx, b) - E(same, b) * dmean)
+    return dmean, 2 * (E(v * dx, b) - known.left(E(known.centred(use_of_sum), b)) * dmean)
