@@ -14,6 +14,7 @@ XLA computes the sums of one pass together, and on a TPU with the product of mat
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ from normjax.theory import Normalizer, statistics
 FAST_MEMORY = 2**26  # bytes, half of what a TPU v5e keeps on the chip: a second pass over so little costs no traffic
 SHARE = 16  # one in so many elements makes the pivot
 
+moments_p = Primitive("moments")
+moments_p.multiple_results = True
 Statistics = tuple[jax.Array | None, jax.Array | None, jax.Array]  # pivot, rest, moment; rest None for zero
 
 
@@ -118,6 +121,15 @@ def _batch(args: tuple[jax.Array], dims: tuple[int], *, axes: tuple[int, ...], *
     return moments_p.bind(x, axes=axes, **params), [dim] * 3
 
 
+_bind = jax.jit(lambda x, **params: moments_p.bind(x, **params), static_argnames=("axes", "differentiated", "exact"))
+
+
+def _compiled(x: jax.Array, **params: Any) -> list[jax.Array]:
+    """Outside of `jit` the moments are a program of their own, of the form of the platform where x lies."""
+    with jax.disable_jit(False):
+        return _bind(x, **params)
+
+
 def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact: bool) -> list[jax.Array]:
     return two_passes(x, axes, exact)
 
@@ -133,9 +145,7 @@ def _on_tpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact:
     return guarded(x, axes) if beyond else two_passes(x, axes, True)
 
 
-moments_p = Primitive("moments")
-moments_p.multiple_results = True
-moments_p.def_impl(jax.jit(moments_p.bind, static_argnames=("axes", "differentiated", "exact")))
+moments_p.def_impl(_compiled)
 moments_p.def_abstract_eval(_moments)
 batching.primitive_batchers[moments_p] = _batch
 for form, platform in ((_on_cpu, "cpu"), (_on_gpu, "cuda"), (_on_gpu, "rocm"), (_on_tpu, "tpu")):
