@@ -97,10 +97,12 @@ def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _part(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """One in SHARE elements of each field, spread evenly, in pieces that a memory reads whole."""
-    left, steps = SHARE, [1] * x.ndim
-    for axis in sorted(axes, key=lambda axis: (axis == x.ndim - 1, axis == 0)):  # last the rows, and what devices share
+    """One in SHARE elements of each field, spread evenly; along the last axis in pieces, as a memory is read."""
+    left, steps, last = SHARE, [1] * x.ndim, x.ndim - 1
+    for axis in sorted(axes, key=lambda axis: (axis == last, axis == 0)):  # last the rows, and what devices share
         if left > 1 and is_known(x.shape[axis]) and along_one_shard(x, (axis,)):
+            if axis == last and left == SHARE and x.shape[axis] % (SHARE * SHARE) == 0:
+                return x.reshape(*x.shape[:last], -1, SHARE * SHARE)[..., :SHARE].reshape(*x.shape[:last], -1)
             steps[axis] = min(left, x.shape[axis])
             left //= steps[axis]
     return lax.slice(x, [0] * x.ndim, x.shape, steps)
