@@ -1,0 +1,108 @@
+"""What each platform's program computes: the forms of the moments, their bounds, and the derivatives that go with them.
+
+The programs of a GPU and of a TPU run here on the CPU: a fixture has the CPU lower the primitives as these do.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import mlir
+
+from normjax import TABLE, normalize
+from normjax._expect import xla
+from normjax._normalize import moments
+from tests.rows import EXTRA, example, jit, slow_but
+
+EPS = float(np.finfo(np.float32).eps)
+FORMS = {
+    "two passes": (functools.partial(moments.two_passes, corrected=False), 1),
+    "corrected": (functools.partial(moments.two_passes, corrected=True), 1),
+    "pivoted": (moments.pivoted, 4),
+    "guarded": (moments.guarded, 1),
+}
+ON = {"gpu": moments._on_gpu, "tpu": moments._on_tpu}
+AS_ON_CPU = ((moments.moments_p, moments._on_cpu, True), (xla._said_p, xla._say, False))
+
+
+@pytest.fixture(params=list(ON))
+def elsewhere(request, monkeypatch):
+    """The CPU runs the program of another platform; on a TPU, that of an array beyond its fast memory."""
+    monkeypatch.setattr(moments, "FAST_MEMORY", 0)
+    for primitive, form in ((moments.moments_p, ON[request.param]), (xla._said_p, xla._say_elsewhere)):
+        register(primitive, form, primitive.multiple_results)
+    yield request.param
+    for primitive, form, several in AS_ON_CPU:
+        register(primitive, form, several)
+
+
+def register(primitive, form, several):
+    mlir.register_lowering(primitive, mlir.lower_fun(form, multiple_results=several), platform="cpu")
+    jax.clear_caches()
+
+
+def inputs(n):
+    """Rows of n elements: means, outliers, steps and combs where a pivot is taken, heavy tails, nearly constant."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((16, n))
+    for ratio in (0, 2, 4, 1e2, 1e3, 1e4, 1e5):
+        yield f"mean {ratio:g} deviations", z + ratio
+    yield "outlier", np.where(np.arange(n) == 0, 1e6, z)
+    for width in (1, 16, 128, max(n // 16, 2)):
+        yield f"step of {width}", z + 1e3 * (np.arange(n) < width)
+        yield f"comb of {width}", z + 1e3 * (np.arange(n) % (16 * width) < width)
+    yield "heavy tails", rng.standard_cauchy((16, n))
+    yield "nearly constant", 1 + 1e-6 * z
+    yield "constant", np.full((16, n), 3.3)
+    yield "zero", np.zeros((16, n))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("n", [5, 48, 1024, 4800])
+def test_every_form_of_the_moments_is_within_its_bound_of_float64(n, axis):
+    @functools.partial(jax.jit, static_argnums=0)
+    def normalized(form, x):
+        pivot, rest, m = form(x, (axis,))
+        return ((x - pivot) - rest) * jax.lax.rsqrt(m + 1e-5)
+
+    for name, z in inputs(n):
+        x = (z if axis else z.T).astype(np.float32)
+        exact = x.astype(np.float64)
+        mean, std = exact.mean(axis, keepdims=True), np.sqrt(exact.var(axis, keepdims=True) + 1e-5)
+        y = (exact - mean) / std
+        allowed = 4 * EPS * (np.abs(y) + 1 + np.abs(mean) / std)
+        for said, (form, bound) in FORMS.items():
+            assert np.max(np.abs(normalized(form, x) - y) / allowed) <= bound, (said, name)
+
+
+ROWS = ("batch", "token", "layer", "instance", "group", "variance", "keep_mean_token", "ghost", "extended")
+
+
+@pytest.mark.parametrize("name", slow_but(ROWS, "token", "group"))
+def test_values_and_derivatives_are_those_of_the_equation(elsewhere, name):
+    """The equation as it stands is what a mask of ones makes of it."""
+    n, x = {**TABLE, **EXTRA}[name], example(name, dtype=np.float64)[:, :3, :2] + 3
+    rng = np.random.default_rng(1)
+    scale, bias = rng.normal(1, 0.1, (2, x.shape[-1]))
+    dx, ct, ones = *rng.normal(size=(2, *x.shape)), np.ones(x.shape, bool)
+
+    def everything(x, dx, ct, scale, bias, mask=None):
+        def f(x, scale, bias):
+            out = normalize(x, n, scale=scale, bias=bias, mask=mask)
+            return jnp.vdot(out.y, ct) + 0.1 * jnp.sum(jnp.sin(out.centered)) + jnp.sum(jnp.cos(out.stats.var))
+
+        first = jax.grad(f, (0, 1, 2))
+        second = jax.jvp(lambda x: first(x, scale, bias), (x,), (dx,))[1]
+        return (
+            normalize(x, n).y,
+            first(x, scale, bias),
+            second,
+            jax.vmap(jax.grad(f), (0, None, None))(x[None], scale, bias),
+        )
+
+    with jax.enable_x64(True):
+        got = jit(everything)(x, dx, ct, scale, bias)
+        want = jit(functools.partial(everything, mask=ones))(x, dx, ct, scale, bias)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10), got, want)
