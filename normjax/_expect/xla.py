@@ -29,7 +29,6 @@ from normjax._expect.sharding import along_one_shard
 from normjax._expect.sizes import at_least
 
 FOR_GRADIENT, FOR_SCALE, FOR_Y, FOR_SUMS, FOR_ROUNDING, FOR_MEAN = 1, 2, 3, 4, 5, 6
-NOWHERE_ELSE = -1  # no copy: what stands for zero in a program for another platform
 
 _said_p = Primitive("said_to_xla")  # the identity, but for what its lowering for the CPU says
 _again_p = Primitive("computed_again")  # of two equal arrays the second; on the CPU the first
@@ -50,30 +49,24 @@ def computed_again(again: jax.Array, known: jax.Array) -> jax.Array:
     return _again_p.bind(again, known)
 
 
-def on_cpu_else_zero(statistic: jax.Array) -> jax.Array:
-    """A statistic that is zero to rounding, computed on the CPU alone."""
-    return _said_p.bind(statistic, use=NOWHERE_ELSE)
-
-
-def _say_elsewhere(x: jax.Array, *, use: int) -> jax.Array:
-    return jnp.zeros_like(x) if use == NOWHERE_ELSE else x
-
-
 def _say(x: jax.Array, *, use: int) -> jax.Array:
-    if use == NOWHERE_ELSE:
-        return x
     return jnp.where(x != x, x + x.dtype.type(use), x) if use else lax.optimization_barrier(x)
 
 
 def _said_tangent(primals: tuple, tangents: tuple, *, use: int) -> tuple:
     """The tangent of a copy is no copy; that of a barrier is one."""
     (x,), (dx,) = primals, tangents
-    return _said_p.bind(x, use=use), dx if use > 0 or type(dx) is ad.Zero else _said_p.bind(dx, use=use)
+    return _said_p.bind(x, use=use), dx if use or type(dx) is ad.Zero else barrier(dx)
 
 
 def _transpose_again(ct: jax.Array, *_: object) -> list[jax.Array]:
     zero = jnp.zeros_like(ct)
     return [_again_p.bind(ct, zero), _again_p.bind(zero, ct)]
+
+
+def _batch_again(args: tuple, dims: tuple) -> tuple[jax.Array, int]:
+    (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not batching.not_mapped}
+    return _again_p.bind(*(batching.bdim_at_front(x, dim, size) for x, dim in zip(args, dims, strict=True))), 0
 
 
 # What serves one compiler is chosen when a program is lowered for its platform, and so in no program for another.
@@ -82,14 +75,14 @@ _said_p.def_abstract_eval(lambda x, *, use: x)
 ad.deflinear2(_said_p, lambda ct, _, *, use: [_said_p.bind(ct, use=use)])
 ad.primitive_jvps[_said_p] = _said_tangent
 batching.defvectorized(_said_p)
-mlir.register_lowering(_said_p, mlir.lower_fun(_say_elsewhere, multiple_results=False))
+mlir.register_lowering(_said_p, lambda _, x, *, use: [x])
 mlir.register_lowering(_said_p, mlir.lower_fun(_say, multiple_results=False), platform="cpu")
 jet_rules[_said_p] = functools.partial(linear_prop, _said_p)
 
 _again_p.def_impl(lambda again, known: known)
 _again_p.def_abstract_eval(lambda again, known: known)
 ad.deflinear2(_again_p, _transpose_again)
-batching.defbroadcasting(_again_p)
+batching.primitive_batchers[_again_p] = _batch_again
 mlir.register_lowering(_again_p, lambda _, again, known: [known])
 mlir.register_lowering(_again_p, lambda _, again, known: [again], platform="cpu")
 jet_rules[_again_p] = functools.partial(linear_prop, _again_p)

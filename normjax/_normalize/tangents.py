@@ -36,16 +36,21 @@ class Known(NamedTuple):
     eps: jax.Array | None = None
     scale: jax.Array | None = None
 
-    def centred(self, use: int | None = None, wide: Callable[[jax.Array], jax.Array] = lambda s: s) -> jax.Array:
-        """The array around its mean, or around a copy of it for a use of its own; `wide` broadcasts against x."""
-        if self.pivot is None:
-            return self.x
-        v = self.x - wide(self.pivot if use is None else distinct_copy(self.pivot, use))
-        return v if self.rest is None else v - wide(self.rest)
+    def around(self, use: int | None = None, wide: Callable[[jax.Array], jax.Array] = lambda s: s) -> jax.Array:
+        """The array around the pivot, or around a copy of it for a use of its own; `wide` broadcasts against x."""
+        return self.x if self.pivot is None else self.x - wide(_copy(self.pivot, use))
 
-    def left(self, sum_of_v: jax.Array) -> jax.Array:
-        """What rounding left of the mean in E[v]: nothing off the CPU where there is a rest."""
-        return sum_of_v if self.rest is None else xla.on_cpu_else_zero(sum_of_v)
+    def centred(self, use: int | None = None, wide: Callable[[jax.Array], jax.Array] = lambda s: s) -> jax.Array:
+        """The array around its mean."""
+        return self.around(use, wide) if self.rest is None else self.around(use, wide) - wide(self.rest)
+
+    def average(self, around: jax.Array) -> jax.Array:
+        """The average of the array around its pivot, given as the CPU computes it: elsewhere it is the rest."""
+        return around if self.rest is None else xla.computed_again(around, self.rest)
+
+
+def _copy(statistic: jax.Array, use: int | None) -> jax.Array:
+    return statistic if use is None else distinct_copy(statistic, use)
 
 
 class Tangents(NamedTuple):
@@ -69,7 +74,7 @@ def divisor(n: Normalizer) -> Field:
 
 def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Outputs:
     """Tangents of (y, pivot, rest, moment), linear in those of the arguments: dy = alpha dx + gamma v + beta."""
-    moment, positive, narrow = known.moment, is_positive(n, known.eps), known.x.dtype.itemsize < 4
+    moment, positive = known.moment, is_positive(n, known.eps)
     known, dx = known._replace(x=known.x.astype(moment.dtype)), d.x.astype(moment.dtype)
     x = known.x
     dmean, dm = _moments_of(n, E, known, dx, FOR_GRADIENT, FOR_ROUNDING)
@@ -79,8 +84,6 @@ def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tang
     gamma = alpha * _relative(n, q, dq, positive)
     along = functools.partial(xla.broadcast_in_order, x=x)
     beta = None if dmean is None or n.keep_mean else -alpha * dmean
-    if beta is not None and narrow:  # XLA fuses this better with what makes dx, for 16 bits alone
-        dx, beta = dx - along(dmean), None
     if n.keep_mean:
         dy = along(alpha) * dx + along(gamma) * x
         if d.scale is not None:
@@ -88,7 +91,10 @@ def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tang
     else:
         if d.scale is not None:
             gamma = gamma + r * d.scale
-        dy = along(alpha) * dx + along(gamma) * known.centred(FOR_SCALE)
+        # The rest goes with what is small: two differences of the size of x are too much for what XLA fuses into a sum.
+        dy = along(alpha) * dx + along(gamma) * known.around(FOR_SCALE)
+        if beta is not None and known.rest is not None:
+            beta = beta - gamma * known.rest
     if d.bias is not None:
         beta = d.bias if beta is None else beta + d.bias
     if beta is not None:
@@ -150,8 +156,8 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
     x, dx = known.x.astype(known.moment.dtype), d.x.astype(known.moment.dtype)
     moment = known.moment.reshape([shape[i] for i in kept])
     bare = known._replace(x=x, pivot=narrow(known.pivot), rest=narrow(known.rest), moment=moment)
-    v = bare.centred(FOR_GRADIENT, wide)
-    v = v if n.mean is None else v - wide(known.left(average(v)))
+    v = bare.around(FOR_GRADIENT, wide)
+    v = v if n.mean is None else v - wide(bare.average(average(v)))
     dmean = None if n.mean is None else average(dx)
     dm = 2 * average(v * dx)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
@@ -252,12 +258,12 @@ def _moments_of(
     n: Normalizer, E: OverFields, known: Known, dx: jax.Array, use: int | None, use_of_sum: int | None
 ) -> tuple[jax.Array | None, jax.Array]:
     """Tangents of the mean and of the moment."""
-    v, a, b = known.centred(use), n.mean, divisor(n)
+    u, a, b = known.around(use), n.mean, divisor(n)
     if a is None:
-        return None, 2 * E(v * dx, b)
+        return None, 2 * E(u * dx, b)
     dmean = E(dx, a)
     if a != b:
-        return dmean, 2 * E(v * (dx - dmean), b)
-    # E[v dv] without a chained reduction. E[v] is what rounding left of the mean: not small beside the v of a small field,
+        return dmean, 2 * E(u * (dx - dmean), b)
+    # E[v dv] without a chained reduction. E[u] is what rounding left of the mean: not small beside the v of a small field,
     # or where the mean is large.
-    return dmean, 2 * (E(v * dx, b) - known.left(E(known.centred(use_of_sum), b)) * dmean)
+    return dmean, 2 * (E(u * dx, b) - known.average(E(known.around(use_of_sum), b)) * dmean)
