@@ -24,22 +24,21 @@ FORMS = {
     "guarded": (moments.guarded, 1),
 }
 ON = {"gpu": moments._on_gpu, "tpu": moments._on_tpu}
-AS_ON_CPU = ((moments.moments_p, moments._on_cpu, True), (xla._said_p, xla._say, False))
 
 
 @pytest.fixture(params=list(ON))
 def elsewhere(request, monkeypatch):
     """The CPU runs the program of another platform; on a TPU, that of an array beyond its fast memory."""
     monkeypatch.setattr(moments, "FAST_MEMORY", 0)
-    for primitive, form in ((moments.moments_p, ON[request.param]), (xla._said_p, xla._say_elsewhere)):
-        register(primitive, form, primitive.multiple_results)
+    register(ON[request.param], lambda x, *, use: x, lambda again, known: known)
     yield request.param
-    for primitive, form, several in AS_ON_CPU:
-        register(primitive, form, several)
+    register(moments._on_cpu, xla._say, lambda again, known: again)
 
 
-def register(primitive, form, several):
-    mlir.register_lowering(primitive, mlir.lower_fun(form, multiple_results=several), platform="cpu")
+def register(of_moments, of_copies, of_pairs):
+    mlir.register_lowering(moments.moments_p, mlir.lower_fun(of_moments, multiple_results=True), platform="cpu")
+    for primitive, form in ((xla._said_p, of_copies), (xla._again_p, of_pairs)):
+        mlir.register_lowering(primitive, mlir.lower_fun(form, multiple_results=False), platform="cpu")
     jax.clear_caches()
 
 

@@ -65,7 +65,7 @@ def _transpose_again(ct: jax.Array, *_: object) -> list[jax.Array]:
 
 
 def _batch_again(args: tuple, dims: tuple) -> tuple[jax.Array, int]:
-    (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not batching.not_mapped}
+    (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
     return _again_p.bind(*(batching.bdim_at_front(x, dim, size) for x, dim in zip(args, dims, strict=True))), 0
 
 

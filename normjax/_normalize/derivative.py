@@ -74,10 +74,8 @@ def in_passes(bound: Bound) -> bool:
 
 def ruled(n: Normalizer, E: OverFields, dtype: DTypeLike, x: jax.Array, *small: jax.Array | None) -> Parts:
     """The equation with its derivative rule, for what `has_rule`, y of this dtype; `small` is eps, scale and bias."""
-    y, pivot, rest, moment = _ruled(n, E, dtype, in_passes(E.plan(divisor(n)).bound), False, x, *small)
-    known = Known(x.astype(moment.dtype), pivot, rest, moment)
-    mean = pivot if pivot is None or rest is None else pivot + rest
-    return y, known.centred(), mean, moment
+    y, mean, rest, moment = _ruled(n, E, dtype, in_passes(E.plan(divisor(n)).bound), False, x, *small)
+    return y, Known(x.astype(moment.dtype), mean, rest, moment).centred(), mean, moment
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -85,13 +83,13 @@ def _ruled(
     n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, differentiated: bool, x, eps, scale, bias
 ) -> Outputs:
     """The output and the statistics; with `own_pass`, the output shares nothing big with these."""
-    pivot, rest, moment = of_field(x, n, E, differentiated)
-    known = Known(x.astype(moment.dtype), pivot, rest, moment)
+    mean, rest, moment = of_field(x, n, E, differentiated)
+    known = Known(x.astype(moment.dtype), mean, rest, moment)
     if own_pass:
         y = output(known.x, known.centred(FOR_Y), distinct_copy(moment, FOR_Y), n, E, eps)
     else:
         y = output(known.x, known.centred(), moment, n, E, eps)
-    return scale_and_shift(y, scale, bias).astype(dtype), pivot, rest, moment
+    return scale_and_shift(y, scale, bias).astype(dtype), mean, rest, moment
 
 
 @_ruled.defjvp
@@ -101,17 +99,17 @@ def _derive(
     x, eps, scale, _ = primals
     bound, large = E.plan(divisor(n)).bound, at_least(x.size, LARGE, unknown=False)
     results = _ruled(n, E, dtype, large or in_passes(bound), True, *primals)
-    _, pivot, rest, moment = results
+    _, mean, rest, moment = results
     if not bound.pooled:
         form = tangents.windowed
-    elif _is_small(x, pivot, moment, eps, scale):
+    elif _is_small(x, mean, moment, eps, scale):
         form = tangents.pooled
     elif large and _is_bare(n, bound, x, eps):
         form = tangents.rowwise_bare
     else:
         form = functools.partial(tangents.rowwise, large=large)
     keep_x = jax.checkpoint(functools.partial(form, n, E, dtype), prevent_cse=False)
-    return results, keep_x(Known(x, pivot, rest, moment, eps, scale), Tangents(*moves))
+    return results, keep_x(Known(x, mean, rest, moment, eps, scale), Tangents(*moves))
 
 
 def _is_small(x, *parts) -> bool:

@@ -1,14 +1,14 @@
 """Mean and central moment over whole axes, in the passes over x that suit each platform, as accurate as two everywhere.
 
-The mean comes as a pair, a pivot p and the small rest e = E[x - p], with v = (x - p) - e: no digit of v is lost where the
-mean is large, and E[v] is zero to the rounding of v itself. Three forms, chosen when a program is lowered for its platform:
+Beside the mean comes its rest, what rounding left of it in E[x - mean]: with v = (x - mean) - rest, no digit of v is lost
+where the mean is large, and E[v] is zero. Three forms, chosen when a program is lowered for its platform:
 
-    two passes  p = E[x], then m = E[(x - p) ** 2] and, off the CPU, e = E[x - p] and m - e ** 2.
-    pivoted     p is the mean of every 16th element or so, u = x - p: e = E[u], m = E[u ** 2] - e ** 2, in one pass. With k
-                of n elements in p, (p - mean) ** 2 <= (n / k) m by Cauchy-Schwarz, so that sums of relative error d make
-                a relative error of m of at most 3 d (1 + n / k), whatever the data.
-    guarded     p = E[x], m = E[x ** 2] - p ** 2 in one pass, where p ** 2 <= 4 m for every field: then E[x ** 2] <= 5 m,
-                and the error of m is at most 15 d. Where it fails for one field, a second pass over x.
+    two passes  The mean, then the moment m around it and, off the CPU, the rest e = E[x - mean], with m less e ** 2.
+    pivoted     One pass around p, the mean of every 16th element or so: e = E[x - p], mean = p + e, m = E[(x - p) ** 2] -
+                e ** 2. With k of n elements in p, (p - mean) ** 2 <= (n / k) m by Cauchy-Schwarz, so that sums of relative
+                error d make a relative error of m of at most 3 d (1 + n / k), whatever the data.
+    guarded     One pass, m = E[x ** 2] - mean ** 2, where mean ** 2 <= 4 m in every field: then E[x ** 2] <= 5 m, and the
+                error of m is at most 15 d. Where it fails in one field, a second pass over x.
 
 XLA computes the sums of one pass together, and on a TPU with the product of matrices that makes x.
 """
@@ -38,24 +38,27 @@ SHARE = 16  # one in so many elements makes the pivot
 
 moments_p = Primitive("moments")
 moments_p.multiple_results = True
-Statistics = tuple[jax.Array | None, jax.Array | None, jax.Array]  # pivot, rest, moment; rest None for zero
+Statistics = tuple[jax.Array | None, jax.Array | None, jax.Array]  # mean, rest, moment
 
 
 def of_field(x: jax.Array, n: Normalizer, E: OverFields, differentiated: bool) -> Statistics:
-    """Pivot, rest and moment of a row of order 2, which is `differentiated` with these statistics or not."""
+    """Mean, rest and moment of a row of order 2, which is `differentiated` with these statistics or not.
+
+    None for a rest that nothing is computed for, or that is nothing beside the rounding of an x of 16 bits.
+    """
     assert n.var is not None
     bound = E.plan(n.var).bound
     if n.mean != n.var or not bound.whole or not bound.pooled or bound.collectives or 0 in x.shape:
         _, mean, moment = statistics(x.astype(statistics_dtype(x.dtype)), n, E)
         return mean, None, moment
-    pivot, rest, moment = moments_p.bind(x, axes=bound.whole, differentiated=differentiated, exact=n.keep_mean)
+    mean, rest, moment = moments_p.bind(x, axes=bound.whole, differentiated=differentiated, exact=n.keep_mean)
     for axis, span in bound.by("blocks"):  # of a group from those of its channels
-        mean = functools.partial(by_blocks, jnp.mean, axis=axis, blocks=local_blocks(bound, axis, span))
-        centre = mean(pivot + rest)
-        apart = (pivot - centre) + rest
-        pivot, rest = centre, mean(apart)
-        moment = mean(moment) + mean((apart - rest) ** 2)
-    return pivot, rest, nan_if_infinite(moment, n.gain)
+        average = functools.partial(by_blocks, jnp.mean, axis=axis, blocks=local_blocks(bound, axis, span))
+        centre = average(mean)
+        apart = (mean - centre) + rest
+        mean, rest = centre, average(apart)
+        moment = average(moment) + average((apart - rest) ** 2)
+    return mean, rest if x.dtype.itemsize > 2 else None, nan_if_infinite(moment, n.gain)
 
 
 def two_passes(x: jax.Array, axes: tuple[int, ...], corrected: bool) -> list[jax.Array]:
@@ -76,7 +79,8 @@ def pivoted(x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
     pivot = _mean(_part(x, axes).astype(work), axes)
     u = x.astype(work) - pivot
     rest = _mean(u, axes)
-    return [pivot, rest, jnp.maximum(_mean(u * u, axes) - rest * rest, 0)]
+    mean = pivot + rest
+    return [mean, (pivot - mean) + rest, jnp.maximum(_mean(u * u, axes) - rest * rest, 0)]
 
 
 def guarded(x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:

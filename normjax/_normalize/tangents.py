@@ -27,26 +27,22 @@ from normjax.theory import Normalizer, is_positive, smoothed
 
 
 class Known(NamedTuple):
-    """What the tangent is computed from: x, and what is small; None where there is none, and for a rest of zero."""
+    """What the tangent is computed from: x, and what is small; None where there is none."""
 
     x: jax.Array
-    pivot: jax.Array | None
+    mean: jax.Array | None
     rest: jax.Array | None
     moment: jax.Array
     eps: jax.Array | None = None
     scale: jax.Array | None = None
 
     def around(self, use: int | None = None, wide: Callable[[jax.Array], jax.Array] = lambda s: s) -> jax.Array:
-        """The array around the pivot, or around a copy of it for a use of its own; `wide` broadcasts against x."""
-        return self.x if self.pivot is None else self.x - wide(_copy(self.pivot, use))
+        """The array around its mean as rounded, or around a copy for a use of its own; `wide` broadcasts against x."""
+        return self.x if self.mean is None else self.x - wide(_copy(self.mean, use))
 
     def centred(self, use: int | None = None, wide: Callable[[jax.Array], jax.Array] = lambda s: s) -> jax.Array:
-        """The array around its mean."""
+        """The array around its mean and the rest of it."""
         return self.around(use, wide) if self.rest is None else self.around(use, wide) - wide(self.rest)
-
-    def average(self, around: jax.Array) -> jax.Array:
-        """The average of the array around its pivot, given as the CPU computes it: elsewhere it is the rest."""
-        return around if self.rest is None else xla.computed_again(around, self.rest)
 
 
 def _copy(statistic: jax.Array, use: int | None) -> jax.Array:
@@ -63,7 +59,7 @@ class Tangents(NamedTuple):
 
 
 Parts = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]  # y, v, mean, moment
-Outputs = tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]  # y, pivot, rest, moment, or their tangents
+Outputs = tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]  # y, mean, rest, moment, or their tangents
 
 
 def divisor(n: Normalizer) -> Field:
@@ -73,17 +69,21 @@ def divisor(n: Normalizer) -> Field:
 
 
 def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tangents) -> Outputs:
-    """Tangents of (y, pivot, rest, moment), linear in those of the arguments: dy = alpha dx + gamma v + beta."""
-    moment, positive = known.moment, is_positive(n, known.eps)
+    """Tangents of (y, mean, rest, moment), linear in those of the arguments: dy = alpha dx + gamma v + beta."""
+    moment, positive, exact = known.moment, is_positive(n, known.eps), known.x.dtype.itemsize > 2
     known, dx = known._replace(x=known.x.astype(moment.dtype)), d.x.astype(moment.dtype)
     x = known.x
-    dmean, dm = _moments_of(n, E, known, dx, FOR_GRADIENT, FOR_ROUNDING)
+    dmean, dm = _moments_of(
+        n, E, known, dx, known.around(FOR_GRADIENT), known.around(FOR_ROUNDING) if exact else None
+    )
     q, dq = smoothed(moment, n, known.eps), _smoothed_tangent(n, dm, d.eps)
     r = inverse_power(q, n.power, positive)
     alpha = r if known.scale is None else r * known.scale
     gamma = alpha * _relative(n, q, dq, positive)
     along = functools.partial(xla.broadcast_in_order, x=x)
     beta = None if dmean is None or n.keep_mean else -alpha * dmean
+    if beta is not None and not exact and d.bias is not None and d.bias.shape == beta.shape:
+        dx, beta = dx - along(dmean), None  # XLA joins this to what makes dx, for 16 bits and means of a batch alone
     if n.keep_mean:
         dy = along(alpha) * dx + along(gamma) * x
         if d.scale is not None:
@@ -103,7 +103,7 @@ def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tang
 
 
 def _still(rest: jax.Array | None) -> jax.Array | None:
-    """The tangent of the rest; that of the mean is all the pivot's."""
+    """The tangent of the rest; that of the mean is exact."""
     return None if rest is None else jnp.zeros_like(rest)
 
 
@@ -128,9 +128,11 @@ def rowwise(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tan
     Without copies where x is not large: in a CPU's caches, what is shared costs less than what is computed twice.
     """
     copy = distinct_copy if large else lambda statistic, _: statistic
+    exact = known.x.dtype.itemsize > 2
     known, d = known._replace(x=known.x.astype(known.moment.dtype)), d._replace(x=d.x.astype(known.moment.dtype))
     use = FOR_GRADIENT if large else None
-    v, (dmean, dm) = known.centred(use), _moments_of(n, E, known, d.x, use, use)
+    u, v = known.around(use), known.centred(use)
+    dmean, dm = _moments_of(n, E, known, d.x, u, u if exact else None)
     m = copy(known.moment, FOR_GRADIENT)
     dy = _rowwise_output(n, known, d, v, m, dmean, dm, copy, lambda statistic: statistic)
     return dy.astype(dtype), dmean, _still(known.rest), dm
@@ -155,9 +157,11 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
 
     x, dx = known.x.astype(known.moment.dtype), d.x.astype(known.moment.dtype)
     moment = known.moment.reshape([shape[i] for i in kept])
-    bare = known._replace(x=x, pivot=narrow(known.pivot), rest=narrow(known.rest), moment=moment)
+    bare = known._replace(x=x, mean=narrow(known.mean), rest=narrow(known.rest), moment=moment)
     v = bare.around(FOR_GRADIENT, wide)
-    v = v if n.mean is None else v - wide(bare.average(average(v)))
+    if n.mean is not None:
+        left = average(v)
+        v = v - wide(xla.computed_again(left, jnp.zeros_like(left) if bare.rest is None else bare.rest))
     dmean = None if n.mean is None else average(dx)
     dm = 2 * average(v * dx)
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
@@ -203,7 +207,7 @@ def windowed(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Ta
     multiplied before it meets a sum, and copied, so that no sum is written out in one pass with constants of its size.
     """
     plan = E.plan(divisor(n))
-    mean, moment, scale, whole = known.pivot, known.moment, known.scale, plan.bound.whole
+    mean, moment, scale, whole = known.mean, known.moment, known.scale, plan.bound.whole
     pool, slide = (functools.partial(total, plan=part) for part in pooled_and_windowed(plan))
     count = counts(plan, moment.dtype).astype(moment.dtype)
     known, dx = known._replace(x=known.x.astype(moment.dtype)), d.x.astype(moment.dtype)
@@ -255,15 +259,18 @@ def _outer(small: jax.Array, scale: jax.Array | None, x: jax.Array, whole: tuple
 
 
 def _moments_of(
-    n: Normalizer, E: OverFields, known: Known, dx: jax.Array, use: int | None, use_of_sum: int | None
+    n: Normalizer, E: OverFields, known: Known, dx: jax.Array, u: jax.Array, same: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Tangents of the mean and of the moment."""
-    u, a, b = known.around(use), n.mean, divisor(n)
+    """Tangents of the mean and of the moment; u is the array around its mean, `same` another copy, None for 16 bits."""
+    a, b = n.mean, divisor(n)
     if a is None:
         return None, 2 * E(u * dx, b)
     dmean = E(dx, a)
     if a != b:
         return dmean, 2 * E(u * (dx - dmean), b)
-    # E[v dv] without a chained reduction. E[u] is what rounding left of the mean: not small beside the v of a small field,
-    # or where the mean is large.
-    return dmean, 2 * (E(u * dx, b) - known.average(E(known.around(use_of_sum), b)) * dmean)
+    dm = E(u * dx, b)
+    if same is not None:
+        # E[v dv] without a chained reduction. E[u] is what rounding left of the mean: not small beside the v of a small
+        # field, or where the mean is large.
+        dm = dm - (E(same, b) if known.rest is None else xla.computed_again(E(same, b), known.rest)) * dmean
+    return dmean, 2 * dm
