@@ -22,6 +22,7 @@ from normjax._expect.sharding import along_one_shard
 from normjax._expect.sizes import as_number
 from normjax._expect.xla import FOR_GRADIENT, FOR_MEAN, FOR_ROUNDING, FOR_SCALE, FOR_SUMS, distinct_copy
 from normjax._leaves import inverse_power, nan_if_infinite
+from normjax._normalize.moments import over_last
 from normjax.field import Field
 from normjax.theory import Normalizer, is_positive, smoothed
 
@@ -266,4 +267,7 @@ def _moments_of(
         return dmean, 2 * E(u * (dx - dmean), b)
     # E[v dv] without a chained reduction. E[u] is what rounding left of the mean: not small beside the v of a small field,
     # or where the mean is large.
-    return dmean, 2 * (E(u * dx, b) - known.average(E(known.around(use_of_sum), b)) * dmean)
+    rest = known.rest
+    if rest is None or over_last(E.plan(b).bound.whole, u.ndim):
+        rest = known.average(E(known.around(use_of_sum), b))
+    return dmean, 2 * (E(u * dx, b) - rest * dmean)
