@@ -32,6 +32,8 @@ FOR_GRADIENT, FOR_SCALE, FOR_Y, FOR_SUMS, FOR_ROUNDING, FOR_MEAN = 1, 2, 3, 4, 5
 
 _said_p = Primitive("said_to_xla")  # the identity, but for what its lowering for the CPU says
 _again_p = Primitive("computed_again")  # of two equal arrays the second; on the CPU the first
+_root_p = Primitive("root_or_nan")  # one over the root
+ROOTS_FROM = 1e-18  # the smallest argument of `root_or_nan`
 
 
 def distinct_copy(statistic: jax.Array, use: int) -> jax.Array:
@@ -47,6 +49,20 @@ def barrier(x: jax.Array) -> jax.Array:
 def computed_again(again: jax.Array, known: jax.Array) -> jax.Array:
     """What is known already; on the CPU the equal array that is computed once more."""
     return _again_p.bind(again, known)
+
+
+def root_or_nan(q: jax.Array) -> jax.Array:
+    """The power q ** -0.5 of a q of at least `ROOTS_FROM`; NaN where q is infinite."""
+    return _root_p.bind(q)
+
+
+def _root(q: jax.Array) -> jax.Array:
+    return lax.rsqrt(q + (q - q))
+
+
+def _chained_root(q: jax.Array) -> jax.Array:
+    """The root by steps that use each value once, as XLA:CPU's one pass over rows wants them: of infinity, sqrt(-1e-28)."""
+    return lax.sqrt(2.0**60 / q - 1e-28) * 2.0**-30 if q.dtype == jnp.float32 else _root(q)
 
 
 def _say(x: jax.Array, *, use: int) -> jax.Array:
@@ -86,6 +102,13 @@ batching.primitive_batchers[_again_p] = _batch_again
 mlir.register_lowering(_again_p, lambda _, again, known: [known])
 mlir.register_lowering(_again_p, lambda _, again, known: [again], platform="cpu")
 jet_rules[_again_p] = functools.partial(linear_prop, _again_p)
+
+
+_root_p.def_impl(_root)
+_root_p.def_abstract_eval(lambda q: q)
+batching.defvectorized(_root_p)
+mlir.register_lowering(_root_p, mlir.lower_fun(_root, multiple_results=False))
+mlir.register_lowering(_root_p, mlir.lower_fun(_chained_root, multiple_results=False), platform="cpu")
 
 
 def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:

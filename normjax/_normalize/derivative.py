@@ -27,11 +27,12 @@ from normjax._expect.binding import Bound
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard
 from normjax._expect.sizes import at_least
-from normjax._expect.xla import FOR_Y, distinct_copy
+from normjax._expect.xla import FOR_Y, ROOTS_FROM, distinct_copy, root_or_nan
+from normjax._leaves import nan_if_infinite
 from normjax._normalize import tangents
 from normjax._normalize.moments import of_field
 from normjax._normalize.tangents import Known, Outputs, Parts, Tangents, divisor
-from normjax.theory import Normalizer, output, scale_and_shift
+from normjax.theory import Normalizer, is_positive, output, scale_and_shift, smoothed
 
 LARGE = 2**20  # elements; 4 MB of float32
 
@@ -83,10 +84,13 @@ def _ruled(
     n: Normalizer, E: OverFields, dtype: DTypeLike, own_pass: bool, differentiated: bool, x, eps, scale, bias
 ) -> Outputs:
     """The output and the statistics; with `own_pass`, the output shares nothing big with these."""
-    mean, rest, moment = of_field(x, n, E, differentiated)
+    mean, rest, seen = of_field(x, n, E, differentiated)
+    moment = nan_if_infinite(seen, n.gain)
     known = Known(x.astype(moment.dtype), mean, rest, moment)
     if own_pass:
         y = output(known.x, known.centred(FOR_Y), distinct_copy(moment, FOR_Y), n, E, eps)
+    elif n.power == 0.5 and is_positive(n, eps) and n.eps >= ROOTS_FROM:
+        y = (known.x if n.keep_mean else known.centred()) * root_or_nan(smoothed(seen, n, eps))
     else:
         y = output(known.x, known.centred(), moment, n, E, eps)
     return scale_and_shift(y, scale, bias).astype(dtype), mean, rest, moment

@@ -14,6 +14,7 @@ XLA computes the sums of one pass together, and on a TPU with the product of mat
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -29,8 +30,7 @@ from normjax._expect.average import by_blocks
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard, local_blocks
 from normjax._expect.sizes import as_number, at_least, is_known
-from normjax._expect.xla import barrier, reduction_order
-from normjax._leaves import nan_if_infinite
+from normjax._expect.xla import FOR_ROUNDING, barrier, distinct_copy, reduction_order
 from normjax.theory import Normalizer, statistics
 
 FAST_MEMORY = 2**26  # bytes, half of what a TPU v5e keeps on the chip: a second pass over so little costs no traffic
@@ -44,7 +44,8 @@ Statistics = tuple[jax.Array | None, jax.Array | None, jax.Array]  # mean, rest,
 def of_field(x: jax.Array, n: Normalizer, E: OverFields, differentiated: bool) -> Statistics:
     """Mean, rest and moment of a row of order 2, which is `differentiated` with these statistics or not.
 
-    None for a rest that nothing is computed for, or that is nothing beside the rounding of an x of 16 bits.
+    None for a rest that nothing is computed for, or that is nothing beside the rounding of an x of 16 bits. The moment is
+    infinite where it has overflowed.
     """
     assert n.var is not None
     bound = E.plan(n.var).bound
@@ -58,18 +59,23 @@ def of_field(x: jax.Array, n: Normalizer, E: OverFields, differentiated: bool) -
         apart = (mean - centre) + rest
         mean, rest = centre, average(apart)
         moment = average(moment) + average((apart - rest) ** 2)
-    return mean, rest if x.dtype.itemsize > 2 else None, nan_if_infinite(moment, n.gain)
+    return mean, rest if x.dtype.itemsize > 2 else None, moment
 
 
-def two_passes(x: jax.Array, axes: tuple[int, ...], corrected: bool) -> list[jax.Array]:
-    """The mean, then the moment around it; `corrected` by what rounding left of the mean."""
+def over_last(axes: tuple[int, ...], ndim: int) -> bool:
+    """Whether the average is over the last axis alone, where the CPU leaves the rest to those who average x again."""
+    return axes == (ndim - 1,)
+
+
+def two_passes(x: jax.Array, axes: tuple[int, ...], corrected: bool, mean: jax.Array | None = None) -> list[jax.Array]:
+    """The mean, unless it is known, then the moment around it; `corrected` by what rounding left of the mean."""
     x = x.astype(statistics_dtype(x.dtype))
-    mean = _mean(x, axes)
+    mean = _mean(x, axes) if mean is None else mean
     v = x - mean
     m = _mean(v * v, axes)
     if not corrected:
         return [mean, jnp.zeros_like(mean), m]
-    rest = _mean(v, axes)
+    rest = _mean(x - distinct_copy(mean, FOR_ROUNDING), axes)
     return [mean, rest, jnp.maximum(m - rest * rest, 0)]
 
 
@@ -83,13 +89,17 @@ def pivoted(x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
     return [mean, (pivot - mean) + rest, jnp.maximum(_mean(u * u, axes) - rest * rest, 0)]
 
 
-def guarded(x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
-    """Both moments in one pass around zero; in a second one where a mean is large beside its deviation."""
+def guarded(x: jax.Array, axes: tuple[int, ...], corrected: bool = True, flat: bool = False) -> list[jax.Array]:
+    """Both moments in one pass around zero; in a second one, `corrected` or not, where a mean is beyond two deviations.
+
+    `flat` sums neighbouring axes as one.
+    """
     z = x.astype(statistics_dtype(x.dtype))
-    mean = _mean(z, axes)
-    m = _mean(z * z, axes) - mean * mean
-    near = jnp.all(mean * mean <= 4 * m)
-    again = functools.partial(two_passes, x, axes, True)
+    expect = _mean_of_rows if flat else _mean
+    mean = expect(z, axes)
+    m = expect(z * z, axes) - mean * mean
+    near = jnp.all((mean * mean <= 4 * m) & (m < jnp.inf))
+    again = functools.partial(two_passes, x, axes, corrected, mean)
     return lax.cond(near, lambda: [mean, jnp.zeros_like(mean), m], again)
 
 
@@ -98,6 +108,16 @@ def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     for step in reduction_order(axes, x.shape):
         x = barrier(jnp.sum(x, step, keepdims=True))
     return x / size
+
+
+def _mean_of_rows(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean over neighbouring axes as over one: XLA:CPU takes a tenth less time for that."""
+    first, last = axes[0], axes[-1]
+    if axes != tuple(range(first, last + 1)) or not along_one_shard(x, axes):
+        return _mean(x, axes)
+    size = math.prod(x.shape[axis] for axis in axes)
+    rows = x.reshape(*x.shape[:first], size, *x.shape[last + 1 :])
+    return jnp.expand_dims(jnp.sum(rows, first) / as_number([size], x.dtype), axes)
 
 
 def _part(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -137,7 +157,8 @@ def _compiled(x: jax.Array, **params: Any) -> list[jax.Array]:
 
 
 def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact: bool) -> list[jax.Array]:
-    return two_passes(x, axes, exact)
+    """Over the last axis XLA has statistics and output in one pass; else sums that need no other run beside each other."""
+    return two_passes(x, axes, exact) if over_last(axes, x.ndim) else guarded(x, axes, differentiated or exact, True)
 
 
 def _on_gpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact: bool) -> list[jax.Array]:

@@ -22,6 +22,7 @@ from normjax._expect.sharding import along_one_shard
 from normjax._expect.sizes import as_number
 from normjax._expect.xla import FOR_GRADIENT, FOR_MEAN, FOR_ROUNDING, FOR_SCALE, FOR_SUMS, distinct_copy
 from normjax._leaves import inverse_power, nan_if_infinite
+from normjax._normalize.moments import over_last
 from normjax.field import Field
 from normjax.theory import Normalizer, is_positive, smoothed
 
@@ -73,9 +74,7 @@ def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tang
     moment, positive, exact = known.moment, is_positive(n, known.eps), known.x.dtype.itemsize > 2
     known, dx = known._replace(x=known.x.astype(moment.dtype)), d.x.astype(moment.dtype)
     x = known.x
-    dmean, dm = _moments_of(
-        n, E, known, dx, known.around(FOR_GRADIENT), known.around(FOR_ROUNDING) if exact else None
-    )
+    dmean, dm = _moments_of(n, E, known, dx, known.around(FOR_GRADIENT), known.around(FOR_ROUNDING) if exact else None)
     q, dq = smoothed(moment, n, known.eps), _smoothed_tangent(n, dm, d.eps)
     r = inverse_power(q, n.power, positive)
     alpha = r if known.scale is None else r * known.scale
@@ -272,5 +271,10 @@ def _moments_of(
     if same is not None:
         # E[v dv] without a chained reduction. E[u] is what rounding left of the mean: not small beside the v of a small
         # field, or where the mean is large.
-        dm = dm - (E(same, b) if known.rest is None else xla.computed_again(E(same, b), known.rest)) * dmean
+        rest = known.rest
+        if rest is None:
+            rest = E(same, b)
+        elif over_last(E.plan(b).bound.whole, u.ndim):
+            rest = xla.computed_again(E(same, b), rest)
+        dm = dm - rest * dmean
     return dmean, 2 * dm
