@@ -32,7 +32,7 @@ def elsewhere(request, monkeypatch):
     monkeypatch.setattr(moments, "FAST_MEMORY", 0)
     register(ON[request.param], lambda x, *, use: x, lambda again, known: known)
     yield request.param
-    register(moments._on_cpu, xla._say, lambda again, known: again)
+    register(functools.partial(moments._on_cpu, alone=True), xla._say, lambda again, known: again)
 
 
 def register(of_moments, of_copies, of_pairs):

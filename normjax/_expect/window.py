@@ -19,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from normjax._expect.sizes import at_least
+from normjax._expect.xla import is_for_one_device
 
 DIRECT = 9  # widths up to this: `reduce_window` costs little more than a copy, and is the shortest to compile
 Taps = int | tuple[float, ...]  # the weights of a window; a number is so many ones
@@ -106,8 +107,8 @@ def _shifted(x: jax.Array, axis: int, taps: tuple[float, ...], step: int) -> jax
 
 def _lower_on_cpu(context: mlir.LoweringRuleContext, x: Any, **params: Any) -> Any:
     """Two steps for a program of one device; where an axis may be sharded, the form that can be partitioned."""
-    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-    return mlir.lower_fun(in_two_steps if alone else reduced, multiple_results=False)(context, x, **params)
+    form = in_two_steps if is_for_one_device(context) else reduced
+    return mlir.lower_fun(form, multiple_results=False)(context, x, **params)
 
 
 slide_p.def_impl(reduced)

@@ -51,6 +51,11 @@ def computed_again(again: jax.Array, known: jax.Array) -> jax.Array:
     return _again_p.bind(again, known)
 
 
+def is_for_one_device(context: mlir.LoweringRuleContext) -> bool:
+    """Whether the program that is lowered is one of a single device, where no axis is sharded."""
+    return getattr(context.module_context.axis_context, "num_devices", None) == 1
+
+
 def root_or_nan(q: jax.Array) -> jax.Array:
     """The power q ** -0.5 of a q of at least `ROOTS_FROM`; NaN where q is infinite."""
     return _root_p.bind(q)

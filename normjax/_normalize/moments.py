@@ -30,10 +30,10 @@ from normjax._expect.average import by_blocks
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard, local_blocks
 from normjax._expect.sizes import as_number, at_least, is_known
-from normjax._expect.xla import FOR_ROUNDING, barrier, distinct_copy, reduction_order
+from normjax._expect.xla import FOR_ROUNDING, barrier, distinct_copy, is_for_one_device, reduction_order
 from normjax.theory import Normalizer, statistics
 
-FAST_MEMORY = 2**26  # bytes, half of what a TPU v5e keeps on the chip: a second pass over so little costs no traffic
+FAST_MEMORY = 2**27  # bytes, half of what a TPU v5e keeps on the chip: a second pass over so little costs no traffic
 SHARE = 16  # one in so many elements makes the pivot
 
 moments_p = Primitive("moments")
@@ -156,9 +156,14 @@ def _compiled(x: jax.Array, **params: Any) -> list[jax.Array]:
         return _bind(x, **params)
 
 
-def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact: bool) -> list[jax.Array]:
+def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact: bool, alone: bool) -> list[jax.Array]:
     """Over the last axis XLA has statistics and output in one pass; else sums that need no other run beside each other."""
-    return two_passes(x, axes, exact) if over_last(axes, x.ndim) else guarded(x, axes, differentiated or exact, True)
+    return two_passes(x, axes, exact) if over_last(axes, x.ndim) else guarded(x, axes, differentiated or exact, alone)
+
+
+def _lower_on_cpu(context: mlir.LoweringRuleContext, x: Any, **params: Any) -> Any:
+    form = functools.partial(_on_cpu, alone=is_for_one_device(context))
+    return mlir.lower_fun(form, multiple_results=True)(context, x, **params)
 
 
 def _on_gpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact: bool) -> list[jax.Array]:
@@ -175,5 +180,6 @@ def _on_tpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact:
 moments_p.def_impl(_compiled)
 moments_p.def_abstract_eval(_moments)
 batching.primitive_batchers[moments_p] = _batch
-for form, platform in ((_on_cpu, "cpu"), (_on_gpu, "cuda"), (_on_gpu, "rocm"), (_on_tpu, "tpu")):
+mlir.register_lowering(moments_p, _lower_on_cpu, platform="cpu")
+for form, platform in ((_on_gpu, "cuda"), (_on_gpu, "rocm"), (_on_tpu, "tpu")):
     mlir.register_lowering(moments_p, mlir.lower_fun(form, multiple_results=True), platform=platform)
