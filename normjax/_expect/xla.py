@@ -66,7 +66,7 @@ def _root(q: jax.Array) -> jax.Array:
 
 
 def _chained_root(q: jax.Array) -> jax.Array:
-    """The root by steps that use each value once, as XLA:CPU's one pass over rows wants them: of infinity, sqrt(-1e-28)."""
+    """The root by steps that use each value once, as a kernel over rows of XLA wants them: of infinity, sqrt(-1e-28)."""
     return lax.sqrt(2.0**60 / q - 1e-28) * 2.0**-30 if q.dtype == jnp.float32 else _root(q)
 
 
@@ -113,7 +113,8 @@ _root_p.def_impl(_root)
 _root_p.def_abstract_eval(lambda q: q)
 batching.defvectorized(_root_p)
 mlir.register_lowering(_root_p, mlir.lower_fun(_root, multiple_results=False))
-mlir.register_lowering(_root_p, mlir.lower_fun(_chained_root, multiple_results=False), platform="cpu")
+for where in ("cpu", "cuda", "rocm"):
+    mlir.register_lowering(_root_p, mlir.lower_fun(_chained_root, multiple_results=False), platform=where)
 
 
 def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
