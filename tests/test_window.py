@@ -43,7 +43,7 @@ def test_derivatives_transposes_and_batches_are_those_of_a_linear_operation(taps
     x, dx = (jnp.asarray(rng.normal(size=(2, 40, 3)), jnp.float32) for _ in range(2))
 
     def f(x):
-        return window.slide(x, 1, taps, padding)
+        return window.slide(x, (1, taps, padding))
 
     if min(padding) >= 0:
         np.testing.assert_allclose(jit(f)(x), obvious(np.asarray(x), taps, padding), atol=5e-5)
