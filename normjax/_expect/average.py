@@ -1,7 +1,7 @@
 """Averages over a bound field, one linear step per axis, in the dtype of the argument: float32 or wider.
 
 A field is a product of spans, so the order of the steps is free: whole axes first (they shrink the array), then
-collectives over mapped axes, blocks, and windows last. Each average is a weighted sum over a sum of weights, and the
+collectives over mapped axes, blocks, and windows last, of one element a block. Each average is a weighted sum over a sum of weights, and the
 sums are combined across devices before the one division. The tests compare with one averaging matrix per axis.
 """
 
@@ -96,7 +96,7 @@ def counts(plan: Plan, dtype: DTypeLike) -> np.ndarray | jax.Array:
 def by_blocks(
     reduce: Callable[..., jax.Array], x: jax.Array, axis: int, blocks: int, inside: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Reduces each block of an axis, and repeats what `inside` makes of the results over the blocks; it keeps their shape."""
+    """Reduces each block of an axis to one element, applies `inside`, and repeats each element over its block."""
     if x.shape[axis] == 0:
         return x
 

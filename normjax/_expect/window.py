@@ -1,4 +1,4 @@
-"""The sum over a sliding window along one axis, as one linear operation with its own transpose.
+"""The sum over a sliding window along one axis or several, as one linear operation with its own transpose.
 
 A sum of shifted copies is a fast way to a wide window, and JAX's transpose of it a slow one: it pads and adds every
 shift. But the transpose of a window sum is the window sum that leans the other way. So `slide` is a primitive that JAX
@@ -83,13 +83,23 @@ def _one_by_one(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def jointly(x: jax.Array, *, windows: tuple[Window, ...]) -> jax.Array:
     """For a GPU: small windows over all axes at once, since an array that is written and read costs more than additions."""
-    box = all(isinstance(taps, int) and at_least(x.shape[axis], taps, unknown=False) for axis, taps, _ in windows)
+    box = all(
+        isinstance(taps, int) and at_least(2 * x.shape[axis], 3 * taps, unknown=True) for axis, taps, _ in windows
+    )
     if len(windows) == 1 or not box or not at_once([_width(taps) for _, taps, _ in windows]):
         return _one_by_one(reduced)(x, windows=windows)
     dims, pads = [1] * x.ndim, [(0, 0)] * x.ndim
     for axis, taps, padding in windows:
         dims[axis], pads[axis] = taps, padding
     return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, dims, [1] * x.ndim, pads)
+
+
+def shifted(x: jax.Array, *, windows: tuple[Window, ...]) -> jax.Array:
+    """For a TPU: a small window as shifted copies, which it computes with what follows; a `reduce_window` stands alone."""
+    (axis, taps, padding), *others = windows
+    if others or not isinstance(taps, int) or taps > DIRECT:
+        return _one_by_one(reduced)(x, windows=windows)
+    return _shifted(_pad(x, axis, padding), axis, (1.0,) * taps, 1)
 
 
 def reduced(x: jax.Array, *, axis: int, taps: Taps, padding: tuple[int, int]) -> jax.Array:
@@ -160,4 +170,5 @@ jet_rules[slide_p] = functools.partial(linear_prop, slide_p)
 mlir.register_lowering(slide_p, mlir.lower_fun(_one_by_one(reduced), multiple_results=False))
 for platform in GPUS:
     mlir.register_lowering(slide_p, mlir.lower_fun(jointly, multiple_results=False), platform=platform)
+mlir.register_lowering(slide_p, mlir.lower_fun(shifted, multiple_results=False), platform="tpu")
 mlir.register_lowering(slide_p, _lower_on_cpu, platform="cpu")

@@ -51,7 +51,9 @@ def ruled(
     return y, v, mean, moment
 
 
-def _over_spread(n: Normalizer, E: OverFields, u: jax.Array, v: jax.Array, eps, scale, bias) -> tuple[jax.Array, jax.Array]:
+def _over_spread(
+    n: Normalizer, E: OverFields, u: jax.Array, v: jax.Array, eps, scale, bias
+) -> tuple[jax.Array, jax.Array]:
     """The moment of v, and u divided by what it gives."""
     u, v = (z.astype(statistics_dtype(z.dtype)) for z in (u, v))
     _, _, moment = statistics(v, dataclasses.replace(n, mean=None), E)
