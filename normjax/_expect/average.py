@@ -1,8 +1,9 @@
 """Averages over a bound field, one linear step per axis, in the dtype of the argument: float32 or wider.
 
 A field is a product of spans, so the order of the steps is free: whole axes first (they shrink the array), then
-collectives over mapped axes, blocks, and windows last, of one element a block. Each average is a weighted sum over a sum of weights, and the
-sums are combined across devices before the one division. The tests compare with one averaging matrix per axis.
+collectives over mapped axes, blocks, and windows last, of one element a block. Each average is a weighted sum over a sum of
+weights, and the sums are combined across devices before the one division. The tests compare with one averaging matrix per
+axis.
 """
 
 import functools

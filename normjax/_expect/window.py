@@ -67,7 +67,7 @@ def _turned(axis: int, taps: Taps, padding: tuple[int, int]) -> Window:
 
 def _batch(args: tuple[jax.Array], dims: tuple[int], *, windows: tuple[Window, ...]) -> tuple[jax.Array, int]:
     (x,), (dim,) = args, dims
-    return slide(x, *((axis + (dim <= axis), *rest) for axis, *rest in windows)), dim
+    return slide(x, *((axis + (dim <= axis), taps, padding) for axis, taps, padding in windows)), dim
 
 
 def _one_by_one(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -90,7 +90,7 @@ def jointly(x: jax.Array, *, windows: tuple[Window, ...]) -> jax.Array:
         return _one_by_one(reduced)(x, windows=windows)
     dims, pads = [1] * x.ndim, [(0, 0)] * x.ndim
     for axis, taps, padding in windows:
-        dims[axis], pads[axis] = taps, padding
+        dims[axis], pads[axis] = _width(taps), padding
     return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, dims, [1] * x.ndim, pads)
 
 
