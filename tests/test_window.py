@@ -1,13 +1,16 @@
 """The window sum in both of its forms, and as one linear operation."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from normjax import TABLE, Normalizer, normalize
 from normjax._expect import window
+from normjax._normalize import windows
 from tests.rows import jit
 
 CASES = [
@@ -43,7 +46,7 @@ def test_derivatives_transposes_and_batches_are_those_of_a_linear_operation(taps
     x, dx = (jnp.asarray(rng.normal(size=(2, 40, 3)), jnp.float32) for _ in range(2))
 
     def f(x):
-        return window.slide(x, 1, taps, padding)
+        return window.slide(x, (1, taps, padding))
 
     if min(padding) >= 0:
         np.testing.assert_allclose(jit(f)(x), obvious(np.asarray(x), taps, padding), atol=5e-5)
@@ -57,6 +60,75 @@ def test_derivatives_transposes_and_batches_are_those_of_a_linear_operation(taps
     stacked = jit(lambda pairs: [jax.vmap(f, axis, axis)(pair) for axis, pair in enumerate(pairs)])(pairs)
     for axis, found in enumerate(stacked):
         np.testing.assert_allclose(found, np.stack([y, dy], axis), atol=5e-5)
+
+
+@pytest.mark.parametrize("form", [window.jointly, window.shifted], ids=lambda f: f.__name__)
+def test_windows_of_several_axes_are_those_of_one_after_the_other(form):
+    x = np.random.default_rng(2).normal(size=(2, 12, 9)).astype(np.float32)
+    lists = [
+        ((1, 5, (2, 2)), (2, 3, (1, 1))),
+        ((1, 4, (1, 2)), (2, 5, (0, 4))),
+        ((2, 3, (1, 1)), (1, (0.5, 1.0, 2.0), (1, 1))),  # weighted: one by one
+        ((1, 15, (7, 7)), (2, 3, (1, 1))),  # wider than the axis is long, nearly
+        ((2, 5, (2, 2)),),
+    ]
+    found = jit(lambda x: [form(x, windows=several) for several in lists])(x)
+    for got, several in zip(found, lists, strict=True):
+        want = x
+        for axis, taps, padding in several:
+            want = np.moveaxis(obvious(np.moveaxis(want, axis, 1), taps, padding), 1, axis)
+        np.testing.assert_allclose(got, want, atol=2e-5, err_msg=str(several))
+
+
+RULED = {
+    "response": TABLE["response"],
+    "each channel": Normalizer("...:3", "...:5", eps=0.5),
+    "features": Normalizer("c:4", "c:4", eps=1.0, lean="before"),
+}
+
+
+@pytest.mark.parametrize("name", RULED)
+def test_the_rule_of_windows_is_the_derivative_of_the_plain_form(name, monkeypatch):
+    n = RULED[name]
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        x, dx, g = (jnp.asarray(rng.normal(0.3, 1.5, (2, 6, 5, 8))) for _ in range(3))
+        scale, bias, eps = (jnp.asarray(rng.uniform(0.5, 2, shape)) for shape in ((8,), (8,), ()))
+
+        def loss(x, scale, bias, eps):
+            out = normalize(x, n, scale=scale, bias=bias, eps=eps)
+            return jnp.vdot(out.y, g) + jnp.sum(out.stats.var**2)
+
+        def derivatives(x, *beside):
+            gradient = jax.grad(loss, (0, 1, 2, 3))
+            return gradient(x, *beside), jax.jvp(lambda x: gradient(x, *beside), (x,), (dx,))[1]
+
+        def everything():
+            one = derivatives(x, scale, bias, eps)
+            each = jax.vmap(derivatives, (0, None, None, None))(jnp.stack([x, g]), scale, bias, eps)
+            return jax.tree.leaves((one, each))
+
+        found = jit(everything)()
+        monkeypatch.setattr(windows, "has_rule", lambda *_: False)
+        wanted = jit(lambda: everything())()
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
+
+
+def test_each_platform_is_told_what_serves_it_wherever_a_program_is_traced():
+    x = jnp.ones((2, 16, 16, 8))
+    program = jax.jit(lambda x, g: jax.vjp(lambda x: normalize(x, Normalizer("...:5", "...:5", eps=1.0)).y, x)[1](g))
+    said = {name: program.trace(x, x).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    sums = {name: text.count("stablehlo.reduce_window") for name, text in said.items()}
+    assert sums["cuda"] * 2 == sums["cpu"] == sums["tpu"]
+    afresh = {name: text.count("stablehlo.optimization_barrier") for name, text in said.items()}
+    assert afresh["cuda"] > 0 == afresh["cpu"] == afresh["tpu"]
+
+
+def test_windows_of_groups_slide_over_one_element_a_group():
+    program = str(jax.make_jaxpr(lambda x: normalize(x, "local_context").y)(jnp.ones((2, 9, 9, 32))))
+    slides = re.findall(r":f32\[([\d,]*)\] = slide", program)
+    assert set(slides) == {"2,9,9,8"}
 
 
 def test_a_wide_window_of_a_long_axis_keeps_its_digits():

@@ -1,13 +1,14 @@
 """Averages over a bound field, one linear step per axis, in the dtype of the argument: float32 or wider.
 
 A field is a product of spans, so the order of the steps is free: whole axes first (they shrink the array), then
-collectives over mapped axes, blocks, and windows last. Each average is a weighted sum over a sum of weights, and the
-sums are combined across devices before the one division. The tests compare with one averaging matrix per axis.
+collectives over mapped axes, blocks, and windows last, of one element a block. Each average is a weighted sum over a sum of
+weights, and the sums are combined across devices before the one division. The tests compare with one averaging matrix per
+axis.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +41,14 @@ def average(x: jax.Array, plan: Plan, weights: Weights | None = None) -> tuple[j
 
     w, named = weights.value, {axis for axis, _ in plan.bound.spans}
     w = jnp.broadcast_to(w, [x.shape[i] if i in named else n for i, n in enumerate(w.shape)])
-    pooled, windows = pooled_and_windowed(plan)
-    sums, weight = total(x * w.astype(x.dtype), pooled), total(w, pooled)
     if plan.border == "zero" and not plan.bound.pooled:
         # A masked element counts as a zero, like one past the edge: average what is pooled, then box it.
-        boxed = total(divided(sums, weight), windows)
+        pooled, windows = pooled_and_windowed(plan)
+        weight = total(w, pooled)
+        boxed = total(divided(total(x * w.astype(x.dtype), pooled), weight), windows)
         return boxed / counts(windows, x.dtype).astype(x.dtype), total(weight, windows)
-    sums, weight = total(sums, windows), total(weight, windows)
-    return divided(sums, weight), weight
+    weight = total(w, plan)
+    return divided(total(x * w.astype(x.dtype), plan), weight), weight
 
 
 def total(x: jax.Array, plan: Plan) -> jax.Array:
@@ -59,11 +60,10 @@ def total(x: jax.Array, plan: Plan) -> jax.Array:
     for name, groups in bound.collectives:
         axis_size(name)
         x = lax.psum(x, name, axis_index_groups=groups and [list(g) for g in groups])
+    rest = functools.partial(_window_total, spans=tuple(bound.by("window")), plan=plan)
     for axis, span in bound.by("blocks"):
-        x = by_blocks(jnp.sum, x, axis, local_blocks(bound, axis, span))
-    for axis, span in bound.by("window"):
-        x = _window_total(x, axis, span, plan)
-    return x
+        rest = functools.partial(by_blocks, jnp.sum, axis=axis, blocks=local_blocks(bound, axis, span), inside=rest)
+    return rest(x)
 
 
 def counts(plan: Plan, dtype: DTypeLike) -> np.ndarray | jax.Array:
@@ -87,38 +87,45 @@ def counts(plan: Plan, dtype: DTypeLike) -> np.ndarray | jax.Array:
                 padded = np.pad(np.ones(length), plan.extent(span))
                 count = count * np.reshape([(padded[i : i + len(taps)] * taps).sum() for i in range(length)], along)
             else:
-                computed.append(_window_total(jnp.ones(along, real), axis, span, plan))
+                computed.append(_window_total(jnp.ones(along, real), [(axis, span)], plan))
     symbols = [size for size in sizes if not is_known(size)]
     if symbols:
         computed.append(as_number(symbols, real))
     return math.prod(computed, start=(count * math.prod(filter(is_known, sizes))).astype(real))
 
 
-def by_blocks(reduce: Callable[..., jax.Array], x: jax.Array, axis: int, blocks: int) -> jax.Array:
-    """Reduces each block of an axis, and repeats the result over the block."""
+def by_blocks(
+    reduce: Callable[..., jax.Array], x: jax.Array, axis: int, blocks: int, inside: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Reduces each block of an axis to one element, applies `inside`, and repeats each element over its block."""
     if x.shape[axis] == 0:
         return x
 
     def apply(x):
-        split = x.reshape(*x.shape[:axis], blocks, x.shape[axis] // blocks, *x.shape[axis + 1 :])
-        reduced = reduce(split, axis=axis + 1, keepdims=True)
-        return jnp.broadcast_to(reduced, split.shape).reshape(x.shape)
+        length = x.shape[axis] // blocks
+        split = x.reshape(*x.shape[:axis], blocks, length, *x.shape[axis + 1 :])
+        small = jnp.expand_dims(inside(reduce(split, axis=axis + 1)), axis + 1)
+        wide = (*small.shape[: axis + 1], length, *small.shape[axis + 2 :])
+        return jnp.broadcast_to(small, wide).reshape(x.shape)
 
     return partitioned(apply, x, (axis,))
 
 
-def _window_total(x: jax.Array, axis: int, span: Span, plan: Plan) -> jax.Array:
-    """The (weighted) sum over a window along one axis, with zeros past the edge."""
-    (before, after), taps, length = plan.extent(span), plan.taps(span), x.shape[axis]
-    if length == 0:
-        return x
-    if span.mapped is not None:
-        x, left, right = with_halo(x, axis, before, after, span), 0, 0
-    elif not is_known(length):
-        left, right = before, after
-    else:
-        # A window is never wider than the axis on either side: what lies further is zero.
-        left, right = min(before, length - 1), min(after, length - 1)
-        taps = taps[before - left : len(taps) - (after - right)]
-    weights = tuple(taps.tolist()) if plan.window == "gaussian" else len(taps)
-    return partitioned(functools.partial(slide, axis=axis, taps=weights, padding=(left, right)), x, (axis,))
+def _window_total(x: jax.Array, spans: Sequence[tuple[int, Span]], plan: Plan) -> jax.Array:
+    """The (weighted) sum over a window along each of these axes, with zeros past the edge."""
+    windows = []
+    for axis, span in spans:
+        (before, after), taps, length = plan.extent(span), plan.taps(span), x.shape[axis]
+        if length == 0:
+            continue
+        if span.mapped is not None:
+            x, left, right = with_halo(x, axis, before, after, span), 0, 0
+        elif not is_known(length):
+            left, right = before, after
+        else:
+            # A window is never wider than the axis on either side: what lies further is zero.
+            left, right = min(before, length - 1), min(after, length - 1)
+            taps = taps[before - left : len(taps) - (after - right)]
+        weights = tuple(taps.tolist()) if plan.window == "gaussian" else len(taps)
+        windows.append((axis, weights, (left, right)))
+    return partitioned(lambda x: slide(x, *windows), x, tuple(axis for axis, _ in spans)) if windows else x

@@ -54,7 +54,7 @@ def pooled_maximum(a: jax.Array, plan: Plan) -> jax.Array:
         axis_size(name)
         a = lax.pmax(a, name, axis_index_groups=groups and [list(g) for g in groups])
     for axis, span in bound.by("blocks"):
-        a = by_blocks(jnp.max, a, axis, local_blocks(bound, axis, span))
+        a = by_blocks(jnp.max, a, axis, local_blocks(bound, axis, span), lambda most: most)
     return a
 
 

@@ -1,4 +1,4 @@
-"""The sum over a sliding window along one axis, as one linear operation with its own transpose.
+"""The sum over a sliding window along one axis or several, as one linear operation with its own transpose.
 
 A sum of shifted copies is a fast way to a wide window, and JAX's transpose of it a slow one: it pads and adds every
 shift. But the transpose of a window sum is the window sum that leans the other way. So `slide` is a primitive that JAX
@@ -7,6 +7,8 @@ Nothing here is a difference of running sums: that would cancel.
 """
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,37 +21,85 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from normjax._expect.sizes import at_least
-from normjax._expect.xla import is_for_one_device
+from normjax._expect.xla import GPUS, is_for_one_device
 
+JOINT = 25  # elements of a window up to which a GPU takes its axes at once
 DIRECT = 9  # widths up to this: `reduce_window` costs little more than a copy, and is the shortest to compile
 Taps = int | tuple[float, ...]  # the weights of a window; a number is so many ones
+
+Window = tuple[int, Taps, tuple[int, int]]  # axis, taps, padding
 
 slide_p = Primitive("slide")
 
 
-def slide(x: jax.Array, axis: int, taps: Taps, padding: tuple[int, int]) -> jax.Array:
-    """Element i is the sum of taps[t] * x[i - padding[0] + t], with zeros past the edges. Negative padding cuts."""
-    return slide_p.bind(x, axis=axis, taps=taps, padding=padding)
+def slide(x: jax.Array, *windows: Window) -> jax.Array:
+    """The sum over a window along each axis: of one, element i is the sum of taps[t] * x[i - padding[0] + t].
+
+    Past the edges are zeros. Negative padding cuts.
+    """
+    return slide_p.bind(x, windows=windows)
+
+
+def at_once(widths: Sequence[int]) -> bool:
+    """Whether a GPU sums windows of these widths, one an axis, without an array in between."""
+    return len(widths) == 1 or math.prod(widths) <= JOINT
 
 
 def _width(taps: Taps) -> int:
     return taps if isinstance(taps, int) else len(taps)
 
 
-def _abstract(x: ShapedArray, *, axis: int, taps: Taps, padding: tuple[int, int]) -> ShapedArray:
-    length = x.shape[axis] + sum(padding) - _width(taps) + 1
-    return x.update(shape=(*x.shape[:axis], length, *x.shape[axis + 1 :]), weak_type=False)
+def _abstract(x: ShapedArray, *, windows: tuple[Window, ...]) -> ShapedArray:
+    shape = list(x.shape)
+    for axis, taps, padding in windows:
+        shape[axis] += sum(padding) - _width(taps) + 1
+    return x.update(shape=tuple(shape), weak_type=False)
 
 
-def _transpose(ct: jax.Array, x: object, *, axis: int, taps: Taps, padding: tuple[int, int]) -> list[jax.Array]:
+def _transpose(ct: jax.Array, x: object, *, windows: tuple[Window, ...]) -> list[jax.Array]:
+    return [slide(ct, *(_turned(*window) for window in reversed(windows)))]
+
+
+def _turned(axis: int, taps: Taps, padding: tuple[int, int]) -> Window:
     over = _width(taps) - 1
-    turned = taps if isinstance(taps, int) else taps[::-1]
-    return [slide(ct, axis, turned, (over - padding[0], over - padding[1]))]
+    return axis, taps if isinstance(taps, int) else taps[::-1], (over - padding[0], over - padding[1])
 
 
-def _batch(args: tuple[jax.Array], dims: tuple[int], *, axis: int, **params: Any) -> tuple[jax.Array, int]:
+def _batch(args: tuple[jax.Array], dims: tuple[int], *, windows: tuple[Window, ...]) -> tuple[jax.Array, int]:
     (x,), (dim,) = args, dims
-    return slide_p.bind(x, axis=axis + (dim <= axis), **params), dim
+    return slide(x, *((axis + (dim <= axis), taps, padding) for axis, taps, padding in windows)), dim
+
+
+def _one_by_one(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The form of one window, for all."""
+
+    def apply(x: jax.Array, *, windows: tuple[Window, ...]) -> jax.Array:
+        for axis, taps, padding in windows:
+            x = form(x, axis=axis, taps=taps, padding=padding)
+        return x
+
+    return apply
+
+
+def jointly(x: jax.Array, *, windows: tuple[Window, ...]) -> jax.Array:
+    """For a GPU: small windows over all axes at once, since an array that is written and read costs more than additions."""
+    box = all(
+        isinstance(taps, int) and at_least(2 * x.shape[axis], 3 * taps, unknown=True) for axis, taps, _ in windows
+    )
+    if len(windows) == 1 or not box or not at_once([_width(taps) for _, taps, _ in windows]):
+        return _one_by_one(reduced)(x, windows=windows)
+    dims, pads = [1] * x.ndim, [(0, 0)] * x.ndim
+    for axis, taps, padding in windows:
+        dims[axis], pads[axis] = _width(taps), padding
+    return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, dims, [1] * x.ndim, pads)
+
+
+def shifted(x: jax.Array, *, windows: tuple[Window, ...]) -> jax.Array:
+    """For a TPU: a small window as shifted copies, which it computes with what follows; a `reduce_window` stands alone."""
+    (axis, taps, padding), *others = windows
+    if others or not isinstance(taps, int) or taps > DIRECT:
+        return _one_by_one(reduced)(x, windows=windows)
+    return _shifted(_pad(x, axis, padding), axis, (1.0,) * taps, 1)
 
 
 def reduced(x: jax.Array, *, axis: int, taps: Taps, padding: tuple[int, int]) -> jax.Array:
@@ -107,14 +157,17 @@ def _shifted(x: jax.Array, axis: int, taps: tuple[float, ...], step: int) -> jax
 
 def _lower_on_cpu(context: mlir.LoweringRuleContext, x: Any, **params: Any) -> Any:
     """Two steps for a program of one device; where an axis may be sharded, the form that can be partitioned."""
-    form = in_two_steps if is_for_one_device(context) else reduced
+    form = _one_by_one(in_two_steps if is_for_one_device(context) else reduced)
     return mlir.lower_fun(form, multiple_results=False)(context, x, **params)
 
 
-slide_p.def_impl(reduced)
+slide_p.def_impl(_one_by_one(reduced))
 slide_p.def_abstract_eval(_abstract)
 ad.deflinear2(slide_p, _transpose)
 batching.primitive_batchers[slide_p] = _batch
 jet_rules[slide_p] = functools.partial(linear_prop, slide_p)
-mlir.register_lowering(slide_p, mlir.lower_fun(reduced, multiple_results=False))
+mlir.register_lowering(slide_p, mlir.lower_fun(_one_by_one(reduced), multiple_results=False))
+for platform in GPUS:
+    mlir.register_lowering(slide_p, mlir.lower_fun(jointly, multiple_results=False), platform=platform)
+mlir.register_lowering(slide_p, mlir.lower_fun(shifted, multiple_results=False), platform="tpu")
 mlir.register_lowering(slide_p, _lower_on_cpu, platform="cpu")

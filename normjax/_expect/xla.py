@@ -29,9 +29,11 @@ from normjax._expect.sharding import along_one_shard
 from normjax._expect.sizes import at_least
 
 FOR_GRADIENT, FOR_SCALE, FOR_Y, FOR_SUMS, FOR_ROUNDING, FOR_MEAN = 1, 2, 3, 4, 5, 6
+GPUS = ("cuda", "rocm")
 
 _said_p = Primitive("said_to_xla")  # the identity, but for what its lowering for the CPU says
 _again_p = Primitive("computed_again")  # of two equal arrays the second; on the CPU the first
+_afresh_p = Primitive("afresh")  # the identity, but for what its lowering for GPUs says
 _root_p = Primitive("root_or_nan")  # one over the root
 ROOTS_FROM = 1e-18  # the smallest argument of `root_or_nan`
 
@@ -49,6 +51,11 @@ def barrier(x: jax.Array) -> jax.Array:
 def computed_again(again: jax.Array, known: jax.Array) -> jax.Array:
     """What is known already; on the CPU the equal array that is computed once more."""
     return _again_p.bind(again, known)
+
+
+def afresh(x: jax.Array) -> jax.Array:
+    """The array itself; what a GPU has computed of it already it computes once more, rather than to keep it in memory."""
+    return _afresh_p.bind(x)
 
 
 def is_for_one_device(context: mlir.LoweringRuleContext) -> bool:
@@ -108,13 +115,22 @@ mlir.register_lowering(_again_p, lambda _, again, known: [known])
 mlir.register_lowering(_again_p, lambda _, again, known: [again], platform="cpu")
 jet_rules[_again_p] = functools.partial(linear_prop, _again_p)
 
+_afresh_p.def_impl(lambda x: x)
+_afresh_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(_afresh_p, lambda ct, _: [ct])
+ad.primitive_jvps[_afresh_p] = lambda primals, tangents: (afresh(*primals), *tangents)
+batching.defvectorized(_afresh_p)
+mlir.register_lowering(_afresh_p, lambda _, x: [x])
+for _gpu in GPUS:
+    mlir.register_lowering(_afresh_p, mlir.lower_fun(lax.optimization_barrier, multiple_results=False), platform=_gpu)
+
 
 _root_p.def_impl(_root)
 _root_p.def_abstract_eval(lambda q: q)
 batching.defvectorized(_root_p)
 mlir.register_lowering(_root_p, mlir.lower_fun(_root, multiple_results=False))
-for where in ("cpu", "cuda", "rocm"):
-    mlir.register_lowering(_root_p, mlir.lower_fun(_chained_root, multiple_results=False), platform=where)
+for _where in ("cpu", *GPUS):
+    mlir.register_lowering(_root_p, mlir.lower_fun(_chained_root, multiple_results=False), platform=_where)
 
 
 def reduction_order(axes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -6,7 +6,7 @@ The tangent of y is the equation's own. For dx -> dy, with q = eps + gain m, d =
 
 It is a `jax.custom_jvp`, so that every transformation works, and checkpointed, so that what JAX keeps for the backward
 pass is x and the small statistics, where plain differentiation keeps several arrays of the size of x. Windows of arrays
-that nothing pools keep plain differentiation, since there the statistics are as large as x.
+that nothing pools, where the statistics are as large as x, have a rule of their own in `windows.py`.
 
 Three forms of one tangent (`tangents.py`), by what is small. Where statistics, scale and bias all vary along few elements
 (batch, group and instance norm), dy = alpha dx + gamma v + beta with small alpha, beta and gamma; transposed, these ask for
@@ -43,7 +43,7 @@ def has_rule(n: Normalizer, E: OverFields, x: jax.Array, *beside: jax.Array | No
     Not where a field is averaged over an axis of `vmap`: JAX may trace the rule after that axis is gone. Nor in Taylor mode,
     which cannot see through a `jax.custom_jvp` or a `jax.checkpoint`.
     """
-    if any(map(_in_taylor_mode, (x, *beside))):
+    if any(map(in_taylor_mode, (x, *beside))):
         return False
     if n.order != 2 or n.var is None or n.floor is not None or E.weights is not None or jnp.iscomplexobj(x):
         return False
@@ -53,7 +53,7 @@ def has_rule(n: Normalizer, E: OverFields, x: jax.Array, *beside: jax.Array | No
     return small and mapped <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def _in_taylor_mode(operand: object) -> bool:
+def in_taylor_mode(operand: object) -> bool:
     """Whether `jet` stands around this value, or around a transformation of it."""
     trace = getattr(operand, "_trace", None)
     while trace is not None and not isinstance(trace, JetTrace):

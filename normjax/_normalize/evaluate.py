@@ -22,7 +22,7 @@ from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
 from normjax._expect.sizes import at_least
 from normjax._leaves import refuse_unless
-from normjax._normalize import balance, derivative
+from normjax._normalize import balance, derivative, windows
 from normjax._normalize.tangents import Parts
 from normjax.field import FieldError
 from normjax.theory import Normalizer, Stats, is_positive, output, row, scale_and_shift, statistics
@@ -192,6 +192,8 @@ def _parts(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: D
 
 def _plain(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
     """The equation as it stands; JAX differentiates it."""
+    if windows.has_rule(n, E, x, *given[1:]):
+        return windows.ruled(n, E, dtype, x, given.mean, *given[2:])
     x = E.only(x.astype(statistics_dtype(x.dtype)))
     v, mean, moment = statistics(x, n, E, given.mean, given.moment)
     if moment is None:

@@ -30,7 +30,7 @@ from normjax._expect.average import by_blocks
 from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import along_one_shard, local_blocks
 from normjax._expect.sizes import as_number, at_least, is_known
-from normjax._expect.xla import FOR_ROUNDING, barrier, distinct_copy, is_for_one_device, reduction_order
+from normjax._expect.xla import FOR_ROUNDING, GPUS, barrier, distinct_copy, is_for_one_device, reduction_order
 from normjax.theory import Normalizer
 
 FAST_MEMORY = 7 * 2**24  # bytes, 7/8 of what a TPU v5e keeps on the chip: a second pass over no more costs no traffic
@@ -182,5 +182,5 @@ moments_p.def_impl(_compiled)
 moments_p.def_abstract_eval(_moments)
 batching.primitive_batchers[moments_p] = _batch
 mlir.register_lowering(moments_p, _lower_on_cpu, platform="cpu")
-for form, platform in ((_on_gpu, "cuda"), (_on_gpu, "rocm"), (_on_tpu, "tpu")):
-    mlir.register_lowering(moments_p, mlir.lower_fun(form, multiple_results=True), platform=platform)
+for _platform, _form in (*((gpu, _on_gpu) for gpu in GPUS), ("tpu", _on_tpu)):
+    mlir.register_lowering(moments_p, mlir.lower_fun(_form, multiple_results=True), platform=_platform)

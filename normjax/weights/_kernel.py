@@ -49,9 +49,9 @@ def evaluate(
     mask = None if mask is None else valid_weights(kernel, mask)
     if n.var is not None and traced is None and not number:
         return normalize(kernel, n, layout, scale=scale, mask=mask).y
-    dtype, kernel = kernel.dtype, kernel.astype(work)
+    dtype, kernel = kernel.dtype, kernel.astype(work if kernel.dtype == jnp.float16 else kernel.dtype)
     s, eps = _near_one(kernel if mask is None else jnp.where(mask, kernel, 0), n, eps, layout, field, eps_rule)
-    kernel = kernel * s.astype(work)
+    kernel = kernel * s.astype(kernel.dtype)
     if n.var is None:
         back = 1 / s.astype(work)
         return normalize(kernel, n, layout, scale=back if scale is None else back * scale, mask=mask).y.astype(dtype)
