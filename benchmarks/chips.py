@@ -68,16 +68,25 @@ def _gpu(chip: Chip) -> str:
     }} platform_name: "CUDA" device_description_str: "{chip.upper()}" """
 
 
+def alone() -> None:
+    """This process computes on the CPU, and the compilers look for no device. To be called before JAX computes anything."""
+    os.environ.update({name: value for name, value in ALONE.items() if name not in os.environ})
+    jax.config.update("jax_platforms", "cpu")
+
+
 @cache
 def device(chip: Chip) -> jax.Device:
     """A chip to compile for, which is not here."""
     if why := missing(chip):
         raise ModuleNotFoundError(why)
-    os.environ.update({name: value for name, value in ALONE.items() if name not in os.environ})
-    jax.config.update("jax_platforms", "cpu")  # or the plugins would look for a device
-    if platform(chip) == "tpu":
-        return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip]).devices[0]
-    return topologies.get_topology_desc("", "cuda", target_config=_gpu(chip), topology="1x1x1").devices[0]
+    alone()
+    kind = platform(chip)
+    try:
+        if kind == "tpu":
+            return topologies.get_topology_desc(platform=kind, topology_name=TPUS[chip]).devices[0]
+        return topologies.get_topology_desc("", kind, target_config=_gpu(chip), topology="1x1x1").devices[0]
+    except NotImplementedError as error:  # the plugin looked for a device, and gave up
+        raise RuntimeError(f"JAX computed something before it was asked for {chip}: call chips.alone() first") from error
 
 
 @dataclass(frozen=True)
@@ -123,25 +132,28 @@ def passes(f: Callable[..., Any], *specs: Any, chip: Chip, size_of: Any = None) 
 # --- forms of a layer -----------------------------------------------------------------------------
 
 
-def both(f: Callable[..., Any]) -> Callable[..., Any]:
-    """The output of f(x, *params) and all gradients, in one program; takes g, x, *params.
+def both(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """The output of f(x, *params) and all gradients, in one program that takes g, x, *params.
 
-    XLA may write the output in the pass that sums its gradient, which no network can do: see `train`.
+    XLA may write the output in the pass that sums its gradient, which no network can do: see `train`. With `has_aux`, f
+    returns a pair (output, others), whose others have no gradient, and the program returns them too.
     """
+    return _pulled(f, has_aux, lambda y, g: (y, g))
 
+
+def train(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """As in a network, where the gradient g of the output is known only after the output is written.
+
+    A program that takes g, x, *params and returns the output of f(x, *params) and all gradients. With `has_aux`, f returns
+    a pair (output, others), whose others have no gradient, and the program returns them too.
+    """
+    return _pulled(f, has_aux, lambda y, g: jax.lax.optimization_barrier((y, g)))
+
+
+def _pulled(f: Callable[..., Any], has_aux: bool, between: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., Any]:
     def call(g, x, *params):
-        y, pull = jax.vjp(f, x, *params)
-        return y, pull(g)
-
-    return call
-
-
-def train(f: Callable[..., Any]) -> Callable[..., Any]:
-    """As in a network, where the gradient g of the output is known only after the output is written; takes g, x, *params."""
-
-    def call(g, x, *params):
-        y, pull = jax.vjp(f, x, *params)
-        y, g = jax.lax.optimization_barrier((y, g))
-        return y, pull(g)
+        found: Any = jax.vjp(f, x, *params, has_aux=has_aux)
+        y, g = between(found[0], g)
+        return y, found[1](g), *found[2:]
 
     return call
