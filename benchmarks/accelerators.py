@@ -5,8 +5,9 @@
 
 Each row of normalizers that a peer has, forward and as it is trained, inside of the fast memory of a TPU v5e and beyond it,
 and two networks, are compiled ahead of time; nothing runs. A figure in *passes* is the bytes that the kernels of the
-compiled program read and write, over the bytes of x: a copy takes 2. "train" is the output and all gradients, where the
-gradient of the output is known only after the output is written, as in a network.
+compiled program read and write, over the bytes of x: a copy takes 2. "train" of a layer is the output and all gradients,
+where the gradient of the output is known only after the output is written, as in a network; of a network, all gradients of
+the mean square of its output.
 
 The figures are the same on every machine, for these versions of the compilers. They are no times: they count neither
 arithmetic nor the time that it takes to start a kernel, and let the second cache of a GPU save nothing. Where a program has
@@ -40,7 +41,7 @@ class Options(Output):
     rows: tuple[str, ...] = ROWS
     chips: tuple[str, ...] = ("v5e", "h200")
     dtypes: tuple[str, ...] = forms.DTYPES
-    modes: tuple[str, ...] = MODES
+    modes: tuple[forms.Mode, ...] = MODES
 
 
 @dataclass(frozen=True)

@@ -38,32 +38,31 @@ GPUS = {
 CHIPS = (*TPUS, *GPUS)
 PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
 
-Chip = Literal["v4", "v5e", "v5p", "v6e", "a100", "h100", "h200"]
 Spec = jax.ShapeDtypeStruct
 
 
-def platform(chip: Chip) -> Literal["tpu", "cuda"]:
+def platform(chip: str) -> Literal["tpu", "cuda"]:
     """The platform of a chip, by the name that JAX lowers for."""
     if chip not in CHIPS:
         raise ValueError(f"chip is {chip!r}; accepted are {', '.join(CHIPS)}")
     return "tpu" if chip in TPUS else "cuda"
 
 
-def missing(chip: Chip) -> str:
+def missing(chip: str) -> str:
     """Why nothing can be compiled for a chip here; "" if it can."""
     needs = PLUGINS[platform(chip)]
     return "" if importlib.util.find_spec(needs) else f"the compiler for {chip} needs {needs}: pip install -e '.[aot]'"
 
 
-def _gpu(chip: Chip) -> str:
+def _gpu(chip: str) -> str:
     """A chip as XLA describes one (its message GpuTargetConfig)."""
     (major, minor), cores, shared, block, bandwidth, memory, cache, clock = GPUS[chip]
     return f"""gpu_device_info {{
       cuda_compute_capability {{ major: {major} minor: {minor} }} core_count: {cores} clock_rate_ghz: {clock}
       memory_bandwidth: {int(bandwidth)} device_memory_size: {memory} l2_cache_size: {cache}
       shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {block}
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: {64 if major < 9 else 128}
-      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      fpus_per_core: {64 if major < 9 else 128} registers_per_core_limit: 65536 registers_per_block_limit: 65536
       block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
     }} platform_name: "CUDA" device_description_str: "{chip.upper()}" """
 
@@ -75,18 +74,22 @@ def alone() -> None:
 
 
 @cache
-def device(chip: Chip) -> jax.Device:
-    """A chip to compile for, which is not here."""
+def place(chip: str) -> SingleDeviceSharding:
+    """Where the arrays of a program lie that is compiled for a chip, which is not here."""
     if why := missing(chip):
         raise ModuleNotFoundError(why)
     alone()
     kind = platform(chip)
     try:
         if kind == "tpu":
-            return topologies.get_topology_desc(platform=kind, topology_name=TPUS[chip]).devices[0]
-        return topologies.get_topology_desc("", kind, target_config=_gpu(chip), topology="1x1x1").devices[0]
+            topology = topologies.get_topology_desc(platform=kind, topology_name=TPUS[chip])
+        else:
+            topology = topologies.get_topology_desc("", kind, target_config=_gpu(chip), topology="1x1x1")
     except NotImplementedError as error:  # the plugin looked for a device, and gave up
-        raise RuntimeError(f"JAX computed something before it was asked for {chip}: call chips.alone() first") from error
+        raise RuntimeError(
+            f"JAX computed something before it was asked for {chip}: call chips.alone() first"
+        ) from error
+    return SingleDeviceSharding(topology.devices[0])
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,13 @@ def size(spec: Any) -> int:
     return sum(int(np.prod(s.shape)) * jnp.dtype(s.dtype).itemsize for s in jax.tree.leaves(spec))
 
 
-def compiled(f: Callable[..., Any], *specs: Any, chip: Chip) -> Any:
+def compiled(f: Callable[..., Any], *specs: Any, chip: str) -> Any:
     """A function compiled for a chip; specs are trees of arrays or of `jax.ShapeDtypeStruct`."""
-    here = SingleDeviceSharding(device(chip))
-    placed = jax.tree.map(lambda s: Spec(s.shape, s.dtype, sharding=here), specs)
+    placed = jax.tree.map(lambda s: Spec(s.shape, s.dtype, sharding=place(chip)), specs)
     return jax.jit(f).lower(*placed).compile()
 
 
-def passes(f: Callable[..., Any], *specs: Any, chip: Chip, size_of: Any = None) -> Account:
+def passes(f: Callable[..., Any], *specs: Any, chip: str, size_of: Any = None) -> Account:
     """Compiles a function for a chip and counts what it moves, in sizes of `size_of` (by default of the first argument)."""
     program = compiled(f, *specs, chip=chip)
     found, unit = traffic(program.as_text()), size(specs[0] if size_of is None else size_of)

@@ -68,7 +68,7 @@ class Program:
     specs: tuple[Any, ...]
     x: Spec
 
-    def on(self, chip: chips.Chip) -> chips.Account:
+    def on(self, chip: str) -> chips.Account:
         """What the compiler of a chip says about it."""
         return chips.passes(self.call, *self.specs, chip=chip, size_of=self.x)
 
@@ -80,15 +80,25 @@ def programs(row: str, shape: tuple[int, ...], dtype: str, mode: Mode) -> dict[s
     {'normjax': (8, 128), 'flax': (8, 128)}
     """
     x = Spec(shape, jnp.dtype(dtype))
-    return {name: program(layer, x, params, mode) for name, layer, params in layers(row, x)}
+    trained = stepped if row in NETWORKS else pulled
+    form = trained if mode == "train" else Program
+    return {name: form(layer, (x, params), x) for name, layer, params in layers(row, x)}
 
 
-def program(layer: Layer, x: Spec, params: Any, mode: Mode) -> Program:
-    """A layer, forward or as it is trained."""
-    if mode == "forward":
-        return Program(layer, (x, params), x)
-    y, _ = jax.eval_shape(layer, x, params)
-    return Program(chips.train(layer, has_aux=True), (Spec(y.shape, y.dtype), x, params), x)
+def pulled(layer: Layer, specs: tuple[Any, ...], x: Spec) -> Program:
+    """A layer as it is trained: the gradient of its output is known only after the output is written."""
+    y, _ = jax.eval_shape(layer, *specs)
+    return Program(chips.train(layer, has_aux=True), (Spec(y.shape, y.dtype), *specs), x)
+
+
+def stepped(layer: Layer, specs: tuple[Any, ...], x: Spec) -> Program:
+    """All gradients of a network, whose loss is the mean square of its output."""
+
+    def loss(x, params):
+        y, new = layer(x, params)
+        return jnp.mean(jnp.square(y.astype(jnp.float32))), new
+
+    return Program(jax.grad(loss, (0, 1), has_aux=True), specs, x)
 
 
 def layers(row: str, x: Spec) -> Iterator[tuple[str, Layer, Any]]:
@@ -118,7 +128,7 @@ def _applied(layer: norms.Layer, stats: Any, x: jax.Array, params: Any) -> tuple
 
 
 def normalized(n: Normalizer, x: jax.Array, params: Any) -> tuple[jax.Array, Any]:
-    """normjax's way."""
+    """By `normjax.normalize`."""
     return normalize(x, n).y, None
 
 

@@ -28,6 +28,7 @@ class Array(NamedTuple):
 
     @property
     def elements(self) -> int:
+        """How many there are."""
         return math.prod(self.sizes)
 
     def cover(self, taken: Iterable[range] | None = None) -> float:
@@ -104,6 +105,7 @@ class Computation(dict[str, Instruction]):
 
     @functools.cached_property
     def root(self) -> Instruction:
+        """The instruction that makes the result, or the tuple of results."""
         return next(one for one in self.values() if one.root)
 
     @functools.cached_property
@@ -121,6 +123,7 @@ class Computation(dict[str, Instruction]):
         return found
 
     def parameter(self, k: int) -> Instruction:
+        """The parameter that stands for operand k."""
         return next(one for one in self.values() if one.opcode == "parameter" and one.attributes == str(k))
 
     def behind(self, name: str) -> Instruction:

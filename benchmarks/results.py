@@ -28,7 +28,19 @@ from benchmarks.harness import Options, Output, Row
 from experiments.common import cli, files, report
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_ARENA_MAX": "1"}
-LIBRARIES = ("normjax", "jax", "jaxlib", "flax", "optax", "numpy", "equinox", "dm-haiku", "torch", "libtpu", "jax-cuda12-pjrt")
+LIBRARIES = (
+    "normjax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "equinox",
+    "dm-haiku",
+    "torch",
+    "libtpu",
+    "jax-cuda12-pjrt",
+)
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
