@@ -2,7 +2,8 @@
 
     python -m tests.passes          # writes passes.md anew: after a change of a program, or of a compiler's version
 
-A count is that of `benchmarks.accelerators`: bytes that the compiled program moves over the bytes of x.
+A count is that of `benchmarks.accelerators`: bytes that the compiled program moves over the bytes of x. A star marks what
+moves more than its peer.
 """
 
 import functools
@@ -32,6 +33,10 @@ class Case(NamedTuple):
         return self.row, "x".join(map(str, self.shape)), self.dtype
 
     @property
+    def column(self) -> str:
+        return f"{self.chip} {self.mode}"
+
+    @property
     def name(self) -> str:
         return " ".join([self.chip, *self.line, self.mode])
 
@@ -53,12 +58,18 @@ def accounts(case: Case) -> tuple[chips.Account, chips.Account]:
     return ours.on(case.chip), peer.on(case.chip)
 
 
-def stored() -> dict[tuple[str, ...], float]:
-    """The counts of passes.md, by row, shape, dtype and column."""
+def misses(ours: float, peer: float) -> bool:
+    """Whether a count is above that of the peer, beyond what small arrays and roundings make."""
+    return ours > 1.02 * peer + 0.05
+
+
+@functools.cache
+def stored() -> dict[tuple[str, ...], tuple[float, bool]]:
+    """The counts of passes.md and whether they are starred, by row, shape, dtype and column."""
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in TABLE.open() if line.startswith("|")]
     head, _, *body = lines
     return {
-        (*line[:3], column): float(cell)
+        (*line[:3], column): (float(cell.rstrip("*")), cell.endswith("*"))
         for line in body
         for column, cell in zip(head[3:], line[3:], strict=True)
         if cell
@@ -71,7 +82,8 @@ def main() -> None:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for case in cases():
         print(case.name, flush=True)
-        lines.setdefault(case.line, {})[f"{case.chip} {case.mode}"] = f"{accounts(case)[0].passes:.2f}"
+        ours, peer = (account.passes for account in accounts(case))
+        lines.setdefault(case.line, {})[case.column] = f"{ours:.2f}{'*' * misses(ours, peer)}"
     body = [[*line, *(cells.get(column, "") for column in HEAD[3:])] for line, cells in lines.items()]
     about = (
         f"Passes of normjax, by the compilers of the extra `aot`; written by `python -m tests.{Path(__file__).stem}`."
