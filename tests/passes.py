@@ -66,7 +66,11 @@ def misses(ours: float, peer: float) -> bool:
 @functools.cache
 def stored() -> dict[tuple[str, ...], tuple[float, bool]]:
     """The counts of passes.md and whether they are starred, by row, shape, dtype and column."""
-    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in TABLE.open() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in TABLE.read_text().splitlines()
+        if line[:1] == "|"
+    ]
     head, _, *body = lines
     return {
         (*line[:3], column): (float(cell.rstrip("*")), cell.endswith("*"))

@@ -24,6 +24,7 @@ chips.alone()
 F32 = jnp.float32
 X = Spec((32768, 4096), F32)  # beyond every fast memory
 PART = Spec((128, 4096), F32)
+FIELDS = ("layer", "rms", "batch", "group", "instance")  # need no array of the size of x
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +117,8 @@ def test_row_moves_no_more_than_its_peer_and_what_is_stored(case):
     assert ours.passes == pytest.approx(count, rel=0.02)
     assert misses(ours.passes, peer.passes) == starred, (ours.passes, peer.passes)
     if not starred:
-        assert ours.temporary <= 1.02 * peer.temporary + 0.02
+        alone = case.row in FIELDS and case.shape == forms.SHAPES[case.row][1]
+        assert ours.temporary <= (0.02 if alone else 1.02 * peer.temporary + 0.05)
 
 
 def test_every_count_that_is_stored_is_asked_for():
@@ -133,7 +135,7 @@ def everything(g, x):
     return [chips.train(lambda x, n=n: normjax.normalize(x, n).y)(g, x) for n in normjax.TABLE.values()]
 
 
-@pytest.mark.parametrize("chip", [on(chip, chip) for chip in chips.CHIPS])
+@pytest.mark.parametrize("chip", [on(c, c, marks=() if c in CHIPS else (pytest.mark.slow,)) for c in chips.CHIPS])
 def test_every_row_of_the_table_compiles(chip):
     chips.compiled(everything, SMALL, SMALL, chip=chip)
 
