@@ -4,7 +4,7 @@ BIN = .venv/bin
 ARGS ?=
 NEWEST ?= python3.13
 
-.PHONY: compare test slow lint smoke check lowest newest
+.PHONY: compare test slow lint smoke check lowest newest aot
 
 compare: .venv/installed
 	$(BIN)/python -m experiments.compare $(ARGS)
@@ -43,6 +43,14 @@ newest:
 	$(NEWEST) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable . --upgrade --upgrade-strategy eager $(NEEDS)
 	.venv-newest/bin/python $(VERSION_TESTS)
+
+# What the compilers of TPUs and GPUs say, without either. They are never where other tests run, since JAX would look there
+# for devices. The cases that take longest are slow: make aot ARGS="-m slow".
+aot:
+	$(call python_or_stop,$(PYTHON))
+	$(PYTHON) -m venv --clear .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --editable ".[aot,experiments]" $(NEEDS)
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_accelerators.py $(ARGS)
 
 # A Python that is too old stops here, before it has made an environment that others would find.
 python_or_stop = @$(1) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else \

@@ -114,22 +114,31 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Options:
+class Output:
     """What every benchmark understands.
 
     Attributes:
       out: folder for results in JSON and a plot; by default the table is only printed.
-      rounds: turns that every contender takes.
-      limit: seconds; a contender that takes longer has one turn, and none in the wider cases of its group.
-      heap: "kept" keeps freed memory in the process (Linux), "stock" leaves it to the allocator.
-      smoke: tiny shapes and two rounds, to see whether everything runs.
+      smoke: tiny shapes, and two rounds where there are rounds, to see whether everything runs.
     """
 
     out: Path | None = None
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Options(Output):
+    """What every benchmark that takes times understands.
+
+    Attributes:
+      rounds: turns that every contender takes.
+      limit: seconds; a contender that takes longer has one turn, and none in the wider cases of its group.
+      heap: "kept" keeps freed memory in the process (Linux), "stock" leaves it to the allocator.
+    """
+
     rounds: int = 20
     limit: float = 1.0
     heap: Literal["kept", "stock"] = "kept"
-    smoke: bool = False
 
 
 # --- measuring ------------------------------------------------------------------------------------

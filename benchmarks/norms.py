@@ -45,6 +45,8 @@ SHAPES = {  # of tokens, of images
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 LOOSE = {"float32": {}, "bfloat16": {"scale": 1.0, "bias": 1.0}}
 
+# An array, or its shape and dtype.
+Shaped = jax.Array | jax.ShapeDtypeStruct
 # A layer as a function: (x, params, stats) to (y, new stats); params are {"scale": [c], "bias": [c]}.
 Layer = Callable[[jax.Array, dict[str, jax.Array], Any], tuple[jax.Array, Any]]
 
@@ -67,7 +69,7 @@ class Options(harness.Options):
 # --- the libraries --------------------------------------------------------------------------------
 
 
-def linen(library: Any, row: str, x: jax.Array) -> Layer:
+def linen(library: Any, row: str, x: Shaped) -> Layer:
     """A layer of flax.linen or normjax.linen."""
     more = {"use_running_average": False} if row == "batch" else {}
     module = getattr(library, CLASSES[row])(epsilon=EPS, dtype=x.dtype, **more)
@@ -156,13 +158,13 @@ def last(result: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.moveaxis(a, 1, -1) if a.ndim == 4 else a for name, a in arrays.items()}
 
 
-def parameters(row: str, x: jax.Array) -> dict[str, jax.Array]:
+def parameters(row: str, x: Shaped) -> dict[str, jax.Array]:
     """A scale and, RMS norm but, a bias."""
     names = ("scale",) if row == "rms" else ("scale", "bias")
     return {name: normal(x.shape[-1:], jnp.float32, seed) for seed, name in enumerate(names, 2)}
 
 
-def statistics(row: str, x: jax.Array) -> dict[str, jax.Array]:
+def statistics(row: str, x: Shaped) -> dict[str, jax.Array]:
     """The running statistics of batch norm."""
     return {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])} if row == "batch" else {}
 

@@ -24,11 +24,23 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.harness import Options, Row
+from benchmarks.harness import Options, Output, Row
 from experiments.common import cli, files, report
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_ARENA_MAX": "1"}
-LIBRARIES = ("normjax", "jax", "jaxlib", "flax", "optax", "numpy", "equinox", "dm-haiku", "torch")
+LIBRARIES = (
+    "normjax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "equinox",
+    "dm-haiku",
+    "torch",
+    "libtpu",
+    "jax-cuda12-pjrt",
+)
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -168,15 +180,15 @@ def plain(axis: Axis) -> None:
 
 @dataclass
 class Result:
-    """What a benchmark leaves: rows, and whatever else it measured, to be shown and written."""
+    """What a benchmark leaves: rows (dataclasses), and whatever else it measured, to be shown and written."""
 
-    rows: list[Row]
+    rows: Sequence[Any]
     text: str
-    figure: Figure
+    figure: Figure | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def finish(result: Result, options: Options, argv: Sequence[str] | None, script: str) -> dict[str, Any]:
+def finish(result: Result, options: Output, argv: Sequence[str] | None, script: str) -> dict[str, Any]:
     """Prints the tables under the command that made them; writes JSON, tables and plot into --out. Returns the JSON."""
     name = Path(script).stem
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *(sys.argv[1:] if argv is None else argv)])
@@ -192,5 +204,6 @@ def finish(result: Result, options: Options, argv: Sequence[str] | None, script:
         options.out.mkdir(parents=True, exist_ok=True)
         files.write(options.out / f"{name}.json", json.dumps(content, indent=1) + "\n")
         files.write(options.out / f"{name}.md", text)
-        report.save(result.figure, options.out / f"{name}.png")
+        if result.figure:
+            report.save(result.figure, options.out / f"{name}.png")
     return content
