@@ -55,7 +55,8 @@ def of_field(x: jax.Array, n: Normalizer, E: OverFields, differentiated: bool) -
         return mean, None, E(x if mean is None else x - mean, n.var, 2)
     mean, rest, moment = moments_p.bind(x, axes=bound.whole, differentiated=differentiated, exact=n.keep_mean)
     for axis, span in bound.by("blocks"):  # of a group from those of its channels
-        average = functools.partial(by_blocks, jnp.mean, axis=axis, blocks=local_blocks(bound, axis, span))
+        blocks = local_blocks(bound, axis, span)
+        average = functools.partial(by_blocks, jnp.mean, axis=axis, blocks=blocks, inside=lambda of_block: of_block)
         centre = average(mean)
         apart = (mean - centre) + rest
         mean, rest = centre, average(apart)
