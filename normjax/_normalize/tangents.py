@@ -81,7 +81,7 @@ def pooled(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d: Tang
     gamma = alpha * _relative(n, q, dq, positive)
     along = functools.partial(xla.broadcast_in_order, x=x)
     beta = None if dmean is None or n.keep_mean else -alpha * dmean
-    if beta is not None and not exact and d.bias is not None and d.bias.shape == beta.shape:
+    if dmean is not None and beta is not None and not exact and d.bias is not None and d.bias.shape == beta.shape:
         dx, beta = dx - along(dmean), None  # XLA joins this to what makes dx, for 16 bits and means of a batch alone
     if n.keep_mean:
         dy = along(alpha) * dx + along(gamma) * x
@@ -151,8 +151,8 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
     def average(z: jax.Array) -> jax.Array:
         return jnp.sum(z, whole) / as_number([shape[i] for i in whole], z.dtype)
 
-    def restored(statistic: jax.Array | None) -> jax.Array | None:
-        return None if statistic is None else statistic.reshape([1 if i in whole else n for i, n in enumerate(shape)])
+    def restored(statistic: jax.Array) -> jax.Array:
+        return statistic.reshape([1 if i in whole else n for i, n in enumerate(shape)])
 
     x, dx = known.x.astype(known.moment.dtype), d.x.astype(known.moment.dtype)
     moment = known.moment.reshape([shape[i] for i in kept])
@@ -166,7 +166,7 @@ def rowwise_bare(n: Normalizer, E: OverFields, dtype: DTypeLike, known: Known, d
     # The moment once more, from v: XLA:CPU then has the whole gradient of x in one pass.
     m = xla.computed_again(nan_if_infinite(average(v * v), n.gain), distinct_copy(moment, FOR_GRADIENT))
     dy = _rowwise_output(n, bare, d._replace(x=dx), v, m, dmean, dm, distinct_copy, wide)
-    return dy.astype(dtype), restored(dmean), _still(known.rest), restored(dm)
+    return dy.astype(dtype), None if dmean is None else restored(dmean), _still(known.rest), restored(dm)
 
 
 def _rowwise_output(
