@@ -72,15 +72,16 @@ def tiling(target: str, rows: int, length: int, backward: bool) -> Tiling:
 def forward(target: str, interpret: bool, how: How, x: jax.Array, *others: Given) -> tuple:
     """`block.forward` as one kernel for a "gpu" or a "tpu": operands and results have its shapes and dtypes."""
     cut = tiling(target, *x.shape, backward=False)
-    operands = [*zip(("rows", "number", "row", "row"), (x, *others), strict=True)]
-    results = [("rows", how.dtype), ("column", jnp.float32 if how.centre else None), ("column", jnp.float32)]
+    operands = [*zip(("rows", "rows", "number", "row", "row"), (x, *others), strict=True)]
+    statistics = [("column", jnp.float32 if how.centre else None), ("column", jnp.float32)]
+    results = [("rows", how.dtype), ("rows", how.added), *statistics]
     return _call(target, interpret, "normalize_rows", cut, functools.partial(block.forward, how), operands, results)
 
 
 def backward(target: str, interpret: bool, how: How, x: jax.Array, *others: Given) -> tuple:
     """`block.backward` as one kernel, and the sum of its partial sums."""
     cut = tiling(target, *x.shape, backward=True)
-    kinds = ("rows", "column", "column", "number", "row", "rows", "column", "column")
+    kinds = ("rows", "column", "column", "number", "row", "row", "rows", "rows", "column", "column")
     operands = [*zip(kinds, (x, *others), strict=True)]
     scaled = others[3] is not None
     summed = [("row", jnp.float32 if scaled else None), ("row", jnp.float32 if how.biased else None)]
