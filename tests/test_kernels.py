@@ -298,20 +298,19 @@ def test_second_derivatives_over_reverse_mode_are_the_twins(mode):
 
 
 @pytest.mark.usefixtures("_interpreted")
-@pytest.mark.parametrize(("used", "read"), [((0,), (True, False, False)), ((0, 1), (True, True, False)),
-                                            ((2,), (True, False, True))])  # fmt: skip
-def test_cotangent_of_a_statistic_that_nothing_uses_is_not_read(used, read, monkeypatch):
+@pytest.mark.parametrize(("used", "read"), [((0,), (True, False)), ((0, 1), (True, True)), ((0, 3), (True, True))])
+def test_cotangent_of_a_sum_that_nothing_uses_is_not_read(used, read, monkeypatch):
     seen = []
     kernel = pallas.backward
 
     def spy(*args):
-        seen.append(tuple(args[i] is not None for i in (-4, -2, -1)))
+        seen.append(tuple(c is not None for c in args[-2:]))
         return kernel(*args)
 
     monkeypatch.setattr(pallas, "backward", spy)
 
     def loss(x):
-        out = kernels.normalize(x, (1,), 0.1)
+        out: Any = kernels.add_and_normalize(x, x, (1,), 0.1)
         return sum(jnp.sum(out[i] ** 2) for i in used)
 
     jax.eval_shape(jax.grad(loss), jnp.ones((2, 3)))
@@ -419,7 +418,7 @@ LOWER_MORE = [(platform, centre, power) for platform in CALLS for centre in (Tru
 def test_every_power_and_the_cotangents_of_statistics_lower_under_vmap(platform, centre, power):
     case = Case((37, 70), (1,), (1, 70), (1, 70), centre=centre, power=power)
     given, _ = operands(case)
-    each = jax.vmap(jax.grad(summed(case), (0, 1, 2, 3)), (0, None, None, None))
+    each = jax.vmap(jax.value_and_grad(summed(case), (0, 1, 2, 3)), (0, None, None, None))
     assert kernels_in(lowered(each, platform, jnp.stack([given[0]] * 3), *given[1:]), platform) == 2
 
 

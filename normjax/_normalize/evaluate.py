@@ -202,8 +202,8 @@ def add_and_normalize(
     if at:
         return fused.added(x, residual, n, at, given, dtype, activation)
     total = kernels.sum_of(x, residual)
-    y = equation(total, n, layout, scale=scale, bias=bias, mask=mask, eps=eps, dtype=work).y
-    return kernels.ACTIVATIONS[activation](y).astype(dtype), total
+    y = equation(total, n, layout, scale=scale, bias=bias, mask=mask, eps=eps, dtype=dtype).y
+    return kernels.ACTIVATIONS[activation](y), total
 
 
 def _parameters(

@@ -4,10 +4,10 @@ The kernels run these functions on the blocks that they load; on a whole array `
 With s = x + residual, v = s - mean, q = eps + gain E[v ** 2] and r = q ** -power, the output is y = act(z), z = scale v r +
 bias. For cotangents g of y and gsum of s, and h = g act'(z) scale:
 
-    dq = -power (r / q) sum(h v)        k = 2 (gain dq + gvar) / length        u = h r + k v
-    dx = gsum + u - E[u] + gmean / length, which is the gradient of the residual too
+    dq = -power (r / q) sum(h v)        k = 2 gain dq / length        u = h r + k v        dx = gsum + u - E[u]
 
-E[u] and gmean only where rows are centred. E[v] is in there: it is what rounding left of the mean.
+dx is the gradient of the residual too; E[u] only where rows are centred. E[v] is in there: it is what rounding left of the
+mean.
 """
 
 import functools
@@ -94,59 +94,61 @@ def forward(
     *,
     length: int | None = None,
     valid: Given = None,
-) -> tuple[jax.Array, Given, Given, jax.Array]:
-    """`(y, sum, mean, var)`: y like x, the sum None without a residual, and the statistics of the sum.
+) -> tuple[jax.Array, Given, None, None]:
+    """`(y, sum, None, None)`: y like x in `how.dtype`, the sum None without a residual; rows keep no statistics.
 
-    y has `how.dtype`; the statistics are `[rows, 1]` float32, and the mean is None where rows are not centred.
     x and the residual are `[rows, length]`, eps `[1, 1]` and scale and bias `[1, length]` float32. Where x is wider than
     `length`, it is 0 in the columns that are not `valid`, `[1, width]`.
     """
-    length = length or x.shape[1]
     added = None if residual is None else _sum(x, residual, how.added)
-    x = (x if added is None else added).astype(jnp.float32)
-    mean = _total(x) / length if how.centre else None
-    v = _deviations(x, mean, valid)
-    var = nan_if_infinite(_total(v * v) / length, how.gain)
+    v, _, var = statistics(how, x if added is None else added, length, valid)
     y = how.activated(affine(v * inverse_power(eps + how.gain * var, how.power), scale, bias))
-    return y.astype(how.dtype), added, mean, var
+    return y.astype(how.dtype), added, None, None
+
+
+def statistics(
+    how: How, x: jax.Array, length: int | None = None, valid: Given = None
+) -> tuple[jax.Array, Given, jax.Array]:
+    """`(v, mean, var)` of rows, all float32; the mean is None where rows are not centred."""
+    length = length or x.shape[1]
+    x = x.astype(jnp.float32)
+    mean = _total(x) / length if how.centre else None
+    v = x if mean is None else x - mean
+    v = v if mean is None or valid is None else jnp.where(valid, v, 0)
+    return v, mean, nan_if_infinite(_total(v * v) / length, how.gain)
 
 
 def backward(
     how: How,
     x: jax.Array,
-    mean: Given,
-    var: jax.Array,
+    _: None,
+    __: None,
     eps: jax.Array,
     scale: Given,
     bias: Given,
     g: jax.Array,
     gsum: Given,
-    gmean: Given,
-    gvar: Given,
     *,
     length: int | None = None,
     valid: Given = None,
 ) -> tuple[jax.Array, jax.Array, Given, Given]:
     """The gradient of `forward` without a residual: `(dx, deps, dscale, dbias)`, dx like x, the others summed, float32.
 
-    g and gsum are the cotangents of y and of x itself, like x, and 0 where x is not `valid`; gmean and gvar `[rows, 1]`
-    float32, or None for zero. The bias is read where there is an activation.
+    g and gsum are the cotangents of y and of x itself, like x, and 0 where x is not `valid`. The statistics are taken again:
+    a number a row would be padded to 128 on a TPU. The bias is read where there is an activation.
     """
     length = length or x.shape[1]
-    v = _deviations(x.astype(jnp.float32), mean, valid)
+    v, _, var = statistics(how, x, length, valid)
     q = eps + how.gain * var
     r = inverse_power(q, how.power)
     g = g.astype(jnp.float32)
     g = g if how.activation is None else how.pulled(affine(v * r, scale, bias), g)
     h = g if scale is None else g * scale
     dq = inverse_power(q, 1.0) * (-how.power * r * _total(h * v))  # r / q alone would underflow
-    dvar = how.gain * dq if gvar is None else how.gain * dq + gvar
-    k = (2 / length) * dvar
+    k = (2 / length) * how.gain * dq
     dx = h * r + v * k
     if how.centre:
         dx = dx - (_total(h) * r + _total(v) * k) / length
-    if gmean is not None:
-        dx = dx + gmean / length
     if gsum is not None:
         dx = dx + gsum.astype(jnp.float32)
     dscale = None if scale is None else jnp.sum(g * (v * r), 0, keepdims=True)
@@ -166,9 +168,3 @@ def _sum(x: jax.Array, residual: jax.Array, dtype: DTypeLike | None) -> jax.Arra
 
 def _total(rows: jax.Array) -> jax.Array:
     return jnp.sum(rows, 1, keepdims=True)
-
-
-def _deviations(x: jax.Array, mean: Given, valid: Given) -> jax.Array:
-    if mean is None:
-        return x
-    return x - mean if valid is None else jnp.where(valid, x - mean, 0)

@@ -8,7 +8,7 @@ through a part in chunks (`_pallas_group.py`), and on a whole array the same fun
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -141,10 +141,10 @@ def backward(
     bias: Given,
     g: jax.Array,
     gsum: Given,
-    gmean: Given,
-    gvar: Given,
+    *statistics: Given,
 ) -> tuple[jax.Array, jax.Array, Given, Given]:
     """The gradient of `forward`: `(dx, deps, dscale, dbias)`, dx like x, the others summed over the examples, float32."""
+    gmean, gvar = of_statistics(how, statistics)
 
     def one(x: jax.Array, mean: Given, var: jax.Array, gmean: Given, gvar: Given, *others: jax.Array) -> tuple:
         part = _Whole(tuple(a.astype(jnp.float32) for a in (x, *others)), how.groups)
@@ -159,6 +159,11 @@ def summed(how: How, parts: list[jax.Array], channels: int, scaled: bool) -> tup
     deps, dscale, dbias = (jnp.sum(p, 0) for p in parts)
     deps = jnp.sum(deps, 1, keepdims=True) * (how.groups / channels)
     return deps, dscale if scaled else None, dbias if how.biased else None
+
+
+def of_statistics(how: How, given: Sequence[Given]) -> tuple[Given, Given]:
+    """The cotangents of the mean and the variance; there is no mean where rows are not centred."""
+    return (given[0], given[1]) if how.centre else (None, given[0])
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def backward(target: str, interpret: bool, how: How, x: jax.Array, *others: Give
     cut = group.cut(target, x.shape, how.groups, x.dtype.itemsize)
     if cut is None:
         return group.backward(how, x, *others)
-    mean, var, eps, scale, bias, g, gsum, gmean, gvar = others
+    mean, var, eps, scale, bias, g, gsum, *statistics = others
+    gmean, gvar = group.of_statistics(how, statistics)
 
     def evaluate(part: group.Part, *others: Any) -> tuple[jax.Array, ...]:
         return group.gradient(how, part, *others)[1:]

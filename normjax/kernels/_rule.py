@@ -1,8 +1,8 @@
 """The derivatives of the fused kernels, and the choice of the kernel by platform.
 
 Forward, one kernel; its `jax.custom_jvp` has as tangent the linear map `_tangent_p`, whose arithmetic is that of the plain
-twin, and whose transpose is the kernel of the gradient. So reverse mode runs two kernels and keeps the sum, the
-statistics and the scale; forward mode runs plain JAX; and each can be differentiated again, since JAX differentiates the
+twin, and whose transpose is the kernel of the gradient. So reverse mode runs two kernels and keeps the sum, the scale, and
+the statistics of groups; forward mode runs plain JAX; and each can be differentiated again, since JAX differentiates the
 twin where it meets the kernel of the gradient. A platform without kernels runs the twin.
 """
 
@@ -21,7 +21,7 @@ from normjax.kernels import _block as block
 from normjax.kernels import _group as group
 from normjax.kernels._block import Given, How
 
-Results = tuple[jax.Array, jax.Array, Given, jax.Array]
+Results = tuple[jax.Array, jax.Array, Given, Given]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -103,10 +103,10 @@ def _transpose(cotangents: Sequence, *flat: Any, how: How, known: Any, moving: A
         added, mean, var, eps, scale, bias = jax.tree.unflatten(known, flat[: known.num_leaves])
         given = iter(flat[known.num_leaves :])
         found = iter([next(given) if t else None for t in there])
-        g, gsum, gmean, gvar = next(found), next(found), None if mean is None else next(found), next(found)
+        g, *others = found  # of the sum, and of the statistics that are kept
         g = jnp.zeros_like(added, how.dtype) if g is None else g
         bias = None if how.activation is None else bias
-        return jax.tree.leaves(_gradient(how, added, mean, var, eps, scale, bias, g, gsum, gmean, gvar))
+        return jax.tree.leaves(_gradient(how, added, mean, var, eps, scale, bias, g, *others))
 
     present = [ct for ct, t in zip(cotangents, there, strict=True) if t]
     found = _vmapped(pull, mapped, len(present))(*flat[: known.num_leaves], *present)

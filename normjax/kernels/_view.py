@@ -91,6 +91,8 @@ def evaluate(
     flat = None if residual is None else residual.reshape(seen)
     evaluate = _plain if how.run == "xla" else rule.normalize
     y, added, mean, var = evaluate(how, x.reshape(seen), flat, eps, *map(row, beside))
+    if var is None:  # rows: nobody else's business, and not computed where nobody asks
+        _, mean, var = block.statistics(how, added)
     small = x.shape[:first] + (1,) * len(axes) + x.shape[x.ndim - bool(how.groups) :]
     return y.reshape(x.shape), added.reshape(x.shape), None if mean is None else mean.reshape(small), var.reshape(small)
 
