@@ -23,6 +23,7 @@ TPU_CHUNK = 32768  # elements of a TPU's step
 GPU_BYTES = 128 << 10  # of a share of x; the running programs read their shares again from the second-level cache
 GPU_ROW = 32  # bytes that a GPU reads at once, which a row of a share has where there are as many channels
 GPU_CHUNK = 8192  # elements of a GPU's step
+PADDED = 1.15  # lanes over channels: XLA lays narrow arrays out otherwise, and would copy them for the kernel
 WIDEST = 1024  # channels of a part: the sums of blocks take a square of so many
 
 
@@ -191,7 +192,7 @@ def cut(target: str, shape: tuple[int, int, int], groups: int, itemsize: int) ->
     width = fitting[0]
     lanes, rows = -(-width // 128) * 128, -(-positions // 16) * 16
     held = 6 * rows * lanes * itemsize  # backward: x, g and dx, each one being moved and one being worked on
-    if held > TPU_BYTES or width > WIDEST:
+    if held > TPU_BYTES or width > WIDEST or lanes > PADDED * width:
         return None
     few = [n for n in range(1, examples + 1) if examples % n == 0 and n * held <= TPU_BYTES // 4]
     return Cut(max(few, default=1), width, max(16, TPU_CHUNK // lanes // 16 * 16))

@@ -100,10 +100,9 @@ class _InChunks:
         if self.size == self.width:
             return jnp.broadcast_to(jnp.sum(sums, 1, keepdims=True), sums.shape)
         row, column = (lax.broadcasted_iota(jnp.int32, (sums.shape[1],) * 2, axis) for axis in (0, 1))
-        own = jnp.sum(
-            jnp.where(row // self.size == column // self.size, sums, 0.0), 1, keepdims=True
-        )  # of each channel
-        return jnp.sum(jnp.where(row == column, own, 0.0), 0, keepdims=True)  # the same, along the lanes
+        one, other = (lax.div(a, np.int32(self.size)) for a in (row, column))  # `//` lowers for a TPU on a TPU alone
+        own = jnp.sum(jnp.where(one == other, sums, 0.0), 1, keepdims=True)  # of the block of each channel
+        return jnp.sum(jnp.where(row == column, own, 0.0), 0, keepdims=True)  # along the lanes again
 
     def mapped(self, f: Callable[..., jax.Array]) -> None:
         def put(first: Any, length: int, nothing: list, valid: Given) -> list:
