@@ -4,6 +4,7 @@ The kernels are made to cut small arrays into several programs, several blocks e
 """
 
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.nnx import Rngs
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from scipy import special
 
-from normjax import Normalizer, Stats, kernels, linen, normalize
+from normjax import Normalizer, Stats, kernels, linen, nnx, normalize
+from normjax.kernels import _group as group
 from normjax.kernels import _pallas as pallas
 
 P = jax.sharding.PartitionSpec
@@ -350,6 +354,224 @@ def mesh():
 def test_gradient_inside_shard_map_is_the_twins(mesh):
     (x, _, scale, _), _ = operands(Case((38, 20), (1,), (1, 20)))
     close(spread(kernels.normalize, mesh, False)(scale, x), spread(kernels.twin, mesh, False)(scale, x), 1e-5)
+
+
+# With a residual and an activation, and in groups.
+
+ACT = {
+    None: lambda z: z,
+    "relu": lambda z: np.maximum(z, 0),
+    "gelu": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+    "exact_gelu": lambda z: z * special.ndtr(z),
+    "silu": lambda z: z * special.expit(z),
+}
+ADDED = {
+    "gelu": ("gelu", True, True, jnp.float32),
+    "relu rms": ("relu", False, True, jnp.float32),
+    "silu bfloat16": ("silu", True, True, jnp.bfloat16),
+    "exact gelu alone": ("exact_gelu", True, False, jnp.float32),
+    "no activation": (None, True, True, jnp.float32),
+}
+QUICK_ADDED = {("gelu", "interpret"), ("silu bfloat16", "interpret tpu")}
+
+
+def near_float64(found, formula, given, cotangents, dtype):
+    """Outputs, and gradients by central differences, of a formula in float64."""
+    exact, low = wide(given), jnp.finfo(dtype).eps
+    outputs, gradients = found
+    expected = formula(*exact)
+    for f, e in zip(outputs, expected, strict=True):
+        close(f, e, max(4e-6, low))
+
+    def scalar(i, value):
+        return sum(np.sum(o * c) for o, c in zip(formula(*exact[:i], value, *exact[i + 1 :]), cotangents, strict=True))
+
+    for i, (p, gradient) in enumerate(zip(exact, gradients, strict=True)):
+        close(gradient, slopes(functools.partial(scalar, i), p), max(4e-5, 2 * low))
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [pytest.param(n, r, marks=() if (n, r) in QUICK_ADDED else pytest.mark.slow) for n in ADDED for r in TARGETS],
+)
+def test_sum_output_and_gradients_with_an_activation_are_those_of_float64(name, run):
+    activation, centre, residual, dtype = ADDED[name]
+    rng = np.random.default_rng(3)
+    x, r = (jnp.asarray(rng.normal(0.3, 1.5, (7, 10)), dtype) for _ in range(2))
+    given = (x, *((r,) if residual else ()), *(jnp.asarray(rng.normal(1, 1, (1, 10)), jnp.float32) for _ in range(2)))
+    cotangents = tuple(rng.normal(size=x.shape) for _ in range(2))
+
+    def ours(x, *rest):
+        r, scale, bias = rest if residual else (None, *rest)
+        return kernels.add_and_normalize(x, r, (1,), 0.3, scale, bias, centre=centre, activation=activation)[:2]
+
+    def formula(x, *rest):
+        r, scale, bias = rest if residual else (0, *rest)
+        added = x + r
+        v = added - added.mean(1, keepdims=True) if centre else added
+        return ACT[activation](v / np.sqrt(0.3 + (v * v).mean(1, keepdims=True)) * scale + bias), added
+
+    if dtype == jnp.bfloat16:  # the kernels normalize the sum as they store it
+        given = (x, jnp.zeros_like(x), *given[2:])
+
+    @jax.jit
+    def both(*given):
+        out, pull = jax.vjp(ours, *given)
+        return out, pull(tuple(jnp.asarray(c, dtype) for c in cotangents))
+
+    with running(run):
+        assert has_kernel(ours, *given)
+        near_float64(both(*given), formula, given, cotangents, dtype)
+
+
+GROUPS = {  # the shape, the groups, and what comes after
+    "group": ((3, 41, 6), 3, None),
+    "instance": ((2, 40, 5), 5, "relu"),
+    "one group": ((2, 3, 7), 1, None),
+    "several parts": ((4, 9, 256), 128, "silu"),
+}
+QUICK_GROUPS = {("group", "interpret"), ("instance", "interpret tpu")}
+
+
+@pytest.fixture
+def _small_groups(monkeypatch):
+    for name, value in {"GPU_CHUNK": 64, "TPU_CHUNK": 16 * 128, "PADDED": 1000}.items():
+        monkeypatch.setattr(group, name, value)
+    group.cut.cache_clear()
+    yield
+    group.cut.cache_clear()
+
+
+@pytest.mark.usefixtures("_small_groups")
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [pytest.param(n, r, marks=() if (n, r) in QUICK_GROUPS else pytest.mark.slow) for n in GROUPS for r in TARGETS],
+)
+def test_groups_and_their_gradients_are_those_of_float64(name, run):
+    shape, groups, activation = GROUPS[name]
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(0.3, 1.5, shape), jnp.float32)
+    given = (x, *(jnp.asarray(rng.normal(1, 1, (1, 1, shape[-1])), jnp.float32) for _ in range(2)))
+
+    def ours(x, scale, bias):
+        out: Any = kernels.normalize(x, (1,), 0.3, scale, bias, activation=activation, groups=groups)
+        return out
+
+    def formula(x, scale, bias):
+        z = x.reshape(*shape[:2], groups, -1)
+        mean = z.mean((1, 3), keepdims=True)
+        var = np.square(z - mean).mean((1, 3), keepdims=True)
+        y = ((z - mean) / np.sqrt(0.3 + var)).reshape(shape)
+        return ACT[activation](y * scale + bias), *(
+            np.repeat(m[:, :, :, 0], shape[-1] // groups, 2) for m in (mean, var)
+        )
+
+    cotangents = tuple(rng.normal(size=o.shape) for o in formula(*wide(given)))
+
+    @jax.jit
+    def both(*given):
+        out, pull = jax.vjp(ours, *given)
+        return out, pull(tuple(jnp.asarray(c, jnp.float32) for c in cotangents))
+
+    with running(run):
+        assert has_kernel(ours, *given)
+        found = both(*given)
+    if x.size < 2000:
+        return near_float64(found, formula, given, cotangents, jnp.float32)
+    close(found[0], formula(*wide(given)), 4e-6)
+    close(found, both(*given), 2e-5)  # of the twin
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_small_groups")
+@pytest.mark.parametrize("order", ["vmap of grad", "grad of vmap", "hessian"])
+def test_groups_and_added_rows_transform_as_their_twins(order):
+    x, r = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 2, 4, 6)), jnp.float32) for i in range(2))
+    scale = jnp.linspace(0.5, 2, 6).reshape(1, 1, 6)
+
+    def f(x, r, scale):
+        y, total, *_ = kernels.add_and_normalize(x, r, (2,), 0.1, scale, activation="gelu")
+        return jnp.sum(total * kernels.normalize(y, (1,), 0.1, scale, groups=2)[0])
+
+    def run():
+        if order == "hessian":
+            return jax.jit(jax.hessian(lambda x: f(x, r[0], scale)))(x[0])
+        if order == "vmap of grad":
+            return jax.jit(jax.vmap(jax.grad(f, (0, 1, 2)), (0, 0, None)))(x, r, scale)
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jax.vmap(f, (0, 0, None))(*a)), (0, 1, 2)))(x, r, scale)
+
+    expected = run()
+    with kernels.using("interpret"):
+        close(run(), expected, 2e-5)
+
+
+REFUSED = {
+    "a residual has the shape of x, (2, 3); found (3,)": lambda x: kernels.add_and_normalize(x, x[0], (1,), 0.1),
+    "activation is one of None, 'relu', 'gelu', 'exact_gelu', 'silu'; found 'tanh'": lambda x: kernels.normalize(
+        x, (1,), 0.1, activation="tanh"
+    ),
+    "groups take no residual: their kernel has no memory for it; add it before": lambda x: kernels.add_and_normalize(
+        x, x, (0,), 0.1, groups=3
+    ),
+    "kernel is one of None, False, True; found 'pallas'": lambda x: linen.RMSNorm(kernel="pallas").apply(
+        {"params": {"scale": jnp.ones(3)}}, x
+    ),
+    "AddNorm takes a row that stores no statistics; found 'batch'": lambda _: linen.AddNorm("batch"),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_is_no_case_is_refused(said):
+    with pytest.raises(ValueError, match=rf"^{re.escape(said)}$"):
+        REFUSED[said](jnp.ones((2, 3)))
+
+
+# Layers.
+
+SPACE = jnp.arange(96.0).reshape(2, 3, 4, 4) ** 2 % 7
+OPTION = {  # a layer, and what it is called with
+    "LayerNorm": ((), {}),
+    "RMSNorm": ((), {}),
+    "GroupNorm": ((), {"num_groups": 2}),
+    "InstanceNorm": ((), {}),
+    "Norm": (("rms",), {"use_bias": False}),
+    "AddNorm": (("token",), {"activation": "silu"}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["AddNorm", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTION if n != "AddNorm")]
+)
+def test_layers_with_a_kernel_are_those_without(name):
+    args, options = OPTION[name]
+    inputs = (SPACE, SPACE[::-1]) if name == "AddNorm" else (SPACE,)
+
+    def run(kernel):
+        layer = getattr(linen, name)(*args, **options, kernel=kernel)
+        variables = layer.init(jax.random.key(0), *inputs)
+        twin = getattr(nnx, name)(4, *args, **options, kernel=kernel, rngs=Rngs(0))
+        close(twin(*inputs), layer.apply(variables, *inputs), 1e-6)
+        assert has_kernel(layer.apply, variables, *inputs) == (kernel is not False)
+
+        def loss(variables, *inputs):
+            return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(layer.apply(variables, *inputs)))
+
+        return jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs) + 1))))(variables, *inputs)
+
+    with kernels.using("interpret"):
+        close(run(None), run(False), 2e-5)
+    close(run(True), run(False), 2e-5)  # on a platform without kernels
+
+
+def test_add_norm_leaves_masks_to_xla_and_does_without_a_residual():
+    layer, x = linen.AddNorm(activation="relu", use_scale=False, use_bias=False, kernel=True), SPACE
+    mask = jnp.arange(4) < 3
+    y, total = layer.apply({}, x, x, mask=mask)
+    expected = normalize(2 * x, Normalizer("c", "c"), mask=mask).y
+    close((y, total), (jnp.maximum(expected, 0), 2 * x), 1e-6)
+    assert not has_kernel(functools.partial(layer.apply, {}, mask=mask), x, x)
+    assert layer.apply({}, x)[1] is x
 
 
 # Lowering for a platform that is not here.

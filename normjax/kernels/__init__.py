@@ -205,7 +205,7 @@ def add_and_normalize(
     ([[0.0, 1.0]], [[1.0, 3.0]])
     """
     x, residual = jnp.asarray(x), None if residual is None else jnp.asarray(residual)
-    added = None if residual is None else jax.eval_shape(sum_of, x, residual).dtype
+    added = None if residual is None else _wider(x, residual)
     if groups and residual is not None:
         raise ValueError("groups take no residual: their kernel has no memory for it; add it before")
     out_dtype = jnp.dtype(dtype or x.dtype)
@@ -225,13 +225,16 @@ def sum_of(x: jax.Array, residual: jax.Array | None) -> jax.Array:
     """
     if residual is None:
         return x
+    dtype = _wider(x, residual)
+    work = dtype if dtype.itemsize > 4 else jnp.float32
+    return (x.astype(work) + residual.astype(work)).astype(dtype)
+
+
+def _wider(x: jax.Array, residual: jax.Array) -> jnp.dtype:
     if residual.shape != x.shape:
         raise ValueError(f"a residual has the shape of x, {x.shape}; found {residual.shape}")
     with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(x.dtype, residual.dtype)
-        return (x.astype(jnp.float32) + residual.astype(jnp.float32) if dtype.itemsize < 4 else x + residual).astype(
-            dtype
-        )
+        return jnp.promote_types(x.dtype, residual.dtype)
 
 
 def twin(
