@@ -14,9 +14,12 @@ from normjax.theory import Normalizer
 class Given(Protocol):
     """What came with x, as arrays that broadcast against it; None where nothing did."""
 
-    eps: jax.Array | None
-    scale: jax.Array | None
-    bias: jax.Array | None
+    @property
+    def eps(self) -> jax.Array | None: ...
+    @property
+    def scale(self) -> jax.Array | None: ...
+    @property
+    def bias(self) -> jax.Array | None: ...
 
 
 class Axes(NamedTuple):

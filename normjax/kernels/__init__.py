@@ -13,12 +13,13 @@ activation pays only with both in the kernel, which is what `add_and_normalize` 
 
 The choice is part of what JAX keys its compiled functions by, so that no cache is cleared. Kernels are for CUDA, ROCm and
 TPU; a program that is lowered for another platform, such as a CPU, has the plain twin in their place. What they do not fit
-(`fits`; masks, windows, mapped axes, arrays that are sharded in their type) is evaluated as without them. Forward mode
-is that of the twin. Arrays sharded over devices under `jit` need a `jax.shard_map` around the call, since the compiler
-cannot partition a kernel (interpreted, with `check_vma=False`); it refuses them. Taylor mode wants "xla".
+(`fits`; masks, windows, mapped axes, arrays that are sharded in their type) is evaluated as without them. Forward mode is
+that of the twin. Arrays sharded over devices under `jit` need a `jax.shard_map` around the call (interpreted, with
+`check_vma=False`): the compiler cannot partition a kernel, and says so. Taylor mode wants "xla".
 
-Tested is that the numbers are right, interpreted on a CPU, and that the kernels compile for TPUs and NVIDIA's GPUs with the
-bytes that are said here; nothing was timed on a device, so that the default is "xla". Rows shorter than a few hundred
+Tested is that the numbers are right, interpreted on a CPU, and that the kernels compile and move the bytes that are said
+here; nothing was timed on a device, so that the default is "xla". By the bytes that a compiled network moves, they pay on a
+GPU; a TPU's compiler fuses a norm into the matrix product behind it, and moves less without. Rows shorter than a few hundred
 bytes, and few rows that are long, leave most of a GPU idle. Groups on a GPU read an example's share again from its caches.
 """
 

@@ -30,7 +30,10 @@ WIDEST = 1024  # channels of a part: the sums of blocks take a square of so many
 class Part(Protocol):
     """Whole blocks of channels of one example, and what lies beside each element."""
 
-    count: int  # elements of a block
+    @property
+    def count(self) -> int:
+        """Elements of a block."""
+        ...
 
     def sums(self, f: Callable[..., tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
         """Each of what f gives for the elements, summed over the positions: `[1, width]` float32."""
@@ -121,8 +124,8 @@ class _Whole:
 
 
 def forward(
-    how: How, x: jax.Array, residual: None, eps: jax.Array, scale: Given, bias: Given
-) -> tuple[jax.Array, None, Given, jax.Array]:
+    how: How, x: jax.Array, residual: Given, eps: jax.Array, scale: Given, bias: Given
+) -> tuple[Given, None, Given, jax.Array]:
     """`(y, None, mean, var)` of x `[examples, positions, channels]`; the statistics are `[examples, 1, channels]`."""
 
     def one(x: jax.Array) -> tuple[Given, Given, jax.Array]:

@@ -30,7 +30,7 @@ ROWS, COLUMN, SHARED = (
 )  # [examples, positions, channels], [examples, 1, channels], [1, channels]
 
 
-def forward(target: str, interpret: bool, how: How, x: jax.Array, _: None, *others: Given) -> tuple:
+def forward(target: str, interpret: bool, how: How, x: jax.Array, _: None, *others: Any) -> tuple:
     """`group.forward` as one kernel for a "gpu" or a "tpu": operands and results have its shapes and dtypes."""
     cut = group.cut(target, x.shape, how.groups, x.dtype.itemsize)
     if cut is None:
@@ -47,7 +47,7 @@ def forward(target: str, interpret: bool, how: How, x: jax.Array, _: None, *othe
     return y, None, mean, var
 
 
-def backward(target: str, interpret: bool, how: How, x: jax.Array, *others: Given) -> tuple:
+def backward(target: str, interpret: bool, how: How, x: jax.Array, *others: Any) -> tuple:
     """`group.backward` as one kernel, and the sum over the examples."""
     cut = group.cut(target, x.shape, how.groups, x.dtype.itemsize)
     if cut is None:
@@ -88,8 +88,8 @@ class _InChunks:
 
         def add(first: Any, length: int, sums: list, valid: Given) -> list:
             found = f(*(_load(self.target, a, self._at(first, length), self._mask(valid)) for a in self.arrays))
-            if self._mask(valid) is not None:  # v is no zero where x is
-                found = [jnp.where(self._mask(valid), a, 0.0) for a in found]
+            if (mask := self._mask(valid)) is not None:  # v is no zero where x is
+                found = [jnp.where(mask, a, 0.0) for a in found]
             return [s + jnp.sum(a, 0, keepdims=True) for s, a in zip(sums, found, strict=True)]
 
         return tuple(self._go(add, [jnp.zeros((1, self.channels[1]), jnp.float32) for _ in range(count)]))
@@ -181,7 +181,7 @@ def _call(
 
 def _kernel(
     target: str, cut: Cut, size: int, evaluate: Callable[..., tuple], operands: Sequence[tuple[str, bool]],
-    shape: tuple[int, int, int], *refs: Any,
+    shape: tuple[int, ...], *refs: Any,
 ) -> None:  # fmt: skip
     """What one program runs on the references to its parts."""
     count = sum(there for _, there in operands)

@@ -97,7 +97,7 @@ def evaluate(
     return y.reshape(x.shape), added.reshape(x.shape), None if mean is None else mean.reshape(small), var.reshape(small)
 
 
-def _plain(how: How, x: jax.Array, *others: Given) -> tuple[jax.Array, jax.Array, Given, jax.Array]:
+def _plain(how: How, x: jax.Array, *others: Any) -> tuple:
     y, added, mean, var = (group if how.groups else block).forward(how, x, *others)
     return y, x if added is None else added, mean, var
 
