@@ -444,7 +444,10 @@ ARGUMENTS = {
     },
 }
 IGNORED = {"linen": "use_fast_variance force_float32_reductions", "nnx": "use_fast_variance"}
-BEYOND_FLAX = {("linen", "BatchNorm"): ["stats_names"]}
+BEYOND_FLAX = {
+    ("linen", "BatchNorm"): ["stats_names"],
+    **{(api, f"{name}Norm"): ["kernel"] for api in ("linen", "nnx") for name in ("Layer", "RMS", "Group", "Instance")},
+}
 
 
 def parameters(library, name, method):

@@ -58,6 +58,7 @@ LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     "ScaleNorm": ({"epsilon": 0.5}, "ScaleNorm(epsilon=0.5)"),
     "PartialRMSNorm": ({"fraction": 0.5}, "PartialRMSNorm(fraction=0.5)"),
     "QKNorm": ({"kind": "layer"}, "QKNorm(kind='layer')"),
+    "AddNorm": ({"activation": "relu"}, "AddNorm(activation='relu')"),
     "GDN": ({"learn_alpha": True}, "GDN(learn_alpha=True)"),
     "AdaIN": ({"unbiased": True}, "AdaIN(unbiased=True)"),
     "ConditionalNorm": ({"num_classes": 4}, "ConditionalNorm(num_classes=4)"),
@@ -84,6 +85,7 @@ CONDITION = jnp.ones((8, 4), jnp.float32)
 MORE = {  # what a call takes after x
     "VirtualBatchNorm": (2 * X,),
     "QKNorm": (2 * X,),
+    "AddNorm": (2 * X,),
     "AdaIN": (2 * X.reshape(2, 4, C),),
     "ConditionalNorm": (jnp.arange(8) % 4,),
     **dict.fromkeys(("FiLM", "AdaLN", "AdaLNZero"), (CONDITION,)),

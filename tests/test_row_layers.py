@@ -50,6 +50,7 @@ LAYERS: dict[str, dict[str, Any]] = {  # one by `Norm` as it is, and those with 
     "ScaleNorm": {},
     "PartialRMSNorm": {"fraction": 0.5, "use_bias": True},
     "QKNorm": {"kind": "layer"},
+    "AddNorm": {"activation": "gelu"},
 }
 QUICK = ("ScaleNorm",)
 
@@ -57,7 +58,7 @@ QUICK = ("ScaleNorm",)
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS])
 def test_linen_and_nnx_give_the_same_outputs_gradients_and_statistics(name):
     kwargs, kind = LAYERS[name], getattr(linen, name)
-    args = (f32(POINT), f32(OTHER)) if name in ("VirtualBatchNorm", "QKNorm") else (f32(POINT),)
+    args = (f32(POINT), f32(OTHER)) if name in ("VirtualBatchNorm", "QKNorm", "AddNorm") else (f32(POINT),)
     training = {"use_running_average": False} if "use_running_average" in kind.__dataclass_fields__ else {}
     module = kind(**kwargs, **training)
     variables = module.init(jax.random.key(0), *args)

@@ -13,6 +13,7 @@ from normjax._layers import (  # noqa: F401
     kalman,
     norm,
     presets,
+    residual,
     response,
     reversible,
     selu,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from normjax import kernels
 from normjax._expect.arrays import as_weights, require_float, statistics_dtype, zero_masked
 from normjax._layers import describe
 from normjax._layers.describe import Amount, Initializer, Layer, Parameter, Shape, description, ones, zeros
@@ -26,6 +27,7 @@ class Rowed(RunningLayer):
     use_bias: bool = True
     learn_sigma: bool = False
     sigma_init: Amount | None = None
+    kernel: bool | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     scale_init: Initializer = ones
@@ -39,6 +41,7 @@ class Rowed(RunningLayer):
         return split_eps(getattr(self, "epsilon", None))
 
     def _check(self) -> None:
+        kernels.asked(self.kernel)  # refuses what is no choice
         n = self._row()
         if self.unbiased and any(stores(n)):
             require_unbiased(n)
@@ -124,9 +127,10 @@ def evaluated(
 ) -> Normalized:
     """The equation, in the dtype of the layer; with the refusals of `normalize` unless the layer is being initialized."""
     dtype = jnp.dtype(layer.dtype or x.dtype)
-    if layer._starting():
-        return equation(x, n, layer.layout, stats=stats, dtype=dtype, **given)
-    out = normalize(describe.promoted(x, layer.dtype), n, layer.layout, stats=stats, **given)
+    with kernels.asked(getattr(layer, "kernel", None)):
+        if layer._starting():
+            return equation(x, n, layer.layout, stats=stats, dtype=dtype, **given)
+        out = normalize(describe.promoted(x, layer.dtype), n, layer.layout, stats=stats, **given)
     return out._replace(y=out.y.astype(dtype))
 
 
@@ -145,6 +149,7 @@ class Norm(Rowed):
       use_scale, use_bias: whether a factor, and an addend, is learned, `[c]`.
       learn_sigma: whether sigma is learned, one scalar a layer; eps = sigma ** 2 (Ren et al. 2017).
       sigma_init: its initial value; by default the square root of the row's eps.
+      kernel: whether a fused kernel evaluates the row where it fits, see `normjax.kernels`; None does as is done around it.
       dtype, param_dtype: of the output, by default that of the input; of the parameters.
       scale_init, bias_init: initializers of the factor and of the addend.
 

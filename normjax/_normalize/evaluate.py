@@ -22,7 +22,7 @@ from normjax._expect.expectation import OverFields
 from normjax._expect.sharding import shards_of
 from normjax._expect.sizes import at_least
 from normjax._leaves import refuse_unless
-from normjax._normalize import balance, derivative, windows
+from normjax._normalize import balance, derivative, fused, windows
 from normjax._normalize.tangents import Parts
 from normjax.field import FieldError
 from normjax.theory import Normalizer, Stats, is_positive, output, row, scale_and_shift, statistics
@@ -173,6 +173,39 @@ def equation(
     return Normalized(y, v, Stats(mean, moment, *weights))
 
 
+def add_and_normalize(
+    x: jax.Array,
+    residual: jax.Array | None,
+    n: Normalizer,
+    layout: str,
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+    activation: str | None = None,
+    refused: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """The output act(scale * normalized sum + bias), and the sum x + residual; by one kernel where it is used and fits.
+
+    The output has this dtype, by default that of x; the sum the wider one of x and the residual. Without a residual the
+    sum is x. With `refused` a field that holds a single element is, as by `normalize`.
+    """
+    if refused and mask is None:
+        _refuse_single_element(n, layout, x.shape)
+    work, dtype = statistics_dtype(x.dtype), jnp.dtype(dtype or x.dtype)
+    eps = None if eps is None else align_statistic(eps, x, "eps", jnp.finfo(work).dtype)
+    given = Operands(None, None, eps, *_parameters(scale, bias, x, layout, work))
+    E = OverFields(layout, x.shape, n.border, n.window, n.lean, as_weights(mask, x.astype(work)))
+    at = None if _unprotected(x, n, given) else fused.axes(x, n, E, given)
+    if at:
+        return fused.added(x, residual, n, at, given, dtype, activation)
+    total = kernels.sum_of(x, residual)
+    y = equation(total, n, layout, scale=scale, bias=bias, mask=mask, eps=eps, dtype=dtype).y
+    return kernels.ACTIVATIONS[activation](y), total
+
+
 def _parameters(
     scale: ArrayLike | None, bias: ArrayLike | None, x: jax.Array, layout: str, dtype: DTypeLike
 ) -> list[jax.Array | None]:
@@ -183,8 +216,8 @@ def _parameters(
 def _parts(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
     """The equation by a kernel, by the derivative rule, or as it stands."""
     afresh = given.mean is None and given.moment is None
-    if afresh and kernels.used() != "xla" and _is_for_kernels(x, n, E, given):
-        return _by_kernel(x, n, E, given, dtype)
+    if afresh and (at := fused.axes(x, n, E, given)):
+        return fused.normalized(x, n, at, given, dtype)
     if afresh and derivative.has_rule(n, E, x, given.eps, given.scale, given.bias):
         return derivative.ruled(n, E, dtype, x, given.eps, given.scale, given.bias)
     return _plain(x, n, E, given, dtype)
@@ -226,30 +259,6 @@ def _scaled(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: 
         v, mean, _ = statistics(x, replace(n, var=None), E, given.mean)
         y, moment = balance.output_of_squares(x, v, n, E)
     return scale_and_shift(y, given.scale, given.bias).astype(dtype), v, mean, moment
-
-
-def _is_for_kernels(x: jax.Array, n: Normalizer, E: OverFields, given: Operands) -> bool:
-    """Whether a fused kernel evaluates the equation: order 2 over whole trailing axes of this array."""
-    if E.weights is not None or n.var is None or n.mean not in (None, n.var):
-        return False
-    if n.order != 2 or n.floor is not None or n.keep_mean:
-        return False
-    bound = E.plan(n.var).bound
-    if not all(axis is not None and span.whole and not span.mapped for axis, span in bound.spans):
-        return False
-    scale, bias, eps = (None if p is None else p.shape for p in (given.scale, given.bias, given.eps))
-    return kernels.fits(x.shape, bound.whole, scale, bias, x.dtype, eps or (), jax.typeof(x).sharding.spec)
-
-
-def _by_kernel(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
-    """What `_plain` returns, from the kernels that the user switched on."""
-    assert n.var is not None
-    whole, eps = E.plan(n.var).bound.whole, n.eps if given.eps is None else given.eps
-    y, mean, var = kernels.normalize(
-        x, whole, eps, given.scale, given.bias, centre=n.mean is not None, gain=n.gain, power=n.power, dtype=dtype
-    )
-    v = x.astype(var.dtype)
-    return y, v if mean is None else v - mean, mean, var
 
 
 def affine(y: jax.Array, layout: str, scale: ArrayLike | None = None, bias: ArrayLike | None = None) -> jax.Array:

@@ -1,115 +1,108 @@
-"""Fused kernels for rows: statistics over the trailing axes of an array, seen as `[rows, length]`. Off by default.
+"""Fused kernels for rows of TABLE, with what stands around a norm: a residual add before it, an activation behind it.
 
-Public measurements on a GPU have XLA's forward pass of layer norm at the speed of memory, and forward plus gradient at
-about half of what a fused kernel reaches, since XLA's backward pass reads x several times. Here one kernel reads x and its
-cotangent once (`_pallas.py`). Tested is that the numbers are right, interpreted on a CPU, and that the kernels lower for
-CUDA and TPU; their speed is not measured.
-
-    import normjax
-    from normjax import kernels
-
-    kernels.use("pallas")                  # or NORMJAX_KERNELS=pallas in the environment
-    with kernels.use("xla"):               # for a while without, say for a jvp
+    layer = linen.LayerNorm(kernel=True)   # a layer; `kernel=False` keeps one without
+    with kernels.using("pallas"):          # all that is traced within
         ...
+    kernels.use("pallas")                  # the whole process; or NORMJAX_KERNELS=pallas in the environment
 
-Forward mode is refused (`_rule.py`); reverse mode, `vmap` and second derivatives over reverse mode work. Arrays sharded
-over devices under `jit` need a `jax.shard_map` around the call, since the compiler cannot partition a kernel (interpreted,
-with `check_vma=False`). Rows shorter than a few hundred bytes, and few rows that are long, leave most of a GPU idle.
-Nothing is fused with what follows the norm (an activation, a residual), which would save another read and write.
+Two kinds. *Rows*: statistics over the trailing axes, an array seen as `[rows, length]` (layer and RMS norm). *Groups*: over
+the positions and a block of channels of each example, seen as `[examples, positions, channels]` (group and instance norm).
+Forward a kernel reads x (and a residual) once and writes y (and the sum), backward it reads the cotangent and x once and
+writes one gradient, which serves x and the residual. XLA fuses nothing into a kernel: a norm between an addition and an
+activation pays only with both in the kernel, which is what `add_and_normalize` and the layer `AddNorm` are for.
+
+The choice is part of what JAX keys its compiled functions by, so that no cache is cleared. Kernels are for CUDA, ROCm and
+TPU; a program that is lowered for another platform, such as a CPU, has the plain twin in their place. What they do not fit
+(`fits`; masks, windows, mapped axes, arrays that are sharded in their type) is evaluated as without them. Forward mode is
+that of the twin. Arrays sharded over devices under `jit` need a `jax.shard_map` around the call (interpreted, with
+`check_vma=False`): the compiler cannot partition a kernel, and says so. Taylor mode wants "xla".
+
+Tested is that the numbers are right, interpreted on a CPU, and that the kernels compile and move the bytes that are said
+here; nothing was timed on a device, so that the default is "xla". By the bytes that a compiled network moves, they pay on a
+GPU; a TPU's compiler fuses a norm into the matrix product behind it, and moves less without. Rows shorter than a few hundred
+bytes, and few rows that are long, leave most of a GPU idle. Groups on a GPU read an example's share again from its caches.
 """
 
 import contextlib
-import math
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax._expect.sizes import is_known
 from normjax._leaves import one_of
-from normjax.kernels import _block as block
-from normjax.kernels import _rule as rule
+from normjax.kernels._block import ACTIVATIONS as ACTIVATIONS
 from normjax.kernels._block import How
+from normjax.kernels._view import LONGEST as LONGEST
+from normjax.kernels._view import evaluate
+from normjax.kernels._view import fits as fits
 
 MODES = ("xla", "pallas", "interpret")
-LONGEST = 16384  # elements of a row: backward, the registers of a GPU's multiprocessor hold about three such rows
+
+
+def using(mode: str) -> contextlib.AbstractContextManager[None]:
+    """Chooses what evaluates what fits, for all that is traced in a `with` block, in this thread.
+
+    Functions that were compiled before stay compiled, each for the mode of its call.
+
+    Args:
+      mode: "xla" (no kernels), "pallas" (those of the platform) or "interpret" (the GPU's, interpreted: slow, for tests).
+
+    >>> with using("interpret"):
+    ...     used()
+    'interpret'
+    >>> using("cuda")
+    Traceback (most recent call last):
+    ...
+    ValueError: the kernels are one of 'xla', 'pallas', 'interpret'; found 'cuda'
+    """
+    return _choice(_known(mode))
+
+
+def asked(kernel: bool | None) -> contextlib.AbstractContextManager[None]:
+    """The mode of a layer with the option `kernel`: True has kernels, False none, None what is used around it.
+
+    >>> with asked(True):
+    ...     used()
+    'pallas'
+    """
+    one_of("kernel", kernel, (None, False, True))
+    if kernel is None or kernel == (used() != "xla"):
+        return contextlib.nullcontext()
+    return using("pallas" if kernel else "xla")
 
 
 def use(mode: str) -> contextlib.ExitStack:
-    """Chooses what evaluates the rows that fit: for the whole process, or for a `with` block.
-
-    A change clears JAX's caches of compiled functions, which know nothing of it.
+    """Chooses for the whole process what evaluates what fits; a block of `using` goes before it.
 
     The change is made at once; the context manager that is returned puts the former mode back at its end.
 
     Args:
       mode: "xla" (no kernels), "pallas" (those of the platform) or "interpret" (the GPU's, interpreted: slow, for tests).
 
-    >>> use("cuda")
-    Traceback (most recent call last):
-    ...
-    ValueError: the kernels are one of 'xla', 'pallas', 'interpret'; found 'cuda'
+    >>> with use("interpret"):
+    ...     used()
+    'interpret'
     """
-    former = _mode
-    _set(mode)
     stack = contextlib.ExitStack()
-    stack.callback(_set, former)
+    stack.callback(_choice.set_global, _choice.get_global())
+    _choice.set_global(_known(mode))
     return stack
 
 
 def used() -> str:
-    """The mode that `use` chose, or the environment variable NORMJAX_KERNELS.
+    """The mode that `using` or `use` chose, or the environment variable NORMJAX_KERNELS.
 
     >>> used()
     'xla'
     """
-    return _mode
+    return _choice.value
 
 
-def _set(mode: str) -> None:
-    global _mode
+def _known(mode: str) -> str:
     if mode not in MODES:
         raise ValueError(f"the kernels are one of {', '.join(map(repr, MODES))}; found {mode!r}")
-    if mode != _mode:
-        _mode = mode
-        jax.clear_caches()
-
-
-def fits(
-    x_shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    scale_shape: tuple[int, ...] | None,
-    bias_shape: tuple[int, ...] | None,
-    dtype: DTypeLike,
-    eps_shape: tuple[int, ...] = (),
-    spec: Iterable[object] = (),
-) -> bool:
-    """Whether the kernels take this case; order 2 and whole `axes`, without a mask, are the caller's to know.
-
-    Args:
-      x_shape: of the array. It fits if every size is a number: the tiles of a kernel are cut for sizes, not for symbols.
-      axes: the axes of the statistics, from 0. They fit if they are the last of the array.
-      scale_shape: scalar or of the rank of x, or None. It fits if it varies along `axes` alone.
-      bias_shape: scalar or of the rank of x, or None. It fits if it varies along `axes` alone.
-      dtype: of x: float32, bfloat16 or float16 fits.
-      eps_shape: a scalar fits.
-      spec: `jax.typeof(x).sharding.spec`. It fits if nothing is sharded: the compiler cannot partition a kernel.
-
-    >>> fits((8, 128, 768), (2,), (1, 1, 768), None, jnp.bfloat16)
-    True
-    >>> fits((8, 128, 768), (1,), None, None, jnp.bfloat16), fits((8, 768), (1,), (8, 1), None, jnp.float32)
-    (False, False)
-    """
-    first = len(x_shape) - len(axes)
-    trailing = bool(axes) and tuple(sorted(axes)) == tuple(range(first, len(x_shape)))
-    beside = all(shape is None or math.prod(shape[:first]) == 1 for shape in (scale_shape, bias_shape))
-    real = any(dtype == d for d in (jnp.float32, jnp.bfloat16, jnp.float16))
-    sized = all(map(is_known, x_shape)) and math.prod(x_shape) > 0 and math.prod(x_shape[first:]) <= LONGEST
-    sharded = any(name is not None for name in spec)
-    return trailing and beside and real and sized and not sharded and not eps_shape
+    return mode
 
 
 def normalize(
@@ -123,39 +116,126 @@ def normalize(
     gain: float = 1.0,
     power: float = 0.5,
     dtype: DTypeLike | None = None,
+    activation: str | None = None,
+    groups: int = 0,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Normalizes rows by the kernels that `use` chose; a case that `fits`.
+    """Normalizes by the kernels that are used; a case that `fits`.
 
-    With v = x - E[x] and q = eps + gain E[v ** 2] the output is scale v q ** -power + bias. The variance is that of the
+    With v = x - E[x] and q = eps + gain E[v ** 2] the output is act(scale v q ** -power + bias). The variance is that of the
     deviations, in float32; where q is 0, so are y - bias and its gradient. The mode "xla" is the twin.
 
     Args:
       x: array of float32, bfloat16 or float16. [units u]
-      axes: the axes of the statistics: the last of x.
+      axes: the axes of the statistics: the last of x; with `groups` those before the last.
       eps: a scalar. [u ** 2]
-      scale: scalar or of the rank of x, of length 1 or that of x along `axes`, of length 1 elsewhere; or None.
-      bias: scalar or of the rank of x, of length 1 or that of x along `axes`, of length 1 elsewhere; or None.
+      scale: scalar or of the rank of x, of length 1 or that of x along `axes` (with `groups`: along the last axis), of
+        length 1 elsewhere; or None.
+      bias: scalar or of the rank of x, with the lengths that a scale may have; or None.
       centre: whether the mean is subtracted.
       gain: factor of the variance.
       power: exponent of the denominator.
       dtype: of y, by default that of x.
+      activation: "relu", "gelu" (by tanh, as `jax.nn.gelu`), "exact_gelu", "silu", or None.
+      groups: number of equal blocks of the last axis, of which each has its own statistics: group norm, and instance norm
+        where it is the number of channels. 0 is for rows.
 
     Returns:
-      `(y, mean, var)`: y has the shape of x; mean (None where not centred) and var are float32, of length 1 along `axes`.
+      `(y, mean, var)`: y has the shape of x; mean (None where not centred) and var are float32, of length 1 along `axes`;
+      with `groups` each channel has those of its block.
 
     Raises:
-      TypeError: a forward-mode derivative is taken.
-      RuntimeError: the mode is "pallas" and the platform has no kernel.
+      ValueError: no activation has this name.
 
-    Source: Ba et al. 2016, equation 3; Zhang & Sennrich 2019, equation 4.
+    Source: Ba et al. 2016, equation 3; Zhang & Sennrich 2019, equation 4; Wu & He 2018, equations 1, 2 and 7.
 
     >>> y, mean, var = normalize(jnp.array([[1.0, 3.0], [5.0, 9.0]]), (1,), 0.0)
     >>> y.tolist(), mean.tolist(), var.tolist()
     ([[-1.0, 1.0], [-1.0, 1.0]], [[2.0], [7.0]], [[1.0], [4.0]])
+    >>> normalize(jnp.array([[[1.0, 3.0, 5.0, 9.0]]]), (1,), 0.0, groups=2)[0].tolist()
+    [[[-1.0, 1.0, -1.0, 1.0]]]
     """
-    x = jnp.asarray(x)
-    how = How(centre, float(gain), float(power), jnp.dtype(dtype or x.dtype), bias is not None, _mode)
-    return _as_rows(block.forward if _mode == "xla" else rule.normalize, how, x, axes, eps, scale, bias)
+    y, _, mean, var = add_and_normalize(
+        x, None, axes, eps, scale, bias,
+        centre=centre, gain=gain, power=power, dtype=dtype, activation=activation, groups=groups,
+    )  # fmt: skip
+    return y, mean, var
+
+
+def add_and_normalize(
+    x: ArrayLike,
+    residual: ArrayLike | None,
+    axes: tuple[int, ...],
+    eps: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    centre: bool = True,
+    gain: float = 1.0,
+    power: float = 0.5,
+    dtype: DTypeLike | None = None,
+    activation: str | None = None,
+    groups: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """Adds a residual and normalizes the sum, in one kernel, which returns both: `(y, sum, mean, var)`.
+
+    y, the mean and var are those of `normalize` for the sum, whose other arguments these are. Backward, the kernel adds the
+    cotangent of the sum to the gradient that comes through y: one array, which is the gradient of x and of the residual. A
+    residual of None leaves the sum x itself, and its cotangent is added in the kernel all the same.
+
+    Args:
+      x: array of float32, bfloat16 or float16. [units u]
+      residual: array of the shape of x, of one of these dtypes; the sum has the wider dtype of the two. Or None.
+      axes: the axes of the statistics: the last of x.
+      eps: a scalar. [u ** 2]
+      scale: scalar or of the rank of x, of length 1 or that of x along `axes`, of length 1 elsewhere; or None.
+      bias: scalar or of the rank of x, with the lengths that a scale may have; or None.
+      centre: whether the mean is subtracted.
+      gain: factor of the variance.
+      power: exponent of the denominator.
+      dtype: of y, by default that of x.
+      activation: "relu", "gelu" (by tanh, as `jax.nn.gelu`), "exact_gelu", "silu", or None.
+      groups: number of equal blocks of the last axis, which take no residual; 0 is for rows.
+
+    Raises:
+      ValueError: the shapes of x and the residual differ, groups have a residual, or no activation has this name.
+
+    Source: Vaswani et al. 2017, section 3.1.
+
+    >>> y, total, *_ = add_and_normalize(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 1.0]]), (1,), 0.0, activation="relu")
+    >>> y.tolist(), total.tolist()
+    ([[0.0, 1.0]], [[1.0, 3.0]])
+    """
+    x, residual = jnp.asarray(x), None if residual is None else jnp.asarray(residual)
+    added = None if residual is None else _wider(x, residual)
+    if groups and residual is not None:
+        raise ValueError("groups take no residual: their kernel has no memory for it; add it before")
+    out_dtype = jnp.dtype(dtype or x.dtype)
+    how = How(centre, float(gain), float(power), out_dtype, bias is not None, added, used(), activation, groups)
+    return evaluate(how, x, residual, axes, eps, scale, bias)
+
+
+def sum_of(x: jax.Array, residual: jax.Array | None) -> jax.Array:
+    """The sum that is normalized, in the wider dtype of the two, added in float32 or wider; without a residual x itself.
+
+    >>> sum_of(jnp.ones(2, jnp.bfloat16), jnp.ones(2)).tolist()
+    [2.0, 2.0]
+    >>> sum_of(jnp.ones(2), jnp.ones(1))
+    Traceback (most recent call last):
+    ...
+    ValueError: a residual has the shape of x, (2,); found (1,)
+    """
+    if residual is None:
+        return x
+    dtype = _wider(x, residual)
+    work = dtype if dtype.itemsize > 4 else jnp.float32
+    return (x.astype(work) + residual.astype(work)).astype(dtype)
+
+
+def _wider(x: jax.Array, residual: jax.Array) -> jnp.dtype:
+    if residual.shape != x.shape:
+        raise ValueError(f"a residual has the shape of x, {x.shape}; found {residual.shape}")
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(x.dtype, residual.dtype)
 
 
 def twin(
@@ -175,44 +255,8 @@ def twin(
     >>> twin(jnp.array([[3.0, 5.0]]), (1,), 0.0, 17.0, centre=False, power=1.0)[0].tolist()
     [[3.0, 5.0]]
     """
-    x = jnp.asarray(x)
-    how = How(centre, float(gain), float(power), jnp.dtype(dtype or x.dtype), bias is not None)
-    return _as_rows(block.forward, how, x, axes, eps, scale, bias)
-
-
-def _as_rows(
-    evaluate: Callable[..., tuple],
-    how: How,
-    x: jax.Array,
-    axes: tuple[int, ...],
-    eps: ArrayLike,
-    *beside: ArrayLike | None,
-) -> tuple:
-    """Sees x as `[rows, length]`, and what lies beside it, scale and bias, as `[1, length]`."""
-    first = x.ndim - len(axes)
-    length = math.prod(x.shape[first:])
-
-    def row(p: ArrayLike | None) -> jax.Array | None:
-        if p is None:
-            return None
-        p = jnp.asarray(p).astype(jnp.float32)
-        return _like(jnp.broadcast_to(p.reshape(p.shape[first:]), x.shape[first:]).reshape(1, length), x)
-
-    eps = _like(jnp.asarray(eps).astype(jnp.float32).reshape(1, 1), x)
-    y, mean, var = evaluate(how, x.reshape(-1, length), eps, *map(row, beside))
-    small = x.shape[:first] + (1,) * len(axes)
-    return y.reshape(x.shape), None if mean is None else mean.reshape(small), var.reshape(small)
-
-
-def _like(p: jax.Array, x: jax.Array) -> jax.Array:
-    """Inside `shard_map`: p as a value that varies over the mapped axes that x varies over. Its gradient is their sum."""
-    missing = _varying(x) - _varying(p)
-    return jax.lax.pcast(p, tuple(sorted(missing)), to="varying") if missing else p
-
-
-def _varying(x: jax.Array) -> frozenset:
-    kind: Any = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    with using("xla"):
+        return normalize(x, axes, eps, scale, bias, centre=centre, gain=gain, power=power, dtype=dtype)
 
 
 def _from_environment() -> str:
@@ -221,4 +265,4 @@ def _from_environment() -> str:
     return mode
 
 
-_mode = _from_environment()
+_choice = jax.make_user_context(_from_environment())  # part of the key of JAX's caches

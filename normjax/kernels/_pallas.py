@@ -1,7 +1,8 @@
 """The kernels: `_block.py` on blocks of rows, in Pallas, for GPUs (Triton) and TPUs (Mosaic).
 
-A program takes whole rows. Forward it reads x once and writes y and the statistics; backward it reads x and g once, writes
-dx once, and adds up what its rows give to the gradients of scale, bias and eps: one partial sum a program, which XLA adds.
+A program takes whole rows. Forward it reads x (and the residual) once and writes y (and the sum); backward it reads x and
+the cotangents once, writes dx once, and adds up what its rows give to the gradients of scale, bias and eps: one partial sum
+a program, which XLA adds.
 
 Triton wants powers of two, so rows are widened and the tail is masked at each load and store, and a backward program goes
 through several blocks, one after the other, with its partial sums in registers. Mosaic pads and cuts by itself, and what it
@@ -31,7 +32,6 @@ SMALL, LARGE = (
     4096,
 )  # elements of a GPU's block: forward, where programs are many, and backward, where they are few
 TPU_BLOCK = 131072  # elements of a TPU's block; backward holds about a dozen of them in fast memory
-_CUT = ("rows", "column")  # kinds of operand and result that are cut along the rows
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,16 @@ def tiling(target: str, rows: int, length: int, backward: bool) -> Tiling:
 def forward(target: str, interpret: bool, how: How, x: jax.Array, *others: Given) -> tuple:
     """`block.forward` as one kernel for a "gpu" or a "tpu": operands and results have its shapes and dtypes."""
     cut = tiling(target, *x.shape, backward=False)
-    operands = [*zip(("rows", "number", "row", "row"), (x, *others), strict=True)]
-    results = [("rows", how.dtype), ("column", jnp.float32 if how.centre else None), ("column", jnp.float32)]
-    return _call(target, interpret, "normalize_rows", cut, functools.partial(block.forward, how), operands, results)
+    operands = [*zip(("rows", "rows", "number", "row", "row"), (x, *others), strict=True)]
+    results = [("rows", how.dtype), ("rows", how.added)]
+    y, added = _call(target, interpret, "normalize_rows", cut, functools.partial(block.forward, how), operands, results)
+    return y, added, None, None
 
 
 def backward(target: str, interpret: bool, how: How, x: jax.Array, *others: Given) -> tuple:
     """`block.backward` as one kernel, and the sum of its partial sums."""
     cut = tiling(target, *x.shape, backward=True)
-    kinds = ("rows", "column", "column", "number", "row", "rows", "column", "column")
+    kinds = ("rows", "row", "row", "number", "row", "row", "rows", "rows")  # no rows have statistics
     operands = [*zip(kinds, (x, *others), strict=True)]
     scaled = others[3] is not None
     summed = [("row", jnp.float32 if scaled else None), ("row", jnp.float32 if how.biased else None)]
@@ -106,18 +107,18 @@ def _program(
             rows = pl.ds(i * cut.height, cut.height) if cut.steps > 1 else slice(None)
             index = first + i * cut.height + lax.broadcasted_iota(jnp.int32, (cut.height, 1), 0)
             exists = index < cut.rows if ragged else None
-            places = {"rows": (rows, exists, inside), "column": (rows, exists, None)}
+            places = {"rows": (rows, exists, inside)}
             places |= {"row": (slice(None), None, inside), "number": (slice(None), None, None)}
             loaded = iter([_load(target, ref, *places[kind]) for ref, kind in zip(inputs, taken, strict=True)])
             given = [None if kind is None else next(loaded) for kind in operands]
             found = [f for f in evaluate(*given, length=cut.length, valid=inside) if f is not None]
             for ref, kind, value in zip(outputs, made, found, strict=True):
-                if kind in _CUT:
+                if kind == "rows":
                     _store(target, ref, value, *places[kind])
-            parts = [value for kind, value in zip(made, found, strict=True) if kind not in _CUT]
+            parts = [value for kind, value in zip(made, found, strict=True) if kind != "rows"]
             return [total + part for total, part in zip(sums, parts, strict=True)]
 
-        summed = [(ref, kind) for ref, kind in zip(outputs, made, strict=True) if kind not in _CUT]
+        summed = [(ref, kind) for ref, kind in zip(outputs, made, strict=True) if kind != "rows"]
         sums = [jnp.zeros((1, _breadth(kind, cut.width)), jnp.float32) for _, kind in summed]
         sums = lax.fori_loop(np.int32(0), np.int32(cut.steps), step, sums) if cut.steps > 1 else step(0, sums)
         for (ref, kind), total in zip(summed, sums, strict=True):
@@ -132,21 +133,21 @@ def _call(
 ) -> tuple:  # fmt: skip
     """Runs `evaluate(*operands) -> results` over the array; an operand or a dtype that is None is not there.
 
-    The kinds: "rows" `[rows, length]` and "column" `[rows, 1]` are cut; "row" `[1, length]` and "number" `[1, 1]` are given
+    The kinds: "rows" `[rows, length]` are cut; "row" `[1, length]` and "number" `[1, 1]` are given
     to each program whole, and as results they are partial sums, `[programs, 1, ...]`.
     """
     made = [(kind, dtype) for kind, dtype in results if dtype is not None]
 
     def spec(kind: str, result: bool) -> pl.BlockSpec:
         breadth = _breadth(kind, cut.width)
-        if kind in _CUT:
+        if kind == "rows":
             return pl.BlockSpec((cut.tall, breadth), lambda i: (i, 0))
         if result:
             return pl.BlockSpec((None, 1, breadth), lambda i: (i, 0, 0))
         return pl.BlockSpec((1, breadth), lambda _: (0, 0))
 
     def like(x):  # what is computed from x varies, inside shard_map, over the same mapped axes as x
-        shapes = [(cut.rows,) if kind in _CUT else (cut.programs, 1) for kind, _ in made]
+        shapes = [(cut.rows,) if kind == "rows" else (cut.programs, 1) for kind, _ in made]
         whole = [(*shape, _breadth(kind, cut.length)) for shape, (kind, _) in zip(shapes, made, strict=True)]
         return [jnp.broadcast_to(x.reshape(-1)[0], s).astype(dtype) for s, (_, dtype) in zip(whole, made, strict=True)]
 

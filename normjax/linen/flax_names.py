@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax.linen import dtypes
 from jax.typing import ArrayLike
 
+from normjax import kernels
 from normjax._layers import flax_names
 from normjax._layers.statistics import as_held, stored_dtype
 from normjax.linen.host import _leave_record
@@ -77,11 +78,16 @@ class BatchNorm(nn.BatchNorm):
 class LayerNorm(nn.LayerNorm):
     """Layer norm; all arguments and variables of `flax.linen.LayerNorm`, which this subclasses; row "token" of TABLE.
 
+    Beyond Flax's attributes:
+      kernel: whether a fused kernel evaluates it where it fits, see `normjax.kernels`; None does as is done around it.
+
     Source: Ba, Kiros & Hinton 2016.
 
     >>> LayerNorm(use_scale=False, use_bias=False).apply({}, jnp.array([[1.0, 3.0]])).round(3).tolist()
     [[-1.0, 1.0]]
     """
+
+    kernel: bool | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -96,11 +102,16 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """RMS norm; all arguments and variables of `flax.linen.RMSNorm`, which this subclasses; row "rms" of TABLE.
 
+    Beyond Flax's attributes:
+      kernel: whether a fused kernel evaluates it where it fits, see `normjax.kernels`; None does as is done around it.
+
     Source: Zhang & Sennrich 2019.
 
     >>> (10 * RMSNorm(use_scale=False).apply({}, jnp.array([[1.0, 7.0]]))).round().tolist()
     [[2.0, 14.0]]
     """
+
+    kernel: bool | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -116,12 +127,17 @@ class RMSNorm(nn.RMSNorm):
 class GroupNorm(nn.GroupNorm):
     """Group norm; all arguments and variables of `flax.linen.GroupNorm`, which this subclasses; row "group" of TABLE.
 
+    Beyond Flax's attributes:
+      kernel: whether a fused kernel evaluates it where it fits, see `normjax.kernels`; None does as is done around it.
+
     Source: Wu & He 2018.
 
     >>> layer = GroupNorm(num_groups=2, use_scale=False, use_bias=False)
     >>> layer.apply({}, jnp.array([[1.0, 3.0, 10.0, 20.0]])).round(3).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
+
+    kernel: bool | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -138,12 +154,17 @@ class GroupNorm(nn.GroupNorm):
 class InstanceNorm(nn.InstanceNorm):
     """Instance norm; all arguments and variables of `flax.linen.InstanceNorm`, its base class; row "instance" of TABLE.
 
+    Beyond Flax's attributes:
+      kernel: whether a fused kernel evaluates it where it fits, see `normjax.kernels`; None does as is done around it.
+
     Source: Ulyanov, Vedaldi & Lempitsky 2016.
 
     >>> layer = InstanceNorm(use_scale=False, use_bias=False)
     >>> layer.apply({}, jnp.array([[[1.0, 5.0], [3.0, 9.0]]])).round(3).tolist()
     [[[-1.0, -1.0], [1.0, 1.0]]]
     """
+
+    kernel: bool | None = None
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -175,6 +196,7 @@ def _normalized(
     if module.is_initializing():  # when mapped axes need not exist yet
         reading = reading._replace(normalizer=reading.normalizer.local())
     x = flax_names.widened(x, module.dtype)
-    return flax_names.normalize_as_read(
-        x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask
-    )
+    with kernels.asked(getattr(module, "kernel", None)):  # Flax's own layers have none, under `swap_layers`
+        return flax_names.normalize_as_read(
+            x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask
+        )

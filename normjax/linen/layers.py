@@ -13,7 +13,7 @@ __all__ += ["GhostBatchNorm", "GhostTopKBatchNorm", "L1BatchNorm", "LinfBatchNor
 __all__ += ["LocalContrastNorm", "LocalResponseNorm", "PositionNorm", "RangeBatchNorm", "TopKBatchNorm"]
 __all__ += ["GDN", "GRN", "TLU", "AlphaDropout", "Derf", "DyT", "EvoNormB0", "EvoNormS0", "FilterResponseNorm"]
 __all__ += ["KalmanNorm", "PartialRMSNorm", "QKNorm", "RevIN", "ScaleNorm", "SwitchableNorm", "VirtualBatchNorm"]
-__all__ += ["SPADE", "AdaIN", "AdaLN", "AdaLNZero", "ConditionalNorm", "FiLM"]
+__all__ += ["SPADE", "AdaIN", "AdaLN", "AdaLNZero", "AddNorm", "ConditionalNorm", "FiLM"]
 
 
 class Norm(described.norm.Norm, Keeping): ...
@@ -95,6 +95,9 @@ class PartialRMSNorm(described.tokens.PartialRMSNorm, Host): ...
 
 
 class QKNorm(described.tokens.QKNorm, Host): ...
+
+
+class AddNorm(described.residual.AddNorm, Host): ...
 
 
 class VirtualBatchNorm(described.virtual.VirtualBatchNorm, Host): ...

@@ -1,9 +1,10 @@
 """The keyword arguments that constructors of nnx hand on to Flax, as type checkers read them: nnx has no fields."""
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Required, TypedDict
 
 import jax
+from flax import nnx
 from flax.typing import ConvGeneralDilatedT, DotGeneralT, PaddingLike, PrecisionLike, PromoteDtypeFn
 from jax.typing import DTypeLike
 
@@ -42,6 +43,27 @@ class ConvOptions(_Options, total=False):
     feature_group_count: int
     mask: jax.Array | None
     conv_general_dilated: ConvGeneralDilatedT
+
+
+class NormOptions(TypedDict, total=False):
+    """The keyword arguments of Flax's normalization layers."""
+
+    epsilon: float
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    use_bias: bool  # not of RMSNorm, nor bias_init and bias_metadata
+    use_scale: bool
+    bias_init: Initializer
+    scale_init: Initializer
+    reduction_axes: int | Sequence[int] | None  # not of InstanceNorm
+    feature_axes: int | Sequence[int]  # not of GroupNorm
+    axis_name: str | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+    use_fast_variance: bool
+    promote_dtype: PromoteDtypeFn
+    rngs: Required[nnx.Rngs]
+    bias_metadata: Metadata
+    scale_metadata: Metadata
 
 
 class CellOptions(TypedDict, total=False):

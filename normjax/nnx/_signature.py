@@ -11,6 +11,8 @@ from typing import Any
 
 from flax import nnx
 
+from normjax import kernels
+
 
 class Constructor:
     """The `__signature__` of a class and of its subclasses: the arguments of whatever constructor each has."""
@@ -55,4 +57,21 @@ def spelled_out(
 
     ordered = sorted(merged.values(), key=lambda p: (p.kind, p.kind is p.KEYWORD_ONLY and p.name == "rngs"))
     __init__.__signature__ = inspect.Signature(ordered)  # pyright: ignore[reportAttributeAccessIssue]
+    return __init__
+
+
+def with_kernel(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor of Flax's with one more argument, `kernel`, which the instance keeps where it is given."""
+    signature = inspect.signature(init)
+    own = inspect.Parameter("kernel", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None)
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, kernel: bool | None = None, **kwargs: Any) -> None:
+        kernels.asked(kernel)  # refuses what is no choice
+        init(self, *args, **kwargs)
+        if kernel is not None:
+            self.kernel = kernel
+
+    made = signature.replace(parameters=[*signature.parameters.values(), own])
+    __init__.__signature__ = made  # pyright: ignore[reportAttributeAccessIssue]
     return __init__

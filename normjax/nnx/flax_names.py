@@ -10,7 +10,7 @@ have real variances.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 
+from normjax import kernels
 from normjax._layers import flax_names
 from normjax._layers.statistics import stored_dtype
 from normjax._leaves import as_python
-from normjax.nnx._signature import Constructor
+from normjax.nnx._options import NormOptions
+from normjax.nnx._signature import Constructor, with_kernel
 from normjax.nnx.host import Moments, _replace
 from normjax.running import NOTHING, Running
 
@@ -83,13 +85,24 @@ class BatchNorm(nnx.BatchNorm):
 class LayerNorm(nnx.LayerNorm):
     """Layer norm; all arguments and variables of `flax.nnx.LayerNorm`, which this subclasses; row "token" of TABLE.
 
+    Beyond Flax's arguments:
+      kernel: whether a fused kernel evaluates it where it fits, see `normjax.kernels`; None does as is done around it.
+
     Source: Ba, Kiros & Hinton 2016.
 
     >>> LayerNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0]])).round(3).tolist()
     [[-1.0, 1.0]]
     """
 
+    kernel: bool | None = None
     __signature__ = Constructor()
+
+    if TYPE_CHECKING:
+
+        def __init__(self, num_features: int, *, kernel: bool | None = None, **flax: Unpack[NormOptions]): ...
+
+    else:
+        __init__ = with_kernel(nnx.LayerNorm.__init__)
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes x over `reduction_axes` and `axis_name`.
@@ -103,13 +116,24 @@ class LayerNorm(nnx.LayerNorm):
 class RMSNorm(nnx.RMSNorm):
     """RMS norm; all arguments and variables of `flax.nnx.RMSNorm`, which this subclasses; row "rms" of TABLE.
 
+    Beyond Flax's arguments:
+      kernel: whether a fused kernel evaluates it where it fits, see `normjax.kernels`; None does as is done around it.
+
     Source: Zhang & Sennrich 2019.
 
     >>> (10 * RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 7.0]]))).round().tolist()
     [[2.0, 14.0]]
     """
 
+    kernel: bool | None = None
     __signature__ = Constructor()
+
+    if TYPE_CHECKING:
+
+        def __init__(self, num_features: int, *, kernel: bool | None = None, **flax: Unpack[NormOptions]): ...
+
+    else:
+        __init__ = with_kernel(nnx.RMSNorm.__init__)
 
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
         """Divides x by its root mean square over `reduction_axes`.
@@ -124,12 +148,16 @@ class RMSNorm(nnx.RMSNorm):
 class GroupNorm(nnx.GroupNorm):
     """Group norm; all arguments and variables of `flax.nnx.GroupNorm`, which this subclasses; row "group" of TABLE.
 
+    Beyond Flax's arguments:
+      kernel: whether a fused kernel evaluates it where it fits, see `normjax.kernels`; None does as is done around it.
+
     Source: Wu & He 2018.
 
     >>> GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0, 10.0, 20.0]])).round(3).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
 
+    kernel: bool | None = None
     __signature__ = Constructor()
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -141,8 +169,21 @@ class GroupNorm(nnx.GroupNorm):
         reading = flax_names.read_group_norm(self, np.shape(x), self.reduction_axes, self.num_groups)
         return _normalized(self, x, reading, mask).y
 
-    if not TYPE_CHECKING:  # to a reader the constructor is Flax's, which asks whether numbers are integers of Python
+    if TYPE_CHECKING:
 
+        def __init__(
+            self,
+            num_features: int,
+            num_groups: int | None = 32,
+            group_size: int | None = None,
+            *,
+            kernel: bool | None = None,
+            **flax: Unpack[NormOptions],
+        ): ...
+
+    else:  # Flax asks whether numbers are integers of Python
+
+        @with_kernel
         @functools.wraps(nnx.GroupNorm.__init__)
         def __init__(self, num_features, num_groups=32, group_size=None, **flax):
             super().__init__(num_features, as_python(num_groups), as_python(group_size), **flax)
@@ -151,13 +192,24 @@ class GroupNorm(nnx.GroupNorm):
 class InstanceNorm(nnx.InstanceNorm):
     """Instance norm; all arguments and variables of `flax.nnx.InstanceNorm`, its base class; row "instance" of TABLE.
 
+    Beyond Flax's arguments:
+      kernel: whether a fused kernel evaluates it where it fits, see `normjax.kernels`; None does as is done around it.
+
     Source: Ulyanov, Vedaldi & Lempitsky 2016.
 
     >>> InstanceNorm(1, rngs=nnx.Rngs(0))(jnp.array([[[1.0], [3.0]]])).round(3).tolist()
     [[[-1.0], [1.0]]]
     """
 
+    kernel: bool | None = None
     __signature__ = Constructor()
+
+    if TYPE_CHECKING:
+
+        def __init__(self, num_features: int, *, kernel: bool | None = None, **flax: Unpack[NormOptions]): ...
+
+    else:
+        __init__ = with_kernel(nnx.InstanceNorm.__init__)
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:
         """Normalizes each channel of each example of x.
@@ -189,6 +241,7 @@ def _normalized(
             x, *_, scale, bias = module.promote_dtype((x, *between, scale, bias), dtype=module.dtype)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
     x = flax_names.widened(x, module.dtype)
-    return flax_names.normalize_as_read(
-        x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask
-    )
+    with kernels.asked(getattr(module, "kernel", None)):
+        return flax_names.normalize_as_read(
+            x, reading, running, use_running, momentum, dtype=dtype, scale=scale, bias=bias, mask=mask
+        )
