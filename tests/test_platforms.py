@@ -30,13 +30,13 @@ ON = {"gpu": moments._on_gpu, "tpu": moments._on_tpu}
 def elsewhere(request, monkeypatch):
     """The CPU runs the program of another platform; on a TPU, that of an array beyond its fast memory."""
     monkeypatch.setattr(moments, "FAST_MEMORY", 0)
-    register(ON[request.param], lambda x, *, use: x, lambda again, known: known)
+    register(mlir.lower_fun(ON[request.param], multiple_results=True), lambda x, *, use: x, lambda again, known: known)
     yield request.param
-    register(functools.partial(moments._on_cpu, alone=True), xla._say, lambda again, known: again)
+    register(moments._lower_on_cpu, xla._say, lambda again, known: again)
 
 
 def register(of_moments, of_copies, of_pairs):
-    mlir.register_lowering(moments.moments_p, mlir.lower_fun(of_moments, multiple_results=True), platform="cpu")
+    mlir.register_lowering(moments.moments_p, of_moments, platform="cpu")
     for primitive, form in ((xla._said_p, of_copies), (xla._again_p, of_pairs)):
         mlir.register_lowering(primitive, mlir.lower_fun(form, multiple_results=False), platform="cpu")
     jax.clear_caches()
