@@ -50,7 +50,7 @@ aot:
 	$(call python_or_stop,$(PYTHON))
 	$(PYTHON) -m venv --clear .venv-aot
 	.venv-aot/bin/python -m pip install --quiet --editable ".[aot,experiments]" $(NEEDS)
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_accelerators.py $(ARGS)
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_accelerators.py tests/test_benchmarks.py -k accelerators $(ARGS)
 
 # A Python that is too old stops here, before it has made an environment that others would find.
 python_or_stop = @$(1) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else \

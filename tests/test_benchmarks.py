@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import harness, loops, norms, recurrent, results, scaling, steps, windows
+from benchmarks import accelerators, chips, harness, loops, norms, recurrent, results, scaling, steps, windows
 from benchmarks.harness import Case, Contender, Options
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +38,7 @@ PARAMS = [
 ]
 # In the tables only where they are installed.
 OPTIONAL = {name: importlib.util.find_spec(name) is not None for name in ("haiku", "equinox", "torch")}
+COMPILED_FOR = [chip for chip in ("v5e", "h200") if not chips.missing(chip)]
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,23 @@ def test_script_measures_and_writes_what_it_measured(script, arguments, tmp_path
     for row in found.get("compile", []):
         assert row["normjax"] > 0
         assert (row["flax"] is not None) == (row["row"] in scaling.FLAX)
+
+
+@pytest.mark.skipif(not COMPILED_FOR, reason=chips.missing("v5e"))
+def test_accelerators_are_compiled_for_and_what_was_counted_is_written(tmp_path, capsys):
+    """In `make aot`, where the compilers are."""
+    some = ["--smoke", "--rows", "rms", "divisive", "--dtypes", "bfloat16", "--chips", *COMPILED_FOR]
+    found = accelerators.main([*some, "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "accelerators.json").read_text()) == json.loads(json.dumps(found))
+    assert found["command"].startswith("python -m benchmarks.accelerators --smoke")
+    text = capsys.readouterr().out
+    assert text.rstrip() == (tmp_path / "accelerators.md").read_text().rstrip()
+    assert len(found["rows"]) == 2 * 2 * 2 * len(COMPILED_FOR)  # rows, modes, normjax and its peer
+    for row in found["rows"]:
+        assert f"{row['chip']}, {row['mode']}: passes" in text
+        assert f" {row['passes']:.2f} |" in text
+        assert 0 < row["passes"] <= row["worst"]
+        assert row["kernels"] > 0 <= row["temporary"]
 
 
 def test_norms_have_every_library_that_is_installed():
