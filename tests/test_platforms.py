@@ -18,7 +18,7 @@ from tests.rows import EXTRA, example, jit, slow_but
 
 EPS = float(np.finfo(np.float32).eps)
 FORMS = {
-    "two passes": (functools.partial(moments.two_passes, corrected=False), 1),
+    "two passes": (functools.partial(moments.two_passes, corrected=False), 2),
     "corrected": (functools.partial(moments.two_passes, corrected=True), 1),
     "pivoted": (moments.pivoted, 4),
     "guarded": (moments.guarded, 1),
