@@ -119,7 +119,7 @@ def test_row_moves_no_more_than_its_peer_and_what_is_stored(case):
     assert misses(ours.passes, peer.passes) == starred, (ours.passes, peer.passes)
     if not starred:
         alone = case.row in FIELDS and case.shape == forms.SHAPES[case.row][1]
-        assert ours.temporary <= (0.02 if alone else 1.02 * peer.temporary + 0.05)
+        assert ours.temporary <= (0.02 if alone else 1.06 * peer.temporary + 0.06)
     # Where the guard of the moments is taken, they read x once more, for the output and the gradients alike.
     assert ours.worst <= ours.passes + 1.01 * NORMS.get(case.row, 1)
 
