@@ -78,6 +78,18 @@ def test_every_form_of_the_moments_is_within_its_bound_of_float64(n, axes, monke
             assert np.max(np.abs(normalized(form, x) - y) / allowed) <= bound, (said, name)
 
 
+@pytest.mark.parametrize("n", [5, 16, 33])
+def test_pivot_of_a_small_field_is_as_exact_as_two_passes(n):
+    """Among many fields there is one whose first element lies far from its mean."""
+    x = np.random.default_rng(0).standard_normal((n, 4096)).astype(np.float32)
+    exact = x.astype(np.float64)
+    var = exact.var(0) + 1e-5
+    y = (exact - exact.mean(0)) / np.sqrt(var)
+    mean, rest, m = jax.jit(lambda x: moments.pivoted(x, (0,)))(x)
+    found = ((x - mean) - rest) * jax.lax.rsqrt(m + 1e-5)
+    assert np.max(np.abs(found - y) / (4 * EPS * (np.abs(y) + 1))) <= 0.5
+
+
 ROWS = ("batch", "token", "layer", "instance", "group", "variance", "keep_mean_token", "ghost", "extended")
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx as fx
 from jax.experimental.jet import jet
 
-from normjax import normalize
+from normjax import Normalizer, Stats, normalize
 from tests.rows import CHANNELS, ROWS, jit
 from tests.test_layers import LAYERS, QUICK, inputs, started, twin_of
 
@@ -63,8 +63,9 @@ def gradient(name):
         jax.vmap(lambda x: normalize(x, "token", "c").y),
         jax.jit(lambda x: normalize(x, "token").y),
         lambda scale: normalize(np.arange(8.0).reshape(2, 4), "layer", scale=scale).y,
+        lambda mean: normalize(jnp.arange(8.0).reshape(2, 4), Normalizer("c:3", "c:3"), stats=Stats(mean)).y,
     ],
-    ids=("gradient of windows", "gradient", "vmap", "jit", "scale"),
+    ids=("gradient of windows", "gradient", "vmap", "jit", "scale", "mean around which windows slide"),
 )
 def test_taylor_mode_goes_around_other_transformations(f):
     with jax.enable_x64(True):

@@ -115,6 +115,18 @@ def test_the_rule_of_windows_is_the_derivative_of_the_plain_form(name, monkeypat
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
 
 
+def test_gradient_of_16_bits_through_windows_is_rounded_once():
+    rng = np.random.default_rng(0)
+    x, ct = (jnp.asarray(z, jnp.bfloat16) for z in (10 * rng.normal(size=(16, 16, 64)), rng.normal(size=(16, 16, 64))))
+
+    @jit
+    def gradient(x, ct):
+        return jax.vjp(lambda x: normalize(x, Normalizer(None, "c:5", eps=2.0)).y, x)[1](ct)[0]
+
+    got, want = (np.asarray(gradient(x.astype(t), ct.astype(t)), np.float64) for t in (jnp.bfloat16, jnp.float32))
+    np.testing.assert_allclose(got, want, rtol=2.0**-8, atol=1e-6)
+
+
 def test_each_platform_is_told_what_serves_it_wherever_a_program_is_traced():
     x = jnp.ones((2, 16, 16, 8))
     program = jax.jit(lambda x, g: jax.vjp(lambda x: normalize(x, Normalizer("...:5", "...:5", eps=1.0)).y, x)[1](g))

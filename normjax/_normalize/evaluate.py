@@ -225,7 +225,7 @@ def _parts(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: D
 
 def _plain(x: jax.Array, n: Normalizer, E: OverFields, given: Operands, dtype: DTypeLike) -> Parts:
     """The equation as it stands; JAX differentiates it."""
-    if windows.has_rule(n, E, x, *given[1:]):
+    if windows.has_rule(n, E, x, given.moment, given.mean, *given[2:]):
         return windows.ruled(n, E, dtype, x, given.mean, *given[2:])
     x = E.only(x.astype(statistics_dtype(x.dtype)))
     v, mean, moment = statistics(x, n, E, given.mean, given.moment)

@@ -35,7 +35,8 @@ from normjax.theory import Normalizer
 
 FAST_MEMORY = 7 * 2**24  # bytes, 7/8 of what a TPU v5e keeps on the chip: a second pass over no more costs no traffic
 COLUMNS = 2**13  # sums that a GPU takes side by side
-SHARE = 16  # one in so many elements makes the pivot
+SHARE = 16  # one in so many elements makes the pivot, but
+LEAST = 16  # no fewer than these, if there are as many: one alone may lie three deviations from the mean
 
 moments_p = Primitive("moments")
 moments_p.multiple_results = True
@@ -141,7 +142,8 @@ def _side_by_side(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Ar
 
 def _part(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """One in SHARE elements of each field, spread evenly; along the last axis in pieces, as a memory is read."""
-    left, steps, last = SHARE, [1] * x.ndim, x.ndim - 1
+    size, steps, last = math.prod(x.shape[axis] for axis in axes), [1] * x.ndim, x.ndim - 1
+    left = max(1, min(SHARE, size // LEAST)) if is_known(size) else SHARE
     for axis in sorted(axes, key=lambda axis: (axis == last, axis == 0)):  # last the rows, and what devices share
         if left > 1 and is_known(x.shape[axis]) and along_one_shard(x, (axis,)):
             if axis == last and left == SHARE and x.shape[axis] % (SHARE * SHARE) == 0:

@@ -27,7 +27,7 @@ from normjax.theory import Normalizer, output, scale_and_shift, statistics
 
 
 def has_rule(n: Normalizer, E: OverFields, x: jax.Array, moment: jax.Array | None, *beside: jax.Array | None) -> bool:
-    """Whether this evaluation of the equation takes the rule; eps, scale and bias lie `beside`.
+    """Whether this evaluation of the equation takes the rule; a mean that is given, eps, scale and bias lie `beside`.
 
     Not where a GPU sums a window in two steps: what lies between them had better be kept.
     """
@@ -71,9 +71,10 @@ def _divided(n: Normalizer, E: OverFields, dtype: DTypeLike, v, eps, scale, bias
 @_divided.defjvp
 def _derive(n: Normalizer, E: OverFields, dtype: DTypeLike, primals, moves):
     def tangent(v, eps, scale, dv, deps, dscale, dbias):
+        dv = dv.astype(statistics_dtype(v.dtype))  # once: transposed, the terms are added before they are rounded
         direct, _ = _over_spread(n, E, dv, afresh(v), eps, scale, dbias)
         divided = functools.partial(_over_spread, n, E, v, bias=None)
-        known = afresh(afresh(v)), eps, scale  # twice, or it were the one above
+        known = afresh(afresh(v)).astype(dv.dtype), eps, scale  # twice, or it were the one above
         through, dm = jax.jvp(divided, known, (dv, deps, dscale))[1]
         return (direct + through).astype(dtype), dm
 
