@@ -87,9 +87,8 @@ def pivoted(x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
     """Both moments in one pass around a pivot; the part that makes it is cut out before it is cast."""
     work = statistics_dtype(x.dtype)
     pivot = _mean(_part(x, axes).astype(work), axes)
-    z = x.astype(work)
-    turned = pivot - z  # XLA would write out a difference that two sums share
-    rest, square = _side_by_side([z - pivot, turned * turned], axes)
+    u = x.astype(work) - pivot
+    rest, square = _side_by_side([u, u * u], axes)
     mean = pivot + rest
     return [mean, (pivot - mean) + rest, jnp.maximum(square - rest * rest, 0)]
 
