@@ -28,6 +28,7 @@ check: lint test slow smoke
 
 # The layers and the steps with the lowest versions of jax, numpy, flax and optax that pyproject.toml allows, and with the
 # newest, which install on newer Pythons only. Each has a virtual environment of its own.
+AOT = tests/test_accelerators.py tests/test_kernels_compiled.py tests/test_benchmarks.py
 VERSIONS = tests/test_rows.py tests/test_layers.py tests/test_flax.py tests/test_train.py
 VERSION_TESTS = -m pytest $(VERSIONS) $(ARGS)
 NEEDS = pytest chex hypothesis scipy
@@ -50,7 +51,7 @@ aot:
 	$(call python_or_stop,$(PYTHON))
 	$(PYTHON) -m venv --clear .venv-aot
 	.venv-aot/bin/python -m pip install --quiet --editable ".[aot,experiments]" $(NEEDS)
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_accelerators.py tests/test_benchmarks.py -k accelerators $(ARGS)
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest $(AOT) -k "accelerators or compiled" $(ARGS)
 
 # A Python that is too old stops here, before it has made an environment that others would find.
 python_or_stop = @$(1) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else \
