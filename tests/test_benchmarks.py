@@ -14,7 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accelerators, chips, harness, loops, norms, recurrent, results, scaling, steps, windows
+from benchmarks import (
+    accelerators,
+    chips,
+    harness,
+    loops,
+    neighbours,
+    norms,
+    recurrent,
+    results,
+    scaling,
+    steps,
+    windows,
+)
 from benchmarks.harness import Case, Contender, Options
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +97,15 @@ def test_accelerators_are_compiled_for_and_what_was_counted_is_written(tmp_path,
         assert f" {row['passes']:.2f} |" in text
         assert 0 < row["passes"] <= row["worst"]
         assert row["kernels"] > 0 <= row["temporary"]
+
+
+@pytest.mark.skipif(not COMPILED_FOR, reason=chips.missing("v5e"))
+def test_neighbours_are_compiled_with_every_norm(tmp_path):
+    """In `make aot`, where the compilers are."""
+    found = neighbours.main(["--smoke", "--chips", COMPILED_FOR[0], "--out", str(tmp_path)])
+    assert [row["contender"] for row in found["rows"][::2]] == list(neighbours.CONTENDERS)
+    assert all(row["passes"] > 0 for row in found["rows"])
+    assert "| AddNorm, kernel |" in (tmp_path / "neighbours.md").read_text()
 
 
 def test_norms_have_every_library_that_is_installed():
