@@ -215,7 +215,7 @@ def add_and_normalize(
 
 
 def sum_of(x: jax.Array, residual: jax.Array | None) -> jax.Array:
-    """The sum that is normalized, in the wider dtype of the two, added in float32 or wider; without a residual x itself.
+    """The sum that is normalized, in the wider dtype of the two; without a residual x itself.
 
     >>> sum_of(jnp.ones(2, jnp.bfloat16), jnp.ones(2)).tolist()
     [2.0, 2.0]
@@ -227,8 +227,7 @@ def sum_of(x: jax.Array, residual: jax.Array | None) -> jax.Array:
     if residual is None:
         return x
     dtype = _wider(x, residual)
-    work = dtype if dtype.itemsize > 4 else jnp.float32
-    return (x.astype(work) + residual.astype(work)).astype(dtype)
+    return x.astype(dtype) + residual.astype(dtype)
 
 
 def _wider(x: jax.Array, residual: jax.Array) -> jnp.dtype:
