@@ -119,3 +119,19 @@ def test_values_and_derivatives_are_those_of_the_equation(elsewhere, name):
         got = jit(everything)(x, dx, ct, scale, bias)
         want = jit(functools.partial(everything, mask=ones))(x, dx, ct, scale, bias)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10), got, want)
+
+
+def test_second_derivatives_of_a_loop_are_those_of_its_steps_written_out(elsewhere):
+    """JAX takes the derivative rule apart in a loop that is differentiated twice: the moments have a rule of their own."""
+    x = np.random.default_rng(3).normal(3, 1, (4, 6))
+
+    def step(z, _):
+        return jnp.sin(normalize(z, "token", "n c").y + normalize(z, "batch", "n c").y + 3 * z), None
+
+    def of_squares(loss):
+        return jit(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2)))(x)
+
+    with jax.enable_x64(True):
+        got = of_squares(lambda x: jnp.sum(jax.lax.scan(step, x, length=2)[0] ** 3))
+        want = of_squares(lambda x: jnp.sum(step(step(x, None)[0], None)[0] ** 3))
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)

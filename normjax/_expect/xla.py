@@ -125,8 +125,15 @@ for _gpu in GPUS:
     mlir.register_lowering(_afresh_p, mlir.lower_fun(lax.optimization_barrier, multiple_results=False), platform=_gpu)
 
 
+def _root_tangent(primals: tuple, tangents: tuple) -> tuple:
+    """The root of q has the slope -r ** 3 / 2, for its r."""
+    root, (dq,) = _root_p.bind(*primals), tangents
+    return root, ad.Zero(root.aval) if type(dq) is ad.Zero else dq * root * root * (-0.5 * root)
+
+
 _root_p.def_impl(_root)
 _root_p.def_abstract_eval(lambda q: q)
+ad.primitive_jvps[_root_p] = _root_tangent
 batching.defvectorized(_root_p)
 mlir.register_lowering(_root_p, mlir.lower_fun(_root, multiple_results=False))
 for _where in ("cpu", *GPUS):
