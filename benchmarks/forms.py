@@ -166,18 +166,18 @@ class Tokens(flax.linen.Module):
     """Four times x + Dense(gelu(LayerNorm(x))).
 
     Attributes:
-      library: whose layer norm.
+      layers: the module whose layer norm it is.
       dtype: of what is computed.
     """
 
-    library: Any
+    layers: Any
     dtype: Any
 
     @flax.linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """An array like x, [..., c]."""
         for _ in range(4):
-            y = flax.linen.gelu(self.library.LayerNorm(dtype=self.dtype)(x))
+            y = flax.linen.gelu(self.layers.LayerNorm(dtype=self.dtype)(x))
             x = x + flax.linen.Dense(x.shape[-1], dtype=self.dtype)(y)
         return x
 
@@ -186,11 +186,11 @@ class Images(flax.linen.Module):
     """Twice relu(BatchNorm(Conv(x))), the convolutions of 3 x 3 without bias.
 
     Attributes:
-      library: whose batch norm.
+      layers: the module whose batch norm it is.
       dtype: of what is computed.
     """
 
-    library: Any
+    layers: Any
     dtype: Any
 
     @flax.linen.compact
@@ -198,7 +198,7 @@ class Images(flax.linen.Module):
         """An array like x, [n, h, w, c]."""
         for _ in range(2):
             x = flax.linen.Conv(x.shape[-1], (3, 3), use_bias=False, dtype=self.dtype)(x)
-            x = flax.linen.relu(self.library.BatchNorm(use_running_average=False, dtype=self.dtype)(x))
+            x = flax.linen.relu(self.layers.BatchNorm(use_running_average=False, dtype=self.dtype)(x))
         return x
 
 

@@ -51,18 +51,7 @@ def axes(x: jax.Array, n: Normalizer, E: OverFields, given: Given) -> Axes | Non
 
 def normalized(x: jax.Array, n: Normalizer, at: Axes, given: Given, dtype: DTypeLike) -> Parts:
     """The parts of `normalize`, by a kernel."""
-    y, mean, var = kernels.normalize(
-        x,
-        at.whole,
-        n.eps if given.eps is None else given.eps,
-        given.scale,
-        given.bias,
-        centre=n.mean is not None,
-        gain=n.gain,
-        power=n.power,
-        dtype=dtype,
-        groups=at.groups,
-    )
+    y, _, mean, var = _evaluated(x, None, n, at, given, dtype, None)
     v = x.astype(var.dtype)
     return y, v if mean is None else v - mean, mean, var
 
@@ -77,10 +66,24 @@ def added(
     activation: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The output for x + residual, through an activation, and the sum, by a kernel; groups are given the sum."""
-    alone = at.groups > 0
-    y, total, *_ = kernels.add_and_normalize(
-        kernels.sum_of(x, residual) if alone else x,
-        None if alone else residual,
+    if at.groups:
+        x, residual = kernels.sum_of(x, residual), None
+    y, total, *_ = _evaluated(x, residual, n, at, given, dtype, activation)
+    return y, total
+
+
+def _evaluated(
+    x: jax.Array,
+    residual: jax.Array | None,
+    n: Normalizer,
+    at: Axes,
+    given: Given,
+    dtype: DTypeLike,
+    activation: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    return kernels.add_and_normalize(
+        x,
+        residual,
         at.whole,
         n.eps if given.eps is None else given.eps,
         given.scale,
@@ -92,4 +95,3 @@ def added(
         activation=activation,
         groups=at.groups,
     )
-    return y, total

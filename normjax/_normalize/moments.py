@@ -34,6 +34,7 @@ from normjax._expect.xla import FOR_ROUNDING, GPUS, barrier, distinct_copy, is_f
 from normjax.theory import Normalizer
 
 FAST_MEMORY = 7 * 2**24  # bytes, 7/8 of what a TPU v5e keeps on the chip: a second pass over no more costs no traffic
+SPLIT = 2**11  # elements from which it pays on a CPU to sum x and its squares beside each other, and to look at both
 COLUMNS = 2**13  # sums that a GPU takes side by side
 SHARE = 16  # one in so many elements makes the pivot, but
 LEAST = 16  # no fewer than these, if there are as many: one alone may lie three deviations from the mean
@@ -93,8 +94,8 @@ def pivoted(x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
     return [mean, (pivot - mean) + rest, jnp.maximum(square - rest * rest, 0)]
 
 
-def guarded(x: jax.Array, axes: tuple[int, ...], corrected: bool = True, flat: bool = False) -> list[jax.Array]:
-    """Both moments in one pass around zero; in a second one, `corrected` or not, where a mean is beyond two deviations.
+def guarded(x: jax.Array, axes: tuple[int, ...], flat: bool = False) -> list[jax.Array]:
+    """Both moments in one pass around zero; in a second one where a mean is beyond two deviations.
 
     `flat` sums neighbouring axes as one.
     """
@@ -103,7 +104,7 @@ def guarded(x: jax.Array, axes: tuple[int, ...], corrected: bool = True, flat: b
     mean = expect(z, axes)
     m = expect(z * z, axes) - mean * mean
     near = jnp.all((mean * mean <= 4 * m) & (m < jnp.inf))
-    again = functools.partial(two_passes, x, axes, corrected, mean)
+    again = functools.partial(two_passes, x, axes, True, mean)
     return lax.cond(near, lambda: [mean, jnp.zeros_like(mean), m], again)
 
 
@@ -189,7 +190,9 @@ def _compiled(x: jax.Array, **params: Any) -> list[jax.Array]:
 
 def _on_cpu(x: jax.Array, *, axes: tuple[int, ...], differentiated: bool, exact: bool, alone: bool) -> list[jax.Array]:
     """Over the last axis XLA has statistics and output in one pass; else sums that need no other run beside each other."""
-    return two_passes(x, axes, exact) if over_last(axes, x.ndim) else guarded(x, axes, differentiated or exact, alone)
+    if over_last(axes, x.ndim):
+        return two_passes(x, axes, exact)
+    return guarded(x, axes, alone) if at_least(x.size, SPLIT, unknown=False) else two_passes(x, axes, True)
 
 
 def _lower_on_cpu(context: mlir.LoweringRuleContext, x: Any, **params: Any) -> Any:

@@ -23,11 +23,8 @@ from normjax.kernels import _group as group
 from normjax.kernels._block import Given, How
 from normjax.kernels._group import Cut
 
-ROWS, COLUMN, SHARED = (
-    "rows",
-    "column",
-    "shared",
-)  # [examples, positions, channels], [examples, 1, channels], [1, channels]
+# What an operand is: [examples, positions, channels], [examples, 1, channels], [1, channels].
+ROWS, COLUMN, SHARED = "rows", "column", "shared"
 
 
 def forward(target: str, interpret: bool, how: How, x: jax.Array, _: None, *others: Any) -> tuple:
